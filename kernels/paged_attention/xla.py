@@ -1,0 +1,66 @@
+"""Paged attention and cache append in plain XLA: the path of CPU and GPU."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+BLOCK_TOKENS = 128
+"""Context tokens read per loop turn. Independent of the page size, so that results do not depend on it."""
+
+
+def append_rows(
+    pages: Float[Array, "L P S W"],
+    layer: Int[Array, ""],
+    page: Int[Array, "B"],
+    offset: Int[Array, "B"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+) -> Float[Array, "L P S W"]:
+    """Writes one token row per sequence at pages[layer, page, offset]; a page >= P writes nothing."""
+    rows = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1).astype(pages.dtype)
+    return pages.at[layer, page, offset].set(rows, mode="drop")
+
+
+def paged_attention(
+    q: Float[Array, "B N H"],
+    pages: Float[Array, "L P S W"],
+    layer: Int[Array, ""],
+    lengths: Int[Array, "B"],
+    page_table: Int[Array, "B M"],
+) -> Float[Array, "B N H"]:
+    """Softmax(q k^T / sqrt(H)) v of one query per sequence over its first `lengths` cached tokens.
+
+    Token t of sequence b is row t % S of page page_table[b, t // S]. Entries of page_table past the length, and rows
+    past it in the last page, are never used, whatever they hold. A sequence of length 0 gets zeros.
+    """
+    batch, heads, dim = q.shape
+    _, num_pages, page_size, width = pages.shape
+    kv_heads = width // (2 * dim)
+    if width != 2 * kv_heads * dim or heads % kv_heads:
+        raise ValueError(f"pages of width {width} do not hold kv heads that {heads} query heads of {dim} can share")
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
+
+    def block(index, state):
+        peak, total, acc = state
+        positions = index * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS)
+        valid = positions < lengths[:, None]
+        slots = jnp.minimum(positions // page_size, page_table.shape[1] - 1)
+        page = jnp.where(valid, page_table[:, slots], 0)
+        rows = pages[layer, page, positions % page_size].reshape(batch, BLOCK_TOKENS, kv_heads, 2, dim)
+        scores = jnp.einsum("BKGH,BSKH->BKGS", grouped, rows[:, :, :, 0], preferred_element_type=jnp.float32)
+        scores = jnp.where(valid[:, None, None], scores / math.sqrt(dim), -jnp.inf)
+        new_peak = jnp.maximum(peak, scores.max(axis=-1))
+        weights = jnp.exp(scores - new_peak[..., None])
+        rescale = jnp.exp(peak - new_peak)
+        values = jnp.where(valid[:, :, None, None], rows[:, :, :, 1], 0)
+        update = jnp.einsum("BKGS,BSKH->BKGH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return new_peak, total * rescale + weights.sum(axis=-1), acc * rescale[..., None] + update
+
+    lead = grouped.shape[:3]
+    lowest = jnp.full(lead, jnp.finfo(jnp.float32).min)
+    state = (lowest, jnp.zeros(lead, jnp.float32), jnp.zeros(grouped.shape, jnp.float32))
+    blocks = (jnp.max(lengths) + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    _, total, acc = jax.lax.fori_loop(0, blocks, block, state)
+    return (acc / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]).astype(q.dtype).reshape(q.shape)

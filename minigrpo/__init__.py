@@ -1,0 +1,1 @@
+"""GRPO for Qwen models in pure JAX."""

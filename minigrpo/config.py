@@ -1,0 +1,274 @@
+"""Every setting: one frozen dataclass per concern, command-line flags generated from it, validation at construction."""
+
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+class UsageError(ValueError):
+    """Bad input from the person running a command; its text is one line naming what, the value and the fix."""
+
+
+def option(default: Any, text: str, *, choices: tuple = (), low: Any = None, above: Any = None, high: Any = None):
+    """A dataclass field that is also a flag: `low` <= value <= `high`, value > `above`, or one of `choices`."""
+    limits = {"choices": choices, "low": low, "above": above, "high": high}
+    return dataclasses.field(default=default, metadata={"help": text, **limits})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Base of the settings classes: checks every field against the limits it declares."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check_limits(field, getattr(self, field.name))
+
+
+def check_limits(field: dataclasses.Field, value: Any) -> None:
+    if value is None:
+        return
+    meta = field.metadata
+    if meta["choices"] and value not in meta["choices"]:
+        raise UsageError(f"--{field.name}={value}: must be one of {', '.join(map(str, meta['choices']))}")
+    if meta["low"] is not None and not value >= meta["low"]:
+        raise UsageError(f"--{field.name}={value}: must be at least {meta['low']}")
+    if meta["above"] is not None and not value > meta["above"]:
+        raise UsageError(f"--{field.name}={value}: must be greater than {meta['above']}")
+    if meta["high"] is not None and not value <= meta["high"]:
+        raise UsageError(f"--{field.name}={value}: must be at most {meta['high']}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(Options):
+    """Model"""
+
+    model: str = option(
+        "auto", "Hub id, local folder or builtin:tiny; auto is Qwen/Qwen3-1.7B on TPU and GPU, builtin:tiny on CPU"
+    )
+    init: str = option("weights", "load the checkpoint's weights, or draw them at random", choices=("weights", "random"))
+    compute_dtype: str = option(
+        "auto",
+        "dtype of activations and of the rollout's weights; auto is bfloat16 on TPU and GPU, float32 on CPU",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    remat: str = option(
+        "full",
+        "what the backward pass recomputes: nothing, all but matrix products, or whole layers",
+        choices=("none", "dots", "full"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions(Options):
+    """Data"""
+
+    dataset: str = option(
+        "auto", "gsm8k, builtin:arithmetic, a JSONL path or a Hub id; auto follows the model (builtin:tiny: arithmetic)"
+    )
+    prompt_column: str = option("auto", "column that holds the prompt; auto tries prompt, question, problem")
+    answer_column: str = option("auto", "column that holds the reference answer; auto tries answer, solution")
+    system_prompt: str = option("auto", "system message; auto is the dataset's own, empty for none")
+    enable_thinking: bool = option(False, "let a Qwen3 chat template open a thinking turn")
+    max_prompt_length: int = option(256, "prompts with more tokens than this are dropped and counted", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutOptions(Options):
+    """Rollout"""
+
+    max_completion_length: int = option(2048, "most tokens sampled per completion, end token included", low=1)
+    temperature: float = option(0.9, "sampling temperature; 0 is greedy", low=0.0)
+    top_k: int = option(0, "keep only the k likeliest tokens; 0 keeps all", low=0)
+    top_p: float = option(1.0, "keep the likeliest tokens that hold this much probability", above=0.0, high=1.0)
+    min_p: float = option(0.0, "drop tokens less likely than min_p times the likeliest", low=0.0, high=1.0)
+    page_size: int = option(64, "tokens per page of the KV cache", low=1)
+    slots: int = option(64, "most completions decoded at once per device", low=1)
+    pool_pages: int = option(0, "pages of KV cache per device; 0 is enough for every slot at full length", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardOptions(Options):
+    """Rewards"""
+
+    reward: str = option(
+        "auto",
+        "comma-separated reward functions, each NAME or path.py:FUNCTION, optionally *WEIGHT; auto is the dataset's own",
+    )
+    reward_timeout: float = option(60.0, "seconds one call of a reward function may take", above=0.0)
+    scale_rewards: str = option(
+        "group", "divide advantages by the std of the group, of the batch, or not", choices=("group", "batch", "none")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions(Options):
+    """Loss"""
+
+    loss_type: str = option("grpo", "how tokens are averaged", choices=("grpo", "bnpo", "dr_grpo", "dapo"))
+    beta: float = option(0.08, "weight of the KL penalty to the reference; 0 loads no reference", low=0.0)
+    epsilon: float = option(0.2, "lower clipping range of the probability ratio", above=0.0)
+    epsilon_high: float | None = option(None, "upper clipping range; unset means --epsilon", above=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions(Options):
+    """Optimizer"""
+
+    learning_rate: float = option(3e-6, "peak learning rate of AdamW", above=0.0)
+    lr_schedule: str = option(
+        "warmup_cosine", "schedule after the warmup", choices=("warmup_cosine", "warmup_linear", "constant")
+    )
+    warmup_ratio: float = option(0.1, "share of all steps spent warming up", low=0.0, high=1.0)
+    adam_b1: float = option(0.9, "AdamW first-moment decay", low=0.0, high=1.0)
+    adam_b2: float = option(0.99, "AdamW second-moment decay", low=0.0, high=1.0)
+    weight_decay: float = option(0.1, "AdamW weight decay of matrices (norms and biases have none)", low=0.0)
+    max_grad_norm: float = option(0.1, "gradients are clipped to this global norm", above=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions(Options):
+    """Steps"""
+
+    batch_size: int = option(16, "prompts per step", low=1)
+    num_generations: int = option(8, "completions per prompt: the group", low=2)
+    num_iterations: int = option(1, "optimizer updates per rollout", low=1)
+    gradient_accumulation_steps: str = option(
+        "auto", "parts the update is computed in, which changes no number; auto fits memory"
+    )
+    max_steps: int = option(0, "steps to train; 0 means --num_epochs over the data", low=0)
+    num_epochs: float = option(1.0, "passes over the data when --max_steps is 0", above=0.0)
+    seed: int = option(0, "seed of shuffling, sampling and random weights", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions(Options):
+    """Run"""
+
+    mesh: str = option("auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU")
+    output_dir: str = option("auto", "run folder; auto is runs/ and the time")
+    resume: bool = option(False, "continue the run in --output_dir from its newest complete checkpoint")
+    save_steps: int = option(50, "steps between checkpoints; 0 keeps only the final one", low=0)
+    save_total_limit: int = option(2, "checkpoints kept", low=1)
+    eval_steps: int = option(0, "steps between greedy evaluations on held-out prompts; 0 means never", low=0)
+    eval_size: int = option(500, "held-out prompts per evaluation", low=1)
+    log_completions: int = option(4, "sample completions written per step", low=0)
+    report_to: str = option("tensorboard", "extra metric sink besides metrics.jsonl", choices=("tensorboard", "none"))
+
+
+def field_type(field: dataclasses.Field) -> type:
+    """The plain type behind a field's annotation: float for `float | None`."""
+    kind = field.type
+    if isinstance(kind, types.UnionType):
+        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
+    assert isinstance(kind, type)
+    return kind
+
+
+DEFINE: dict[type, Callable[..., Any]] = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_bool,
+}
+
+
+def define_flags(sections: tuple[type[Options], ...]) -> flags.FlagValues:
+    values = flags.FlagValues()
+    for section in sections:
+        for field in dataclasses.fields(section):
+            DEFINE[field_type(field)](field.name, field.default, field.metadata["help"], flag_values=values)
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One instance of every settings class a command uses, and the names of the flags given explicitly."""
+
+    sections: Mapping[type[Options], Options]
+    explicit: frozenset[str]
+
+    def __getitem__(self, section: type) -> Any:
+        return self.sections[section]
+
+    def with_defaults(self, recipe: Mapping[str, Any]) -> "Settings":
+        """These settings with the recipe's values for every flag that was not given explicitly."""
+        return self.with_values({name: value for name, value in recipe.items() if name not in self.explicit})
+
+    def with_values(self, values: Mapping[str, Any]) -> "Settings":
+        def update(section: Options) -> Options:
+            own = {f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values}
+            return dataclasses.replace(section, **own)
+
+        return Settings({kind: update(section) for kind, section in self.sections.items()}, self.explicit)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for section in self.sections.values() for name, value in dataclasses.asdict(section).items()}
+
+    def save(self, folder: Path) -> None:
+        """Writes config.json, and flags.txt which `--flagfile` reads back to run the same again."""
+        values = self.as_dict()
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        lines = [f"--{name}={value}" for name, value in values.items() if value is not None and name != "resume"]
+        (folder / "flags.txt").write_text("\n".join(lines) + "\n")
+
+
+def parse_flags(argv: list[str], sections: tuple[type[Options], ...]) -> Settings:
+    """Command line -> settings; UsageError for an unknown flag, a bad value or a stray argument."""
+    values = define_flags(sections)
+    try:
+        rest = values(["minigrpo", *argv])[1:]
+    except (flags.Error, OSError) as error:
+        raise UsageError(f"{str(error).splitlines()[0]} (see --help)") from error
+    if rest:
+        raise UsageError(f"unexpected argument {rest[0]!r}; flags are written --name=value (see --help)")
+    explicit = frozenset(name for name in values if values[name].present)
+    built = {
+        section: section(**{f.name: values[f.name].value for f in dataclasses.fields(section)}) for section in sections
+    }
+    return Settings(built, explicit)
+
+
+def help_text(command: str, caption: str, sections: tuple[type[Options], ...]) -> str:
+    """The --help page: every flag under its area, with its default and choices."""
+    lines = [caption, "", f"usage: python -m {command} [--flag=value ...] [--flagfile=FILE]"]
+    for section in sections:
+        lines += ["", f"{section.__doc__}:"]
+        for field in dataclasses.fields(section):
+            choices = "|".join(map(str, field.metadata["choices"])) or field_type(field).__name__
+            default = "" if field.default in (None, "") else f" [{field.default}]"
+            lines += [f"  --{field.name}={choices}{default}", f"      {field.metadata['help']}"]
+    return "\n".join(lines)
+
+
+def run_command(command: str, caption: str, sections: tuple[type[Options], ...], main: Callable[[Settings], int]) -> None:
+    """Parses sys.argv, runs `main` and exits: bad input is one line on stderr and code 2, never a traceback."""
+    argv = sys.argv[1:]
+    if any(arg in ("--help", "-h", "-help", "--helpfull") for arg in argv):
+        sys.stdout.write(help_text(command, caption, sections) + "\n")
+        sys.exit(0)
+    try:
+        sys.exit(main(parse_flags(argv, sections)))
+    except UsageError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(EXIT_USAGE)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def parse_mesh(text: str) -> tuple[int, int]:
+    """'4,2' -> (4, 2)."""
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"--mesh={text}: must be two positive whole numbers FSDP,TP, such as 4,2")
+    return int(parts[0]), int(parts[1])

@@ -1,0 +1,155 @@
+"""Datasets of prompts with reference answers: built-in, GSM8K, any JSONL file or Hub dataset."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minigrpo import arithmetic
+from minigrpo.config import DataOptions, UsageError
+from minigrpo.tokenizer import Message, Tokenizer
+
+PROMPT_COLUMNS = ("prompt", "question", "problem")
+ANSWER_COLUMNS = ("answer", "solution")
+GSM8K = "openai/gsm8k"
+XML_PROMPT = (
+    "Solve the problem. Respond in the following format:\n"
+    "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n"
+    "The answer is a single number."
+)
+XML_REWARDS = "correctness,integer,strict_format,soft_format,tag_count"
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Rows that each have "prompt" (text or messages) and "answer" (text), and whatever other columns there are."""
+
+    name: str
+    rows: list[Row]
+    system_prompt: str = XML_PROMPT
+    reward: str = XML_REWARDS
+
+
+def load_dataset(options: DataOptions, split: str) -> Dataset:
+    """The "train" or "test" rows that --dataset names. A JSONL file has no test rows of its own."""
+    name = options.dataset
+    if name == "builtin:arithmetic":
+        count = {"train": 10_000, "test": 1_000}[split]
+        return Dataset(name, arithmetic.problems(split, count), arithmetic.SYSTEM_PROMPT)
+    if name.startswith("builtin:"):
+        raise UsageError(f"--dataset={name}: no such built-in dataset; there is builtin:arithmetic")
+    if Path(name).suffix in (".jsonl", ".json") or Path(name).is_file():
+        rows = read_jsonl(Path(name))
+    else:
+        rows = read_hub(name, split)
+    return Dataset(name, map_columns(rows, options))
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """One object per line; UsageError naming file and line otherwise. Blank lines are skipped."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--dataset={path}: cannot be read ({error})") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            rows.append(parse_line(path, number, line))
+    if not rows:
+        raise UsageError(f"--dataset={path}: the file has no rows")
+    return rows
+
+
+def parse_line(path: Path, number: int, line: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{path}:{number}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise UsageError(f"{path}:{number}: a line must be a JSON object, not {type(row).__name__}")
+    return row
+
+
+def read_hub(name: str, split: str) -> list[Row]:
+    """A Hub dataset's split, through the datasets library; "gsm8k" is short for openai/gsm8k."""
+    import datasets  # slow to import, and only needed here
+
+    hub_id, config = (GSM8K, "main") if name in ("gsm8k", GSM8K) else (name, None)
+    try:
+        table = datasets.load_dataset(hub_id, config, split=split)
+    except Exception as error:  # the library raises many kinds for a missing dataset, split or network
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"--dataset={name}: split {split!r} cannot be had from the Hub or its cache ({reason})") from error
+    return [dict(row) for row in table]
+
+
+def map_columns(rows: list[Row], options: DataOptions) -> list[Row]:
+    """Rows with "prompt" and "answer" taken from the columns that the flags name or that are found."""
+    prompt = choose_column(rows[0], "prompt_column", options.prompt_column, PROMPT_COLUMNS)
+    answer = choose_column(rows[0], "answer_column", options.answer_column, ANSWER_COLUMNS)
+    mapped = []
+    for number, row in enumerate(rows, 1):
+        if prompt not in row or answer not in row:
+            missing = prompt if prompt not in row else answer
+            raise UsageError(f"--dataset={options.dataset}: row {number} has no column {missing!r}")
+        mapped.append(row | {"prompt": row[prompt], "answer": str(row[answer])})
+    return mapped
+
+
+def choose_column(row: Row, flag: str, given: str, usual: tuple[str, ...]) -> str:
+    wanted = usual if given == "auto" else (given,)
+    found = next((name for name in wanted if name in row), None)
+    if found is None:
+        raise UsageError(
+            f"--{flag}={given}: the dataset has no column {' or '.join(wanted)}; its columns are {', '.join(row)}"
+        )
+    return found
+
+
+def chat(prompt: str | list[Message], system_prompt: str) -> list[Message]:
+    """Messages of one prompt, the system prompt first unless the prompt brings its own."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system_prompt and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return messages
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Rows whose prompt is short enough, with the prompt's tokens."""
+
+    rows: list[Row]
+    tokens: list[list[int]]
+    dropped: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def tokenize(dataset: Dataset, tokenizer: Tokenizer, options: DataOptions) -> Prompts:
+    """Renders and tokenizes every prompt; those longer than --max_prompt_length are dropped and counted."""
+    system = dataset.system_prompt if options.system_prompt == "auto" else options.system_prompt
+    tokens = tokenizer.encode([tokenizer.render(chat(row["prompt"], system)) for row in dataset.rows])
+    kept = [i for i, row in enumerate(tokens) if 0 < len(row) <= options.max_prompt_length]
+    if not kept:
+        raise UsageError(
+            f"--max_prompt_length={options.max_prompt_length}: every prompt of {dataset.name} is longer; "
+            f"the shortest has {min(map(len, tokens))} tokens"
+        )
+    return Prompts([dataset.rows[i] for i in kept], [tokens[i] for i in kept], len(tokens) - len(kept))
+
+
+def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Rows of step number `step` (from 0): every epoch is shuffled anew, and a function of (seed, epoch) alone.
+
+    >>> sorted(batch_indices(4, 2, 0, 7) + batch_indices(4, 2, 1, 7))
+    [0, 1, 2, 3]
+    """
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    epochs = {position // count for position in positions}
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs}
+    return [int(orders[position // count][position % count]) for position in positions]

@@ -1,0 +1,192 @@
+"""Per-token log-probs and entropy from hidden states, chunked over the vocabulary, the head sharded over `tp`.
+
+The full [rows, V] logits never exist, forward or backward. Forward, rows and vocabulary are both tiled and the softmax
+is accumulated online; backward, only rows are chunked and the probabilities recomputed, because tiling the vocabulary
+there would re-read and re-write the hidden gradient once per tile.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from minigrpo.sharding import DATA, FSDP, TP
+
+LOWEST = -1e30
+"""Stands for -inf where a difference of two of them must not become NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Rows and vocabulary entries per device handled at a time. Sizes change memory and time, no number."""
+
+    rows: int = 512
+    vocab: int = 2048
+    backward_rows: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What turns hidden states into log-probs besides the weights."""
+
+    mesh: Mesh
+    num_tokens: int
+    """Real tokens; head rows past them are padding and never have probability."""
+    temperature: float = 1.0
+    tiles: Tiles = Tiles()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def token_logprobs(
+    head: Head, hidden: Float[Array, "M D"], weights: Float[Array, "V D"], targets: Int[Array, "M"]
+) -> tuple[Float[Array, "M"], Float[Array, "M"]]:
+    """log softmax(hidden @ weights^T / temperature) at `targets`, and the softmax's entropy in nats.
+
+    M must be a multiple of the mesh's devices. The entropy is for reading only: no gradient flows through it.
+    """
+    return forward(head, hidden, weights, targets)[0]
+
+
+def forward(head, hidden, weights, targets):
+    rows, split = PartitionSpec(DATA), PartitionSpec(TP)
+    run = jax.shard_map(
+        functools.partial(local_forward, head),
+        mesh=head.mesh,
+        in_specs=(rows, split, rows),
+        out_specs=(rows, rows, rows),
+        check_vma=False,
+    )
+    logprobs, entropy, log_total = run(hidden, weights.astype(hidden.dtype), targets)
+    return (logprobs, entropy), (hidden, weights, targets, log_total)
+
+
+def backward(head, saved, cotangents):
+    hidden, weights, targets, log_total = saved
+    rows = PartitionSpec(DATA)
+    run = jax.shard_map(
+        functools.partial(local_backward, head),
+        mesh=head.mesh,
+        in_specs=(rows, PartitionSpec(TP), rows, rows, rows),
+        out_specs=(rows, PartitionSpec(TP, FSDP)),
+        check_vma=False,
+    )
+    hidden_grad, weights_grad = run(hidden, weights.astype(hidden.dtype), targets, log_total, cotangents[0])
+    return hidden_grad, weights_grad.astype(weights.dtype), None
+
+
+token_logprobs.defvjp(forward, backward)
+
+
+def in_chunks(size: int, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    """[m, ...] arrays -> [chunks, size, ...], the last chunk filled up with zeros."""
+    chunks = -(-arrays[0].shape[0] // size)
+
+    def split(x):
+        padding = [(0, chunks * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, padding).reshape(chunks, size, *x.shape[1:])
+
+    return tuple(split(x) for x in arrays)
+
+
+def across_tp(x: Array) -> Array:
+    """The rows of all `tp` peers: each of them holds another part of the vocabulary."""
+    return jax.lax.all_gather(x, TP, tiled=True)
+
+
+def own_rows(x: Array, size: int) -> Array:
+    """This device's rows of what `across_tp` brought together."""
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(TP) * size, size)
+
+
+def scaled_logits(head: Head, hidden: Array, weights: Array, first: Array) -> Array:
+    """Logits / temperature in float32 of the vocabulary entries from `first` on; LOWEST where there is no token."""
+    logits = jnp.einsum("MD,VD->MV", hidden, weights, preferred_element_type=jnp.float32) / head.temperature
+    return jnp.where(first + jnp.arange(weights.shape[0]) < head.num_tokens, logits, LOWEST)
+
+
+def local_forward(head: Head, hidden: Array, weights: Array, targets: Array):
+    """One device's rows against its part of the vocabulary -> log-probs, entropy, log of the softmax's total."""
+    size = min(head.tiles.rows, hidden.shape[0])
+    first = jax.lax.axis_index(TP) * weights.shape[0]
+
+    def chunk(rows):
+        stats = softmax_stats(head, across_tp(rows[0]), weights, across_tp(rows[1]), first)
+        peak, total, weighted, at_target = stats
+        top = jax.lax.pmax(peak, TP)
+        rescale = jnp.exp(peak - top)
+        total, weighted = jax.lax.psum((total * rescale, weighted * rescale), TP)
+        log_total = top + jnp.log(total)
+        outs = jax.lax.psum(at_target, TP) - log_total, log_total - weighted / total, log_total
+        return tuple(own_rows(out, size) for out in outs)
+
+    outs = jax.lax.map(chunk, in_chunks(size, (hidden, targets)))
+    return tuple(out.reshape(-1)[: hidden.shape[0]] for out in outs)
+
+
+def softmax_stats(head: Head, hidden: Array, weights: Array, targets: Array, first: Array):
+    """Per row over this device's vocabulary: max, sum of exp, sum of exp * logit, and the target's logit (0 if elsewhere)."""
+    vocab = weights.shape[0]
+    size = min(head.tiles.vocab, vocab)
+
+    def tile(index, stats):
+        peak, total, weighted, at_target = stats
+        start = jnp.minimum(index * size, vocab - size)
+        part = jax.lax.dynamic_slice_in_dim(weights, start, size)
+        logits = scaled_logits(head, hidden, part, first + start)
+        fresh = start + jnp.arange(size) >= index * size
+        logits = jnp.where(fresh, logits, LOWEST)
+        new_peak = jnp.maximum(peak, logits.max(axis=-1))
+        rescale, exps = jnp.exp(peak - new_peak), jnp.exp(logits - new_peak[:, None])
+        hit = (targets[:, None] == first + start + jnp.arange(size)) & fresh
+        return (
+            new_peak,
+            total * rescale + exps.sum(axis=-1),
+            weighted * rescale + (exps * logits).sum(axis=-1),
+            at_target + jnp.where(hit, logits, 0).sum(axis=-1),
+        )
+
+    zeros = jnp.zeros(hidden.shape[0], jnp.float32)
+    return jax.lax.fori_loop(0, -(-vocab // size), tile, (zeros + LOWEST, zeros, zeros, zeros))
+
+
+def local_backward(head: Head, hidden: Array, weights: Array, targets: Array, log_total: Array, cotangent: Array):
+    """Gradients of one device's rows and of its part of the head, for the cotangent of the log-probs."""
+    size = min(head.tiles.backward_rows, hidden.shape[0])
+    first = jax.lax.axis_index(TP) * weights.shape[0]
+    entries = first + jnp.arange(weights.shape[0])
+
+    def chunk(weights_grad, rows):
+        h, t, lse, g = (across_tp(x) for x in rows)
+        probs = jnp.exp(scaled_logits(head, h, weights, first) - lse[:, None])
+        scale = (g / head.temperature)[:, None]
+        logits_grad = (jnp.where(t[:, None] == entries, scale, 0) - scale * probs).astype(h.dtype)
+        hidden_grad = jnp.einsum("MV,VD->MD", logits_grad, weights, preferred_element_type=jnp.float32)
+        weights_grad += jnp.einsum("MV,MD->VD", logits_grad, h, preferred_element_type=jnp.float32)
+        return weights_grad, jax.lax.psum_scatter(hidden_grad, TP, tiled=True).astype(h.dtype)
+
+    zeros = jnp.zeros(weights.shape, jnp.float32)
+    weights_grad, hidden_grad = jax.lax.scan(chunk, zeros, in_chunks(size, (hidden, targets, log_total, cotangent)))
+    hidden_grad = hidden_grad.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    return hidden_grad, jax.lax.psum_scatter(weights_grad, FSDP, scatter_dimension=1, tiled=True)
+
+
+def completion_logprobs(
+    head: Head,
+    hidden: Float[Array, "B T D"],
+    weights: Float[Array, "V D"],
+    prompt_lengths: Int[Array, "B"],
+    completions: Int[Array, "B C"],
+) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+    """Log-prob and entropy of every completion token, given the hidden states of prompt + completion.
+
+    Row b's prompt fills positions 0..prompt_lengths[b]-1 and its completion follows; only completion positions are
+    scored. Values past a completion's end mean nothing: mask them.
+    """
+    batch, length = completions.shape
+    before = jnp.minimum(prompt_lengths[:, None] - 1 + jnp.arange(length), hidden.shape[1] - 1)
+    scored = jnp.take_along_axis(hidden, before[:, :, None], axis=1)
+    logprobs, entropy = token_logprobs(head, scored.reshape(batch * length, -1), weights, completions.reshape(-1))
+    return logprobs.reshape(batch, length), entropy.reshape(batch, length)

@@ -1,0 +1,122 @@
+"""The run folder: metrics.jsonl, sample completions, TensorBoard, and one readable line per step."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from minigrpo.config import UsageError
+
+TIMINGS = ("step_time", "time/", "rollout/tokens_per_second", "device/")
+"""Prefixes of the metrics that measure the machine and so differ between equal runs."""
+
+
+class RunFolder:
+    """Sinks of one run. Only the first process of several writes."""
+
+    def __init__(self, folder: Path, total_steps: int, tensorboard: bool, writes: bool):
+        self.folder = folder
+        self.writes = writes
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard")) if tensorboard and writes else None
+        self.bar = tqdm(total=total_steps, unit="step", disable=not (writes and sys.stderr.isatty()), dynamic_ncols=True)
+
+    def cut_after(self, step: int) -> None:
+        """Forgets what was logged after `step` finished steps: a resumed run logs it again."""
+        self.bar.update(step)
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            path = self.folder / name
+            if self.writes and path.exists():
+                kept = [line for line in path.read_text().splitlines(keepends=True) if line_step(line) <= step]
+                partial = path.with_suffix(".partial")
+                partial.write_text("".join(kept))
+                os.replace(partial, path)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes the metrics of step number `step`, counted from 1, to every sink."""
+        if not self.writes:
+            return
+        self.append("metrics.jsonl", [{"step": step} | metrics])
+        if self.tensorboard:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, step)
+        self.bar.write(step_line(step, self.bar.total, metrics), file=sys.stderr)
+        self.bar.update(1)
+
+    def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Adds one line per row to a JSONL file of the folder, on disk before it returns."""
+        if self.writes:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def say(self, text: str) -> None:
+        if self.writes:
+            self.bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+
+
+def line_step(line: str) -> int:
+    """The step of a metrics line; past every step for a line cut short by a crash."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return sys.maxsize
+
+
+def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
+    """What a person reads of a step."""
+    rewards = " ".join(
+        f"{name.split('/')[1]} {value:.2f}" for name, value in metrics.items() if name.startswith("rewards/") and name.endswith("/mean")
+    )
+    phases = " ".join(f"{name.removeprefix('time/')} {value:.1f}" for name, value in metrics.items() if name.startswith("time/"))
+    return (
+        f"step {step}/{total}  reward {metrics['reward']:.3f} ({rewards})  loss {metrics['loss']:+.4f}  "
+        f"kl {metrics['kl']:.4f}  grad {metrics['grad_norm']:.3f}  length {metrics['completions/mean_length']:.0f} "
+        f"(cut {metrics['completions/clipped_ratio']:.0%})  {metrics['rollout/tokens_per_second']:.0f} tok/s  "
+        f"{metrics['step_time']:.1f} s ({phases})"
+    )
+
+
+def make_folder(folder: Path) -> None:
+    """Creates the run folder and checks that it can be written; UsageError naming it otherwise."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"--output_dir={folder}: cannot be written ({error.strerror or error})") from error
+
+
+def completion_metrics(lengths: np.ndarray, stopped: np.ndarray) -> dict[str, float]:
+    """Lengths in tokens, and the share of completions cut off by the length limit."""
+    ended = lengths[stopped] if stopped.any() else np.zeros(1)
+    return {
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/mean_terminated_length": float(ended.mean()),
+        "completions/clipped_ratio": float(1 - stopped.mean()),
+    }
+
+
+def reward_metrics(total: np.ndarray, parts: dict[str, np.ndarray], group: int) -> dict[str, float]:
+    """Mean reward, mean std inside groups, the share of groups without any, and each function's mean and std."""
+    spread = total.reshape(-1, group).std(axis=1, ddof=1)
+    metrics = {
+        "reward": float(total.mean()),
+        "reward_std": float(spread.mean()),
+        "frac_reward_zero_std": float((spread < 1e-8).mean()),
+    }
+    for name, scores in parts.items():
+        metrics |= {f"rewards/{name}/mean": float(scores.mean()), f"rewards/{name}/std": float(scores.std(ddof=1))}
+    return metrics

@@ -1,0 +1,316 @@
+"""Qwen3 and Qwen2.5 in Flax NNX: tokens -> hidden states, and hidden states -> logits.
+
+The letters of every einsum and of every parameter's `DIMS` entry are the project's:
+B sequences, T query tokens, D embed, F mlp, V vocab, N query heads, K kv heads, H head dim, L layers.
+The model receives its attention as an argument and knows nothing of masks, pages or kernels.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from minigrpo.config import UsageError
+from minigrpo.sharding import Layout
+
+DIMS = {
+    "embed": "VD",
+    "head": "VD",
+    "final_norm": "D",
+    "attn_norm": "LD",
+    "mlp_norm": "LD",
+    "q": "LDNH",
+    "k": "LDKH",
+    "v": "LDKH",
+    "o": "LNHD",
+    "q_bias": "LNH",
+    "k_bias": "LKH",
+    "v_bias": "LKH",
+    "q_norm": "LH",
+    "k_norm": "LH",
+    "gate": "LDF",
+    "up": "LDF",
+    "down": "LFD",
+}
+"""Parameter name -> its dims, one letter each."""
+
+Params = dict[str, Any]
+"""A nested dict of arrays, the pure form of the model's NNX state."""
+
+Attend = Callable[..., tuple[Array, Any]]
+"""attend(layer, q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], carry) -> (out [B,T,N,H], carry)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model, as its checkpoint's config.json states it."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.model_type == "qwen3"
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.model_type == "qwen2"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Dim letter -> size."""
+        return {
+            "V": self.vocab_size,
+            "D": self.hidden_size,
+            "F": self.intermediate_size,
+            "L": self.num_hidden_layers,
+            "N": self.num_attention_heads,
+            "K": self.num_key_value_heads,
+            "H": self.head_dim,
+        }
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.sizes[letter] for letter in DIMS[name])
+
+
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """Reads a Hugging Face config.json; raises UsageError naming the file and the offending field."""
+    try:
+        raw = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not a readable config.json ({error})") from error
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
+    """Turns the fields of a config.json into a ModelConfig; `source` names the file in errors."""
+    kind = raw.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UsageError(f"{source}: model_type {kind!r} is not supported; use a qwen3 or qwen2 (Qwen2.5) checkpoint")
+    refuse_variants(raw, source)
+    rope = raw.get("rope_parameters") or {}
+    try:
+        config = ModelConfig(
+            model_type=kind,
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=raw["num_attention_heads"],
+            num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+            rope_theta=float(raw["rope_theta"] if "rope_theta" in raw else rope["rope_theta"]),
+            rms_norm_eps=float(raw["rms_norm_eps"]),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            max_position_embeddings=raw.get("max_position_embeddings", 32768),
+        )
+    except KeyError as error:
+        raise UsageError(f"{source}: field {error} is missing; it is needed for a {kind} model") from error
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UsageError(
+            f"{source}: num_attention_heads {config.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads {config.num_key_value_heads}"
+        )
+    return config
+
+
+def refuse_variants(raw: dict[str, Any], source: str) -> None:
+    """Raises UsageError for config.json settings that would change the arithmetic and are not implemented."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise UsageError(f"{source}: rope type {rope_type!r} is not supported; only 'default' is")
+    if raw.get("use_sliding_window"):
+        raise UsageError(f"{source}: use_sliding_window=true is not supported; only full attention is")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UsageError(f"{source}: hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is")
+    if raw.get("model_type") == "qwen3" and raw.get("attention_bias"):
+        raise UsageError(f"{source}: attention_bias=true is not supported for qwen3")
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
+    """x / rms(x) * scale over the last dim, in float32 (arXiv:1910.07467)."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (scale.astype(jnp.float32) * normed).astype(x.dtype)
+
+
+def rope_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Array, Array]:
+    """cos and sin [B, T, 1, H/2] of the rotary angles at `positions`, float32 (arXiv:2104.09864)."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: Float[Array, "B T N H"], angles: tuple[Array, Array]) -> Float[Array, "B T N H"]:
+    """Rotates the two halves of each head by `angles`; in x's dtype, products in float32."""
+    cos, sin = angles
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def parameter(config: ModelConfig, name: str) -> nnx.Param:
+    return nnx.Param(jnp.zeros(config.shape(name)))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention of all layers (stacked on L), or of one once a layer is taken out."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        for name in ("q", "k", "v", "o"):
+            setattr(self, name, parameter(config, name))
+        optional = ("q_bias", "k_bias", "v_bias") * config.qkv_bias + ("q_norm", "k_norm") * config.qk_norm
+        for name in optional:
+            setattr(self, name, parameter(config, name))
+
+    def project(self, x: Array) -> tuple[Array, Array, Array]:
+        """x [B,T,D] -> q [B,T,N,H], k [B,T,K,H], v [B,T,K,H] with bias or norm, before rope."""
+        q = jnp.einsum("BTD,DNH->BTNH", x, self.q[...])
+        k = jnp.einsum("BTD,DKH->BTKH", x, self.k[...])
+        v = jnp.einsum("BTD,DKH->BTKH", x, self.v[...])
+        if self.config.qkv_bias:
+            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        if self.config.qk_norm:
+            q = rms_norm(q, self.q_norm[...], self.config.rms_norm_eps)
+            k = rms_norm(k, self.k_norm[...], self.config.rms_norm_eps)
+        return q, k, v
+
+    def __call__(self, x: Array, angles: tuple[Array, Array], layer: Array, attend: Attend, carry: Any):
+        q, k, v = self.project(x)
+        out, carry = attend(layer, apply_rope(q, angles), apply_rope(k, angles), v, carry)
+        return jnp.einsum("BTNH,NHD->BTD", out, self.o[...]), carry
+
+
+def silu(x: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """x * sigmoid(x), by tanh: one transcendental, which XLA on the CPU handles twice as fast as 1 / (1 + exp(-x))."""
+    return x * (0.5 + 0.5 * jnp.tanh(0.5 * x))
+
+
+class Mlp(nnx.Module):
+    """SwiGLU feed-forward (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        for name in ("gate", "up", "down"):
+            setattr(self, name, parameter(config, name))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate = jnp.einsum("BTD,DF->BTF", x, self.gate[...])
+        up = jnp.einsum("BTD,DF->BTF", x, self.up[...])
+        return jnp.einsum("BTF,FD->BTD", silu(gate) * up, self.down[...])
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.attn_norm = parameter(config, "attn_norm")
+        self.mlp_norm = parameter(config, "mlp_norm")
+        self.attention = Attention(config)
+        self.mlp = Mlp(config)
+
+    def __call__(self, x: Array, angles: tuple[Array, Array], layer: Array, attend: Attend, carry: Any):
+        eps = self.config.rms_norm_eps
+        out, carry = self.attention(rms_norm(x, self.attn_norm[...], eps), angles, layer, attend, carry)
+        x = x + out
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...], eps)), carry
+
+
+def unchanged(x):
+    return x
+
+
+class Qwen(nnx.Module):
+    """Decoder-only Qwen3 or Qwen2.5; its layers are stacked on a leading dim and scanned."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.embed = parameter(config, "embed")
+        self.layers = Block(config)
+        self.final_norm = parameter(config, "final_norm")
+        if not config.tie_word_embeddings:
+            self.head = parameter(config, "head")
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        attend: Attend,
+        carry: Any = None,
+        layout: Layout = Layout(),
+        remat: Callable[[Callable], Callable] = unchanged,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Hidden states after the final norm, and what `attend` made of `carry`.
+
+        `layout` says in which dtype and where on the mesh to compute; `remat` wraps the scanned layer, as
+        jax.checkpoint does.
+        """
+        angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        graph, stacked = nnx.split(self.layers)
+
+        def layer(state, scanned):
+            (x, carry), (index, weights) = state, scanned
+            block = nnx.merge(graph, layout.weights(weights))
+            x, carry = block(x, angles, index, attend, carry)
+            return (layout.activations(x), carry), None
+
+        x = layout.activations(layout.embed(self.embed[...], tokens))
+        indices = jnp.arange(self.config.num_hidden_layers)
+        (x, carry), _ = jax.lax.scan(remat(layer), (x, carry), (indices, nnx.to_pure_dict(stacked)))
+        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), carry
+
+    def head_weights(self) -> Float[Array, "V D"]:
+        """The output head, which is the embedding itself when the two are tied."""
+        return self.embed[...] if self.config.tie_word_embeddings else self.head[...]
+
+
+def unembed(hidden: Float[Array, "*B D"], head: Float[Array, "V D"]) -> Float[Array, "*B V"]:
+    """Logits in float32."""
+    return jnp.einsum("...D,VD->...V", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, Params]:
+    """The model's graph and the shapes of its parameters; nothing is allocated."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Qwen(config)))
+    return graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nnx.to_pure_dict(state))
+
+
+def leaf_name(path: tuple) -> str:
+    """The parameter's own name, its key in DIMS, from a jax tree path."""
+    return path[-1].key
+
+
+def init_params(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
+    """Random weights: norms 1, biases 0, the rest normal(0, 0.02), residual outputs scaled by 1/sqrt(2L)."""
+
+    def init(path, leaf):
+        name = leaf_name(path)
+        if name.endswith("norm"):
+            return jnp.ones(leaf.shape, dtype)
+        if name.endswith("bias"):
+            return jnp.zeros(leaf.shape, dtype)
+        scale = 0.02 / math.sqrt(2 * config.num_hidden_layers) if name in ("o", "down") else 0.02
+        return scale * jax.random.normal(jax.random.fold_in(key, list(DIMS).index(name)), leaf.shape, dtype)
+
+    return jax.tree_util.tree_map_with_path(init, abstract_params(config)[1])

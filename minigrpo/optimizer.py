@@ -1,0 +1,73 @@
+"""AdamW with warmup and clipping, and the state that training carries from step to step."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from minigrpo.config import OptimizerOptions
+from minigrpo.model import DIMS, Params, leaf_name
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What an update reads and replaces. Parameters and moments are float32."""
+
+    params: Params
+    opt_state: Any
+    updates: Int[Array, ""]
+    """Updates applied; the learning rate is a function of it."""
+
+
+def learning_rate(options: OptimizerOptions, total: int) -> optax.Schedule:
+    """Schedule over `total` updates: the first warming-up update already moves, and the last one still does."""
+    peak, warmup = options.learning_rate, round(options.warmup_ratio * total)
+    after = {
+        "warmup_cosine": optax.cosine_decay_schedule(peak, max(1, total - warmup + 1)),
+        "warmup_linear": optax.linear_schedule(peak, 0.0, max(1, total - warmup + 1)),
+        "constant": optax.constant_schedule(peak),
+    }[options.lr_schedule]
+    rising = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rising, after], [warmup])
+
+
+def decayed(params: Params) -> Params:
+    """Which parameters weight decay applies to: matrices, not norms or biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(leaf_name(path)), params)
+
+
+def is_matrix(name: str) -> bool:
+    return len(DIMS[name].replace("L", "")) > 1 and not name.endswith("bias")
+
+
+def make_optimizer(options: OptimizerOptions, total: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW (arXiv:1711.05101)."""
+    adamw = optax.adamw(
+        learning_rate(options, total),
+        b1=options.adam_b1,
+        b2=options.adam_b2,
+        weight_decay=options.weight_decay,
+        mask=decayed,
+    )
+    return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), adamw)
+
+
+def init_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+    """A fresh state; the moments are laid out like the parameters."""
+    return TrainState(params, jax.jit(optimizer.init)(params), jnp.int32(0))
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, state: TrainState, loss: Float[Array, ""], grads: Params
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update -> new state and its metrics. A non-finite loss or gradient leaves the state as it was, and is counted."""
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updated = TrainState(optax.apply_updates(state.params, steps), opt_state, state.updates + 1)
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+    return kept, {"grad_norm": norm, "skipped_updates": 1 - finite.astype(jnp.int32)}

@@ -1,0 +1,446 @@
+"""Prompts -> completions: prefill once per prompt, then one device program decodes every completion.
+
+Each device works through its own completions with no collective: weights are gathered once per rollout, prompts are
+prefilled once and their full pages shared by the group, and inside one while loop finished slots give their pages back
+and take the next waiting completion. A completion's random numbers depend on (key, prompt id, index in group,
+position) alone, so neither slots, page size, pool size nor the batch around it change it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from minigrpo import cache
+from minigrpo.attention import causal_attention
+from minigrpo.config import RolloutOptions, UsageError
+from minigrpo.kernels.paged_attention import append_rows, paged_attention
+from minigrpo.model import ModelConfig, Params, unembed
+from minigrpo.sampling import Sampler, sample
+from minigrpo.sharding import DATA, Layout, by_sequence, put, replicated
+
+WAITING, RUNNING, DONE = 0, 1, 2
+PREFILL_ROWS = 8
+"""Prompts prefilled at a time on one device."""
+TAIL_SHRINK = 4
+"""When no completion waits, the batch shrinks by this factor each time the running ones fit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutPlan:
+    """Everything static about a rollout program."""
+
+    model: ModelConfig
+    graph: nnx.GraphDef
+    mesh: Mesh
+    dtype: Any
+    sampler: Sampler
+    num_tokens: int
+    stop_tokens: tuple[int, ...]
+    group: int
+    """Completions per prompt row on one device."""
+    max_tokens: int
+    page_size: int
+    slots: int
+    pool_pages: int
+
+    @property
+    def platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
+
+    def max_pages(self, prompt_width: int) -> int:
+        """Entries of a page table: pages of the longest prompt and completion."""
+        return -(-(prompt_width + self.max_tokens) // self.page_size)
+
+    def own_pages(self) -> int:
+        """Pages one completion may need besides its prompt's shared ones."""
+        return -(-self.max_tokens // self.page_size) + 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """One device's prompts. ids name them for the random numbers; a length of 0 is padding and decodes nothing."""
+
+    tokens: Int[Array, "P T"]
+    lengths: Int[Array, "P"]
+    ids: Int[Array, "P"]
+    first_in_group: Int[Array, "P"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The completions being decoded. `completion` is the number of completions where the slot is empty."""
+
+    completion: Int[Array, "S"]
+    token: Int[Array, "S"]
+    length: Int[Array, "S"]
+    """Tokens in the cache, which is also the position of `token`."""
+    shared: Int[Array, "S"]
+    """Leading page-table entries that belong to the prompt."""
+    table: Int[Array, "S M"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """One device's rollout in progress."""
+
+    pages: Float[Array, "L P S W"]
+    pool: cache.Pool
+    slots: Slots
+    status: Int[Array, "B"]
+    tokens: Int[Array, "B C"]
+    logprobs: Float[Array, "B C"]
+    lengths: Int[Array, "B"]
+    steps: Int[Array, ""]
+    busy: Int[Array, ""]
+    """Sum over steps of slots that were decoding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Completions of P prompts, G each, on the host; row p*G+g is the g-th of prompt p. NumPy arrays."""
+
+    tokens: Int[np.ndarray, "B C"]
+    logprobs: Float[np.ndarray, "B C"]
+    """As the trainer defines them: of the temperature-scaled softmax over all real tokens."""
+    lengths: Int[np.ndarray, "B"]
+    stopped: Bool[np.ndarray, "B"]
+    """Whether the completion ended with a stop token (which is part of it) rather than at the length limit."""
+    decode_steps: int
+    occupancy: float
+    """Mean share of slots that were decoding."""
+
+
+def update(state: State, **fields: Any) -> State:
+    return dataclasses.replace(state, **fields)
+
+
+def running(state: State) -> Bool[Array, "S"]:
+    return state.slots.completion < state.status.shape[0]
+
+
+# Prefill
+
+
+def prompt_tables(plan: RolloutPlan, prompts: Prompts) -> tuple[Int[Array, "P M"], Int[Array, ""]]:
+    """Page table of every prompt, packed from page 0 on, and the number of pages they take.
+
+    A prompt's last token is not prefilled: it is the first token every completion decodes.
+    """
+    needed = (jnp.maximum(prompts.lengths - 1, 0) + plan.page_size - 1) // plan.page_size
+    starts = jnp.cumsum(needed) - needed
+    entries = jnp.arange(plan.max_pages(prompts.tokens.shape[1]))
+    return jnp.where(entries < needed[:, None], starts[:, None] + entries, num_pages(plan, prompts)), needed.sum()
+
+
+def num_pages(plan: RolloutPlan, prompts: Prompts) -> int:
+    """Pages of one device's pool; UsageError when --pool_pages cannot hold even one completion."""
+    rows, width = prompts.tokens.shape
+    for_prompts = rows * -(-width // plan.page_size)
+    slots = min(plan.slots, rows * plan.group)
+    least = for_prompts + plan.own_pages()
+    if plan.pool_pages and plan.pool_pages < least:
+        raise UsageError(
+            f"--pool_pages={plan.pool_pages}: at least {least} pages of {plan.page_size} tokens are needed per device, "
+            f"{for_prompts} for its prompts and {plan.own_pages()} for one completion"
+        )
+    return plan.pool_pages or for_prompts + slots * plan.own_pages()
+
+
+def prefill(plan: RolloutPlan, model: nnx.Module, prompts: Prompts, table: Array, pages: Array) -> Array:
+    """Writes keys and values of every prompt into its pages, PREFILL_ROWS prompts at a time."""
+    rows, width = prompts.tokens.shape
+    chunk = min(PREFILL_ROWS, rows)
+    entries = -(-width // plan.page_size)
+    padded = jnp.pad(prompts.tokens, ((0, -rows % chunk), (0, entries * plan.page_size - width)))
+    targets = jnp.pad(table[:, :entries], ((0, -rows % chunk), (0, 0)), constant_values=pages.shape[1])
+    positions = jnp.broadcast_to(jnp.arange(padded.shape[1]), (chunk, padded.shape[1]))
+
+    def fill(pages, chunked):
+        tokens, targets = chunked
+
+        def attend(layer, q, k, v, pages):
+            kv = jnp.stack([k, v], axis=3).reshape(chunk, entries, plan.page_size, -1).astype(pages.dtype)
+            return causal_attention(plan.platform, q, k, v), pages.at[layer, targets].set(kv, mode="drop")
+
+        return model(tokens, positions, attend, pages, Layout(plan.dtype))[1], None
+
+    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, x.shape[1]), (padded, targets))
+    return jax.lax.scan(fill, pages, chunks)[0]
+
+
+# Scheduling
+
+
+def can_admit(state: State) -> Bool[Array, ""]:
+    """A slot is empty, a completion waits, and a page is left for it beside one for every running slot."""
+    active = running(state)
+    room = (state.pool.top > active.sum()) | ~active.any()
+    return ~active.all() & (state.status == WAITING).any() & room
+
+
+def admit(plan: RolloutPlan, prompts: Prompts, table: Array, state: State) -> State:
+    """Puts the first waiting completion into an empty slot, with its own copy of the prompt's last, partial page."""
+    index = jnp.argmax(state.status == WAITING)
+    slot = jnp.argmin(running(state))
+    prompt = index // plan.group
+    cached = prompts.lengths[prompt] - 1
+    shared = cached // plan.page_size
+    pool, page = cache.take(state.pool, (cached % plan.page_size > 0)[None])
+    source = state.pages[:, jnp.minimum(table[prompt, shared], state.pages.shape[1] - 1)]
+    fresh = Slots(
+        completion=index,
+        token=prompts.tokens[prompt, cached],
+        length=cached,
+        shared=shared,
+        table=table[prompt].at[shared].set(page[0]),
+    )
+    return update(
+        state,
+        pages=state.pages.at[:, page[0]].set(source, mode="drop"),
+        pool=pool,
+        slots=jax.tree.map(lambda all_slots, one: all_slots.at[slot].set(one), state.slots, fresh),
+        status=state.status.at[index].set(RUNNING),
+    )
+
+
+def release(plan: RolloutPlan, state: State, leaving: Bool[Array, "S"], status: int) -> State:
+    """Empties the `leaving` slots, returns their own pages and sets their completions' status."""
+    slots, total = state.slots, state.status.shape[0]
+    own = cache.own_pages(slots.shared, slots.length, plan.page_size, slots.table.shape[1]) & leaving[:, None]
+    return update(
+        state,
+        pool=cache.give_back(state.pool, slots.table.reshape(-1), own.reshape(-1)),
+        slots=dataclasses.replace(slots, completion=jnp.where(leaving, total, slots.completion)),
+        status=state.status.at[jnp.where(leaving, slots.completion, total)].set(status, mode="drop"),
+    )
+
+
+def needs_page(plan: RolloutPlan, state: State) -> Bool[Array, "S"]:
+    return running(state) & (state.slots.length % plan.page_size == 0)
+
+
+def extend(plan: RolloutPlan, state: State) -> State:
+    """Gives a page to every slot about to start one. When there are too few, the youngest completions start over later.
+
+    The oldest unfinished completion is never sent back and its pages always fit, so every completion ends.
+    """
+
+    def evict(state):
+        youngest = jnp.where(running(state), state.slots.completion, -1)
+        return release(plan, state, jnp.arange(youngest.shape[0]) == jnp.argmax(youngest), WAITING)
+
+    def short(state):
+        return needs_page(plan, state).sum() > state.pool.top
+
+    state = jax.lax.while_loop(short, evict, state)
+    wanted = needs_page(plan, state)
+    pool, page = cache.take(state.pool, wanted)
+    slots = state.slots
+    entry = jnp.where(wanted, slots.length // plan.page_size, slots.table.shape[1])
+    table = slots.table.at[jnp.arange(entry.shape[0]), entry].set(page, mode="drop")
+    return update(state, pool=pool, slots=dataclasses.replace(slots, table=table))
+
+
+# Decoding
+
+
+def next_tokens(plan: RolloutPlan, model: nnx.Module, state: State, uniforms: Array) -> tuple[Array, Array, Array]:
+    """Feeds every slot's token through the model -> pages, sampled tokens [S] and their log-probs [S]."""
+    slots, active = state.slots, running(state)
+    rows = jnp.arange(slots.token.shape[0])
+    page = jnp.where(active, slots.table[rows, slots.length // plan.page_size], state.pages.shape[1])
+    lengths = jnp.where(active, slots.length + 1, 0)
+
+    def attend(layer, q, k, v, pages):
+        pages = append_rows(pages, layer, page, slots.length % plan.page_size, k[:, 0], v[:, 0])
+        return paged_attention(q[:, 0], pages, layer, lengths, slots.table)[:, None], pages
+
+    hidden, pages = model(slots.token[:, None], slots.length[:, None], attend, state.pages, Layout(plan.dtype))
+    logits = unembed(hidden[:, 0], model.head_weights())
+    logits = jnp.where(jnp.arange(logits.shape[1]) < plan.num_tokens, logits, -jnp.inf)
+    return pages, *sample(plan.sampler, logits, uniforms)
+
+
+def decode(plan: RolloutPlan, model: nnx.Module, prompts: Prompts, keys: Array, state: State) -> State:
+    """One token for every running slot; completions that end leave their slots."""
+    slots, active = state.slots, running(state)
+    index = jnp.where(active, slots.completion, 0)
+    count = slots.length + 1 - prompts.lengths[index // plan.group]
+    uniforms = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(keys[index], count)
+    pages, tokens, logprobs = next_tokens(plan, model, state, uniforms)
+    at = (slots.completion, count)
+    state = update(
+        state,
+        pages=pages,
+        slots=dataclasses.replace(slots, token=tokens, length=slots.length + active),
+        tokens=state.tokens.at[at].set(tokens, mode="drop"),
+        logprobs=state.logprobs.at[at].set(logprobs, mode="drop"),
+        lengths=state.lengths.at[slots.completion].set(count + 1, mode="drop"),
+        steps=state.steps + 1,
+        busy=state.busy + active.sum(),
+    )
+    ended = active & (jnp.isin(tokens, jnp.array(plan.stop_tokens)) | (count + 1 == plan.max_tokens))
+    return jax.lax.cond(ended.any(), lambda s: release(plan, s, ended, DONE), lambda s: s, state)
+
+
+def shrink(state: State, size: int) -> State:
+    """Keeps `size` slots, the running ones first."""
+    order = jnp.argsort(~running(state), stable=True)[:size]
+    return update(state, slots=jax.tree.map(lambda x: x[order], state.slots))
+
+
+def batch_sizes(slots: int) -> list[int]:
+    """64 -> [64, 16, 4]: the batch's size at first and in the tail."""
+    sizes = [slots]
+    while sizes[-1] > TAIL_SHRINK:
+        sizes.append(-(-sizes[-1] // TAIL_SHRINK))
+    return sizes
+
+
+def decode_all(plan: RolloutPlan, model: nnx.Module, prompts: Prompts, keys: Array, table: Array, state: State) -> State:
+    """Decodes until every completion is done, in a batch that shrinks once fewer are left than it holds."""
+
+    def step(state):
+        state = jax.lax.while_loop(can_admit, functools.partial(admit, plan, prompts, table), state)
+        return decode(plan, model, prompts, keys, extend(plan, state))
+
+    sizes = batch_sizes(state.slots.token.shape[0])
+    for size, following in zip(sizes, sizes[1:] + [0], strict=True):
+        state = shrink(state, size)
+        state = jax.lax.while_loop(lambda s, n=following: (s.status != DONE).sum() > n, step, state)
+    return state
+
+
+def start(plan: RolloutPlan, model: nnx.Module, prompts: Prompts) -> tuple[State, Array]:
+    """The state after prefill, with every slot empty, and the prompts' page tables."""
+    rows, width = prompts.tokens.shape
+    total, slots = rows * plan.group, min(plan.slots, rows * plan.group)
+    table, taken = prompt_tables(plan, prompts)
+    size = num_pages(plan, prompts)
+    pages = cache.empty_pages(plan.model, size, plan.page_size, plan.dtype)
+    pages = prefill(plan, model, prompts, table, pages)
+    zeros = jnp.zeros(slots, jnp.int32)
+    empty = Slots(zeros + total, zeros, zeros, zeros, jnp.full((slots, plan.max_pages(width)), size, jnp.int32))
+    state = State(
+        pages=pages,
+        pool=cache.full_pool(size, taken),
+        slots=empty,
+        status=jnp.where(jnp.repeat(prompts.lengths, plan.group) > 0, WAITING, DONE),
+        tokens=jnp.zeros((total, plan.max_tokens), jnp.int32),
+        logprobs=jnp.zeros((total, plan.max_tokens), jnp.float32),
+        lengths=jnp.zeros(total, jnp.int32),
+        steps=jnp.int32(0),
+        busy=jnp.int32(0),
+    )
+    return state, table
+
+
+def run_device(plan: RolloutPlan, params: Params, prompts: Prompts, key: Array):
+    """One device's whole rollout -> tokens, log-probs, lengths, and [steps, busy] counts."""
+    model = nnx.merge(plan.graph, params)
+    state, table = start(plan, model, prompts)
+    member = prompts.first_in_group[:, None] + jnp.arange(plan.group)
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    keys = jax.vmap(lambda prompt, members: fold(jax.random.fold_in(key, prompt), members))(prompts.ids, member)
+    state = decode_all(plan, model, prompts, keys.reshape(-1), table, state)
+    return state.tokens, state.logprobs, state.lengths, jnp.stack([state.steps, state.busy])[None]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_mesh(plan: RolloutPlan, params: Params, prompts: Prompts, seed: Int[Array, "2"]):
+    """Every device's rollout of its share of the prompts, on weights cast and gathered once."""
+    key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
+    weights = jax.lax.with_sharding_constraint(
+        jax.tree.map(lambda w: w.astype(plan.dtype), params), replicated(plan.mesh)
+    )
+    rows, whole = PartitionSpec(DATA), PartitionSpec()
+    run = jax.shard_map(
+        functools.partial(run_device, plan),
+        mesh=plan.mesh,
+        in_specs=(whole, rows, whole),
+        out_specs=rows,
+        check_vma=False,
+    )
+    return jax.lax.with_sharding_constraint(run(weights, prompts, key), replicated(plan.mesh))
+
+
+def spread(prompts: list[list[int]], ids: list[int], group: int, devices: int, width: int) -> tuple[Prompts, int]:
+    """Rows for all devices: groups are split, or empty prompts added, until the devices divide them; and the row's group."""
+    splits = [k for k in range(1, group + 1) if group % k == 0]
+    split = next((k for k in splits if len(prompts) * k % devices == 0), 1)
+    rows = len(prompts) * split + (-len(prompts) * split) % devices
+    tokens = np.zeros((rows, width), np.int32)
+    lengths, names, first = (np.zeros(rows, np.int32) for _ in range(3))
+    for row in range(len(prompts) * split):
+        prompt = prompts[row // split]
+        tokens[row, : len(prompt)] = prompt
+        lengths[row], names[row], first[row] = len(prompt), ids[row // split], row % split * (group // split)
+    return Prompts(tokens, lengths, names, first), group // split
+
+
+class Roller:
+    """Generates completions with one set of settings; programs are compiled once per shape."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        graph: nnx.GraphDef,
+        mesh: Mesh,
+        dtype: Any,
+        options: RolloutOptions,
+        num_tokens: int,
+        stop_tokens: tuple[int, ...],
+    ):
+        self.mesh = mesh
+        self.options = options
+        self.make_plan: Callable[[int], RolloutPlan] = lambda group: RolloutPlan(
+            model=config,
+            graph=graph,
+            mesh=mesh,
+            dtype=dtype,
+            sampler=Sampler(options.temperature, options.top_k, options.top_p, options.min_p),
+            num_tokens=num_tokens,
+            stop_tokens=stop_tokens,
+            group=group,
+            max_tokens=options.max_completion_length,
+            page_size=options.page_size,
+            slots=options.slots,
+            pool_pages=options.pool_pages,
+        )
+
+    def __call__(
+        self, params: Params, prompts: list[list[int]], ids: list[int], group: int, seed: tuple[int, int]
+    ) -> Rollout:
+        """`group` completions of each prompt (token ids, at least one each).
+
+        `seed` is the run's seed and the step; `ids` name the prompts: together they fix the random numbers.
+        """
+        width = -(-max(map(len, prompts)) // self.options.page_size) * self.options.page_size
+        rows, row_group = spread(prompts, ids, group, self.mesh.size, width)
+        plan = self.make_plan(row_group)
+        device_rows = put(self.mesh, rows, by_sequence(self.mesh))
+        outs = run_mesh(plan, params, device_rows, put(self.mesh, np.array(seed, np.int32), replicated(self.mesh)))
+        tokens, logprobs, lengths, counts = map(np.asarray, outs)
+        total = len(prompts) * group
+        tokens, logprobs, lengths = tokens[:total], logprobs[:total], lengths[:total]
+        last = np.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
+        slots = min(plan.slots, rows.tokens.shape[0] * row_group // self.mesh.size)
+        return Rollout(
+            tokens=tokens,
+            logprobs=logprobs,
+            lengths=lengths,
+            stopped=np.isin(last, plan.stop_tokens),
+            decode_steps=int(counts[:, 0].max()),
+            occupancy=float(counts[:, 1].sum() / max(1, counts[:, 0].sum() * slots)),
+        )

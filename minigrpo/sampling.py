@@ -1,0 +1,84 @@
+"""Next-token sampling: one uniform per row by inverse CDF, and the log-probs the trainer will compare with."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+CDF_BLOCK = 512
+"""Vocabulary entries summed at a time: the row's CDF is built over blocks first, then inside the one block hit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Sampling settings. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave the distribution whole."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are never sampled, so that samples are biased against the recorded log-probs."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+def sample(
+    sampler: Sampler, logits: Float[Array, "B V"], uniforms: Float[Array, "B"]
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """A token per row, and its log-prob under softmax(logits / temperature) before any truncation.
+
+    `logits` hold -inf where there is no token. Greedy rows report the log-prob at temperature 1.
+    """
+    scaled = logits / (sampler.temperature or 1.0)
+    peak = scaled.max(axis=-1, keepdims=True)
+    probs = jnp.exp(scaled - peak)
+    if sampler.temperature == 0:
+        tokens = jnp.argmax(scaled, axis=-1)
+    else:
+        tokens = invert_cdf(truncate(sampler, probs), uniforms)
+    chosen = jnp.take_along_axis(scaled - peak, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - jnp.log(probs.sum(axis=-1))
+
+
+def truncate(sampler: Sampler, probs: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """Zeroes what top-k, then top-p, then min-p leave out; `probs` are relative to their row's maximum of 1."""
+    if sampler.top_k:
+        probs = keep_top_k(probs, min(sampler.top_k, probs.shape[-1]))
+    if sampler.top_p < 1:
+        probs = keep_top_p(probs, sampler.top_p)
+    if sampler.min_p:
+        probs = jnp.where(probs >= sampler.min_p, probs, 0)
+    return probs
+
+
+def keep_top_k(probs: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
+    return jnp.where(probs >= jax.lax.top_k(probs, k)[0][:, -1:], probs, 0)
+
+
+def keep_top_p(probs: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
+    """Keeps the smallest set of likeliest tokens that holds at least p of the mass (arXiv:1904.09751)."""
+    ordered = -jnp.sort(-probs, axis=-1)
+    before = jnp.cumsum(ordered, axis=-1) - ordered
+    kept = before < p * ordered.sum(axis=-1, keepdims=True)
+    return jnp.where(probs >= jnp.where(kept, ordered, jnp.inf).min(axis=-1, keepdims=True), probs, 0)
+
+
+def first_past(cumulative: Float[Array, "B N"], target: Float[Array, "B"]) -> Int[Array, "B"]:
+    """Index of the first entry greater than `target`, at most that of the first to reach the final sum."""
+    past = jnp.sum(cumulative <= target[:, None], axis=-1)
+    return jnp.minimum(past, jnp.sum(cumulative < cumulative[:, -1:], axis=-1))
+
+
+def invert_cdf(probs: Float[Array, "B V"], uniforms: Float[Array, "B"]) -> Int[Array, "B"]:
+    """The token where the row's running sum of unnormalised `probs` passes uniform * total; never one of probability 0."""
+    rows, vocab = probs.shape
+    blocks = jnp.pad(probs, ((0, 0), (0, -vocab % CDF_BLOCK))).reshape(rows, -1, CDF_BLOCK)
+    cumulative = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
+    target = uniforms * cumulative[:, -1]
+    block = first_past(cumulative, target)
+    before = jnp.where(block > 0, jnp.take_along_axis(cumulative, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0)
+    inside = jnp.cumsum(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
+    return block * CDF_BLOCK + first_past(inside, target - before)

@@ -1,0 +1,134 @@
+"""`python -m minigrpo.sft`: supervised warm start on prompt/completion rows, so that a model knows the answer format."""
+
+import dataclasses
+import functools
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from minigrpo import arithmetic, grpo
+from minigrpo.config import (
+    DataOptions,
+    ModelOptions,
+    OptimizerOptions,
+    Options,
+    Settings,
+    UsageError,
+    option,
+    run_command,
+)
+from minigrpo.data import Dataset, Prompts, batch_indices, read_jsonl, tokenize
+from minigrpo.optimizer import TrainState, init_state, learning_rate, make_optimizer
+from minigrpo.sharding import by_sequence, put
+from minigrpo.start import Setup, set_up
+from minigrpo.weights import export
+
+
+@dataclasses.dataclass(frozen=True)
+class SftOptions(Options):
+    """Supervised training"""
+
+    mesh: str = option("auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU")
+    batch_size: int = option(64, "rows per step", low=1)
+    max_steps: int = option(0, "steps; 0 means one pass over the data", low=0)
+    max_completion_length: int = option(512, "rows with longer completions are dropped and counted", low=1)
+    problems: int = option(50_000, "rows of builtin:arithmetic to generate", low=1)
+    seed: int = option(0, "seed of shuffling and random weights", low=0)
+    output_dir: str = option("runs/sft", "folder the trained model is written to")
+    log_steps: int = option(20, "steps between printed lines", low=1)
+
+
+SECTIONS = (ModelOptions, DataOptions, OptimizerOptions, SftOptions)
+
+
+def negative_log_likelihood(batch: grpo.Batch, weights, logprobs, entropy):
+    """Weighted sum of -log p over completion tokens."""
+    return -(weights * logprobs).sum(), {"sums": {"entropy": (entropy * batch.completion_mask).sum()}, "largest": {}}
+
+
+def load_rows(settings: Settings) -> Dataset:
+    """Rows with "prompt" and "completion"."""
+    name = settings[DataOptions].dataset
+    if name == "builtin:arithmetic":
+        rows = arithmetic.problems("train", settings[SftOptions].problems, arithmetic.SFT_START)
+        return Dataset(name, rows, arithmetic.SYSTEM_PROMPT)
+    rows = read_jsonl(Path(name))
+    for number, row in enumerate(rows, 1):
+        missing = [column for column in ("prompt", "completion") if column not in row]
+        if missing:
+            raise UsageError(f"{name}:{number}: no column {missing[0]!r}; sft needs prompt and completion")
+    return Dataset(name, rows, system_prompt="")
+
+
+def make_batch(setup: Setup, data: Prompts, completions: list[list[int]], indices: list[int]) -> grpo.Batch:
+    limit = setup.settings[SftOptions].max_completion_length
+    chosen = [completions[i] for i in indices]
+    width = max(map(len, chosen))
+    rows = np.array([row + [0] * (width - len(row)) for row in chosen], np.int32)
+    prompts = [data.tokens[i] for i in indices]
+    limits = setup.settings[DataOptions].max_prompt_length, limit
+    batch = grpo.assemble(prompts, rows, np.array([len(row) for row in chosen]), limits)
+    return put(setup.mesh, grpo.pad_rows(batch, setup.mesh.size), by_sequence(setup.mesh))
+
+
+def read_data(setup: Setup) -> tuple[Prompts, list[list[int]]]:
+    """Tokenized prompts and completions, the end token included; rows too long are dropped and counted."""
+    settings = setup.settings
+    data = tokenize(load_rows(settings), setup.tokenizer, settings[DataOptions])
+    texts = setup.tokenizer.encode([row["completion"] for row in data.rows])
+    completions = [row + [setup.tokenizer.stop_tokens[-1]] for row in texts]
+    limit = settings[SftOptions].max_completion_length
+    kept = [i for i, row in enumerate(completions) if len(row) <= limit]
+    if not kept:
+        raise UsageError(f"--max_completion_length={limit}: every completion is longer")
+    dropped = data.dropped + len(completions) - len(kept)
+    sys.stderr.write(f"data: {len(kept)} rows, {dropped} dropped as too long\n")
+    return Prompts([data.rows[i] for i in kept], [data.tokens[i] for i in kept], dropped), [completions[i] for i in kept]
+
+
+def train(setup: Setup) -> TrainState:
+    """The training loop."""
+    options = setup.settings[SftOptions]
+    data, completions = read_data(setup)
+    steps = options.max_steps or -(-len(data) // options.batch_size)
+    optimizer = make_optimizer(setup.settings[OptimizerOptions], steps)
+    schedule = learning_rate(setup.settings[OptimizerOptions], steps)
+    trainer = grpo.Trainer(
+        graph=setup.graph,
+        head=setup.head(temperature=1.0),
+        layout=setup.layout,
+        remat=setup.settings[ModelOptions].remat,
+        optimizer=optimizer,
+        objective=negative_log_likelihood,
+        weigh=functools.partial(grpo.token_weights, "bnpo", max_tokens=0),
+        parts=1,
+    )
+    state = init_state(optimizer, setup.load(options.seed))
+    started = time.perf_counter()
+    for step in range(steps):
+        indices = batch_indices(len(data), options.batch_size, step, options.seed)
+        state, metrics = grpo.update(trainer, state, make_batch(setup, data, completions, indices))
+        if (step + 1) % options.log_steps == 0 or step + 1 == steps:
+            seconds = (time.perf_counter() - started) / (step + 1)
+            sys.stderr.write(
+                f"step {step + 1}/{steps}  loss {float(metrics['loss']):.4f}  grad_norm {float(metrics['grad_norm']):.3f}"
+                f"  lr {float(schedule(step)):.2e}  {seconds:.3f} s/step\n"
+            )
+    return state
+
+
+def main(settings: Settings) -> int:
+    if settings[SftOptions].output_dir == settings[ModelOptions].model:
+        raise UsageError(f"--output_dir={settings[SftOptions].output_dir}: is the model's own folder; choose another")
+    setup = set_up(settings, settings[SftOptions].mesh)
+    state = train(setup)
+    folder = Path(setup.settings[SftOptions].output_dir)
+    export(folder, setup.folder, state.params, setup.config, setup.tokenizer.stop_tokens)
+    sys.stderr.write(f"model written to {folder}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command("minigrpo.sft", __doc__ or "", SECTIONS, main)

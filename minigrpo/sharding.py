@@ -1,0 +1,126 @@
+"""The (fsdp, tp) mesh: platform start-up, how every parameter and activation is laid out on it."""
+
+import dataclasses
+import glob
+import importlib.util
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from minigrpo.config import UsageError, parse_mesh
+
+FSDP, TP = "fsdp", "tp"
+DATA = (FSDP, TP)
+"""Activations and sequences are split over both mesh axes: every device is a data-parallel worker."""
+
+AXIS_OF_DIM = {"V": TP, "N": TP, "K": TP, "F": TP, "D": FSDP}
+"""Dim letter -> the mesh axis that shards it; H and L stay whole."""
+
+
+def accelerator_present() -> bool:
+    """Whether a TPU or an NVIDIA GPU that jax can drive is attached, found without starting a backend."""
+    tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    gpu = os.path.exists("/dev/nvidiactl") and any(importlib.util.find_spec(plugin) for plugin in plugins)
+    return bool(tpu or gpu)
+
+
+def start_platform(mesh_flag: str) -> None:
+    """Chooses the platform before jax starts: without an accelerator, the CPU as fsdp*tp virtual devices."""
+    if jax.config.jax_platforms is None and not accelerator_present():
+        jax.config.update("jax_platforms", "cpu")
+    if jax.config.jax_platforms == "cpu" and mesh_flag != "auto":
+        fsdp, tp = parse_mesh(mesh_flag)
+        jax.config.update("jax_num_cpu_devices", fsdp * tp)
+    if jax.config.jax_platforms == "cpu":
+        # One CPU client runs programs one after another: with several virtual devices, concurrent
+        # programs can starve each other's collectives of threads.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def make_mesh(mesh_flag: str) -> Mesh:
+    """The mesh of `--mesh`; UsageError when it does not match the devices there are."""
+    devices = jax.devices()
+    fsdp, tp = (len(devices), 1) if mesh_flag == "auto" else parse_mesh(mesh_flag)
+    if fsdp * tp != len(devices):
+        raise UsageError(
+            f"--mesh={mesh_flag}: {fsdp * tp} devices wanted, {len(devices)} {devices[0].platform} devices found; "
+            f"use --mesh={len(devices)},1 or another pair whose product is {len(devices)}"
+        )
+    return jax.make_mesh((fsdp, tp), DATA, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def spec_of(dims: str) -> PartitionSpec:
+    """Layout of a parameter with these dim letters: 'LDNH' -> P(None, 'fsdp', 'tp', None)."""
+    return PartitionSpec(*(AXIS_OF_DIM.get(letter) for letter in dims))
+
+
+def check_divisible(sizes: dict[str, int], mesh: Mesh) -> None:
+    """UsageError naming the model's size that a mesh axis cannot split."""
+    names = {"V": "vocab_size", "N": "attention heads", "K": "key-value heads", "F": "intermediate_size", "D": "hidden_size"}
+    for letter, axis in AXIS_OF_DIM.items():
+        if sizes[letter] % mesh.shape[axis]:
+            shape = f"{mesh.shape[FSDP]},{mesh.shape[TP]}"
+            raise UsageError(
+                f"--mesh={shape}: {axis}={mesh.shape[axis]} does not divide the model's "
+                f"{sizes[letter]} {names[letter]}; choose an {axis} that does"
+            )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_sequence(mesh: Mesh) -> NamedSharding:
+    """Layout of [B, ...] arrays: sequences over every device."""
+    return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def put(mesh: Mesh, tree: Any, sharding: NamedSharding) -> Any:
+    """Host arrays, equal on every process, -> device arrays laid out by `sharding`."""
+
+    def place(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree)
+
+
+def look_up(table: Float[Array, "v D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """One device's part of an embedding lookup in a table whose rows are split over `tp`, inside shard_map."""
+    tokens = jax.lax.all_gather(tokens, TP, tiled=True)
+    local = tokens - jax.lax.axis_index(TP) * table.shape[0]
+    here = (local >= 0) & (local < table.shape[0])
+    rows = jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0)
+    return jax.lax.psum_scatter(rows, TP, tiled=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a pass through the model computes: in which dtype, and on which mesh (None: inside one device).
+
+    On a mesh, activations are split by sequence over every device and each layer's weights are gathered for use: at
+    these model sizes that moves fewer bytes than tensor-parallel layers (BUILD_NOTES.md).
+    """
+
+    dtype: Any = jnp.float32
+    mesh: Mesh | None = None
+
+    def weights(self, layer: Any) -> Any:
+        """One layer's stored weights -> those computed with."""
+        cast = jax.tree.map(lambda w: w.astype(self.dtype), layer)
+        return cast if self.mesh is None else jax.lax.with_sharding_constraint(cast, replicated(self.mesh))
+
+    def activations(self, x: Array) -> Array:
+        return x if self.mesh is None else jax.lax.with_sharding_constraint(x, by_sequence(self.mesh))
+
+    def embed(self, table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        if self.mesh is None:
+            return table[tokens].astype(self.dtype)
+        specs = {"in_specs": (PartitionSpec(TP), PartitionSpec(DATA)), "out_specs": PartitionSpec(DATA)}
+        return jax.shard_map(look_up, mesh=self.mesh, check_vma=False, **specs)(table.astype(self.dtype), tokens)

@@ -1,0 +1,111 @@
+"""From settings to a model on a mesh: what every command does first."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from minigrpo.config import DataOptions, ModelOptions, RolloutOptions, Settings, UsageError
+from minigrpo.logprobs import Head
+from minigrpo.model import ModelConfig, Params, abstract_params, read_config
+from minigrpo.rollout import Roller
+from minigrpo.sharding import Layout, check_divisible, make_mesh, start_platform
+from minigrpo.tokenizer import Tokenizer, load_tokenizer
+from minigrpo.weights import find_checkpoint, load_params, random_params
+
+TINY = "builtin:tiny"
+RECIPES: dict[str, dict[str, Any]] = {
+    TINY: {
+        "max_prompt_length": 128,
+        "max_completion_length": 96,
+        "temperature": 1.0,
+        "page_size": 16,
+        "learning_rate": 2e-4,
+        "beta": 0.0,
+        "max_grad_norm": 1.0,
+        "weight_decay": 0.0,
+        "max_steps": 100,
+        "remat": "none",
+    }
+}
+"""Defaults that a built-in model carries; explicit flags win."""
+
+DEFAULT_MODEL = "Qwen/Qwen3-1.7B"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A model's shape, tokenizer and place on the mesh; its weights are loaded by `load`."""
+
+    settings: Settings
+    folder: Path
+    config: ModelConfig
+    graph: nnx.GraphDef
+    tokenizer: Tokenizer
+    mesh: Mesh
+    dtype: Any
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.dtype, self.mesh)
+
+    @property
+    def num_tokens(self) -> int:
+        return min(self.tokenizer.num_tokens, self.config.vocab_size)
+
+    def load(self, seed: int = 0) -> Params:
+        """The checkpoint's weights, or random ones with --init=random, as float32 on the mesh."""
+        if self.settings[ModelOptions].init == "random":
+            return random_params(self.config, self.mesh, seed)
+        return load_params(self.folder, self.config, self.mesh)
+
+    def head(self, temperature: float) -> Head:
+        return Head(self.mesh, self.num_tokens, temperature)
+
+    def roller(self, options: RolloutOptions) -> Roller:
+        return Roller(
+            self.config, self.graph, self.mesh, self.dtype, options, self.num_tokens, self.tokenizer.stop_tokens
+        )
+
+
+def resolve(settings: Settings) -> Settings:
+    """Settings with every "auto" that depends on the platform or the model decided, and the model's recipe applied."""
+    on_cpu = jax.default_backend() == "cpu"
+    model = settings[ModelOptions].model
+    model = (TINY if on_cpu else DEFAULT_MODEL) if model == "auto" else model
+    dtype = settings[ModelOptions].compute_dtype
+    values = {"model": model, "compute_dtype": ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype}
+    if DataOptions in settings.sections and settings[DataOptions].dataset == "auto":
+        values["dataset"] = "builtin:arithmetic" if model == TINY else "gsm8k"
+    return settings.with_defaults(RECIPES.get(model, {})).with_values(values)
+
+
+def set_up(settings: Settings, mesh_flag: str) -> Setup:
+    """Starts the platform, finds the checkpoint and reads everything but its weights."""
+    start_platform(mesh_flag)
+    mesh = make_mesh(mesh_flag)
+    settings = resolve(settings)
+    options = settings[ModelOptions]
+    folder = find_checkpoint(options.model)
+    config = read_config(folder / "config.json")
+    check_divisible(config.sizes, mesh)
+    thinking = DataOptions in settings.sections and settings[DataOptions].enable_thinking
+    tokenizer = load_tokenizer(folder, thinking)
+    unknown = [token for token in tokenizer.stop_tokens if token >= config.vocab_size]
+    if unknown:
+        raise UsageError(f"{folder}: end token {unknown[0]} is outside the model's {config.vocab_size} vocabulary rows")
+    if options.compute_dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")
+    return Setup(
+        settings=settings,
+        folder=folder,
+        config=config,
+        graph=abstract_params(config)[0],
+        tokenizer=tokenizer,
+        mesh=mesh,
+        dtype=jnp.dtype(options.compute_dtype),
+    )

@@ -1,0 +1,92 @@
+"""`python -m minigrpo.tiny`: makes the folder builtin:tiny starts from, a config and a tokenizer but no weights.
+
+The weights then come from `python -m minigrpo.sft` (README.md has both commands).
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from minigrpo import arithmetic
+from minigrpo.config import Options, Settings, option, run_command
+from minigrpo.tokenizer import CHATML
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+PIECES = r"\p{N}| ?\p{L}+|[^\p{L}\p{N}\s]+|\s+"
+"""Digits stand alone; words bring their leading space."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyOptions(Options):
+    """Tiny model"""
+
+    output_dir: str = option("runs/tiny", "folder to write")
+    vocab_size: int = option(512, "tokens, special ones included", low=300)
+    hidden_size: int = option(128, "embedding size", low=8)
+    num_hidden_layers: int = option(4, "layers", low=1)
+
+
+def train_tokenizer(vocab_size: int) -> Tokenizer:
+    """A byte-level BPE learned from generated problems and their solutions."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rows = arithmetic.problems("train", 5_000, arithmetic.SFT_START)
+    texts = [row["prompt"] + "\n" + row["completion"] + "\nsystem user assistant\n" for row in rows]
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def model_config(options: TinyOptions) -> dict:
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": options.vocab_size,
+        "hidden_size": options.hidden_size,
+        "intermediate_size": 3 * options.hidden_size,
+        "num_hidden_layers": options.num_hidden_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "rope_theta": 10_000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 1024,
+    }
+
+
+def main(settings: Settings) -> int:
+    options = settings[TinyOptions]
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(options.vocab_size)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ends = [tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>")]
+    files = {
+        "config.json": model_config(options),
+        "generation_config.json": {"eos_token_id": ends},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "chat_template": CHATML,
+        },
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    sys.stderr.write(f"{folder}: {tokenizer.get_vocab_size()} tokens, no weights yet\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command("minigrpo.tiny", __doc__ or "", (TinyOptions,), main)

@@ -1,0 +1,271 @@
+"""`python -m minigrpo.train`: GRPO. Each step: rollout, reward, advantage, update, log."""
+
+import dataclasses
+import functools
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from minigrpo import grpo
+from minigrpo.checkpoint import Checkpoints, check_same_run
+from minigrpo.config import (
+    DataOptions,
+    LossOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RewardOptions,
+    RolloutOptions,
+    RunOptions,
+    Settings,
+    StepOptions,
+    UsageError,
+    run_command,
+)
+from minigrpo.data import Prompts, batch_indices, load_dataset, tokenize
+from minigrpo.evaluate import accuracy
+from minigrpo.memory import choose_parts
+from minigrpo.metrics import RunFolder, completion_metrics, make_folder, reward_metrics
+from minigrpo.model import Params
+from minigrpo.optimizer import TrainState, init_state, learning_rate, make_optimizer
+from minigrpo.rewards import Reward, parse_rewards, score_completions
+from minigrpo.rollout import Roller, Rollout
+from minigrpo.sharding import by_sequence, put
+from minigrpo.start import Setup, set_up
+from minigrpo.weights import export
+
+SECTIONS = (
+    ModelOptions, DataOptions, RolloutOptions, RewardOptions, LossOptions, OptimizerOptions, StepOptions, RunOptions,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a run is made of besides its state."""
+
+    setup: Setup
+    data: Prompts
+    rewards: list[Reward]
+    roller: Roller
+    trainer: grpo.Trainer
+    reference: Params | None
+    total_steps: int
+
+    def options(self, section: type) -> Any:
+        return self.setup.settings[section]
+
+
+def train(job: Job, state: TrainState, first_step: int, folder: RunFolder, checkpoints: Checkpoints) -> TrainState:
+    """The loop."""
+    run, seed = job.options(RunOptions), job.options(StepOptions).seed
+    for step in range(first_step, job.total_steps):
+        clock = Clock()
+        indices = batch_indices(len(job.data), job.options(StepOptions).batch_size, step, seed)
+        rollout = roll_out(job, state, indices, step)
+        clock.mark("time/rollout")
+        rewards, parts, texts = reward(job, rollout, indices)
+        clock.mark("time/reward")
+        batch = make_batch(job, rollout, rewards, indices, state)
+        clock.mark("time/logprobs")
+        state, metrics = improve(job, state, batch)
+        clock.mark("time/update")
+        metrics |= summary(job, rollout, rewards, parts, step, clock)
+        folder.log(step + 1, metrics)
+        folder.append("completions.jsonl", samples(job, step, indices, texts, rewards))
+        if run.save_steps and (step + 1) % run.save_steps == 0:
+            checkpoints.save(step + 1, state)
+        if run.eval_steps and (step + 1) % run.eval_steps == 0:
+            evaluate(job, state, step + 1, folder)
+    return state
+
+
+def roll_out(job: Job, state: TrainState, indices: list[int], step: int) -> Rollout:
+    """--num_generations completions of each of the step's prompts."""
+    options = job.options(StepOptions)
+    prompts = [job.data.tokens[i] for i in indices]
+    return job.roller(state.params, prompts, indices, options.num_generations, (options.seed, step))
+
+
+def reward(job: Job, rollout: Rollout, indices: list[int]) -> tuple[np.ndarray, dict[str, np.ndarray], list[str]]:
+    """Weighted rewards [B], each function's scores, and the completions as text."""
+    rows = [job.data.rows[i] for i in indices for _ in range(job.options(StepOptions).num_generations)]
+    ids = [tokens[:length].tolist() for tokens, length in zip(rollout.tokens, rollout.lengths, strict=True)]
+    texts = job.setup.tokenizer.decode(ids)
+    columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+    arguments = columns | {"prompts": columns["prompt"], "completions": texts, "completion_ids": ids}
+    return *score_completions(job.rewards, job.options(RewardOptions).reward_timeout, arguments), texts
+
+
+def make_batch(job: Job, rollout: Rollout, rewards: np.ndarray, indices: list[int], state: TrainState) -> grpo.Batch:
+    """The update's input on the mesh: advantages, and old and reference log-probs where the loss needs them."""
+    options = job.options(StepOptions)
+    group = options.num_generations
+    limits = job.options(DataOptions).max_prompt_length, job.options(RolloutOptions).max_completion_length
+    prompts = [job.data.tokens[i] for i in indices for _ in range(group)]
+    batch = grpo.assemble(prompts, rollout.tokens, rollout.lengths, limits)
+    batch = dataclasses.replace(
+        batch,
+        advantages=grpo.group_advantages(rewards, group, job.options(RewardOptions).scale_rewards),
+        rollout_logprobs=rollout.logprobs[:, : batch.completions.shape[1]],
+    )
+    mesh = job.setup.mesh
+    batch = put(mesh, grpo.pad_rows(batch, mesh.size * job.trainer.parts), by_sequence(mesh))
+    old = grpo.batch_logprobs(job.trainer, state.params, batch) if options.num_iterations > 1 else None
+    ref = None if job.reference is None else grpo.batch_logprobs(job.trainer, job.reference, batch)
+    return jax.block_until_ready(dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref))
+
+
+def improve(job: Job, state: TrainState, batch: grpo.Batch) -> tuple[TrainState, dict[str, float]]:
+    """--num_iterations updates on the batch; metrics are the last one's, with the learning rate it used."""
+    schedule = learning_rate(job.options(OptimizerOptions), total_updates(job.options(StepOptions), job.total_steps))
+    for _ in range(job.options(StepOptions).num_iterations):
+        rate = float(schedule(int(state.updates)))
+        state, metrics = grpo.update(job.trainer, state, batch)
+    return state, {name: float(value) for name, value in metrics.items()} | {"learning_rate": rate}
+
+
+class Clock:
+    """Seconds of each phase of a step."""
+
+    def __init__(self):
+        self.started = self.last = time.perf_counter()
+        self.phases: dict[str, float] = {}
+
+    def mark(self, name: str) -> None:
+        now = time.perf_counter()
+        self.phases[name], self.last = now - self.last, now
+
+    def total(self) -> float:
+        return self.last - self.started
+
+
+def summary(job: Job, rollout: Rollout, rewards: np.ndarray, parts: dict, step: int, clock: Clock) -> dict[str, float]:
+    """The step's metrics besides the update's own."""
+    options = job.options(StepOptions)
+    memory = jax.local_devices()[0].memory_stats() or {}
+    return (
+        {"epoch": (step + 1) * options.batch_size / len(job.data), "num_tokens": float(rollout.lengths.sum())}
+        | reward_metrics(rewards, parts, options.num_generations)
+        | completion_metrics(rollout.lengths, rollout.stopped)
+        | {"rollout/occupancy": rollout.occupancy, "step_time": clock.total()}
+        | clock.phases
+        | {"rollout/tokens_per_second": rollout.lengths.sum() / clock.phases["time/rollout"]}
+        | ({"device/peak_bytes": memory["peak_bytes_in_use"]} if "peak_bytes_in_use" in memory else {})
+    )
+
+
+def samples(job: Job, step: int, indices: list[int], texts: list[str], rewards: np.ndarray) -> list[dict[str, Any]]:
+    """The first completions of the step, one per prompt, with their rewards."""
+    group = job.options(StepOptions).num_generations
+    shown = range(min(job.options(RunOptions).log_completions, len(indices)))
+    return [
+        {
+            "step": step + 1,
+            "prompt": job.data.rows[indices[i]]["prompt"],
+            "completion": texts[i * group],
+            "reward": float(rewards[i * group]),
+        }
+        for i in shown
+    ]
+
+
+def evaluate(job: Job, state: TrainState, step: int, folder: RunFolder) -> None:
+    """Greedy accuracy on held-out prompts, to evaluations.jsonl."""
+    result = accuracy(job.setup, state.params, job.options(RunOptions).eval_size)
+    folder.append("evaluations.jsonl", [{"step": step} | result])
+    folder.say(f"step {step}: greedy accuracy {result['accuracy']:.1%} of {result['problems']} held-out problems")
+
+
+# Setting up and ending
+
+
+def total_updates(options: StepOptions, steps: int) -> int:
+    return steps * options.num_iterations
+
+
+def make_job(setup: Setup) -> Job:
+    settings = setup.settings
+    steps = settings[StepOptions]
+    dataset = load_dataset(settings[DataOptions], "train")
+    data = tokenize(dataset, setup.tokenizer, settings[DataOptions])
+    sys.stderr.write(f"data: {len(data)} prompts of {dataset.name}, {data.dropped} dropped as too long\n")
+    total = steps.max_steps or max(1, round(steps.num_epochs * len(data) / steps.batch_size))
+    flag = settings[RewardOptions].reward
+    rewards = parse_rewards(dataset.reward if flag == "auto" else flag)
+    roller = setup.roller(settings[RolloutOptions])
+    if settings[RolloutOptions].temperature == 0:
+        raise UsageError("--temperature=0: greedy completions of a group are all equal and teach nothing; use 0.9 or so")
+    if settings[RolloutOptions].top_k or settings[RolloutOptions].top_p < 1 or settings[RolloutOptions].min_p:
+        sys.stderr.write("note: top_k, top_p and min_p sample from another distribution than is trained, which biases it\n")
+    loss = settings[LossOptions]
+    limit = settings[RolloutOptions].max_completion_length
+    trainer = grpo.Trainer(
+        graph=setup.graph,
+        head=setup.head(settings[RolloutOptions].temperature),
+        layout=setup.layout,
+        remat=settings[ModelOptions].remat,
+        optimizer=make_optimizer(settings[OptimizerOptions], total_updates(steps, total)),
+        objective=functools.partial(grpo.policy_loss, loss),
+        weigh=functools.partial(grpo.token_weights, loss.loss_type, max_tokens=limit),
+        parts=choose_parts(setup, steps.batch_size * steps.num_generations),
+    )
+    reference = setup.load(steps.seed) if loss.beta > 0 else None
+    return Job(setup, data, rewards, roller, trainer, reference, total)
+
+
+def open_folder(setup: Setup) -> Path:
+    """The run folder, new or to be resumed; UsageError rather than a mix of two runs."""
+    options = setup.settings[RunOptions]
+    folder = Path(time.strftime("runs/%Y%m%d-%H%M%S") if options.output_dir == "auto" else options.output_dir)
+    if options.resume:
+        if options.output_dir == "auto":
+            raise UsageError("--resume: name the run to continue with --output_dir")
+        check_same_run(folder, setup.settings.as_dict())
+    elif (folder / "metrics.jsonl").exists():
+        raise UsageError(f"--output_dir={folder}: holds a run already; continue it with --resume or name another folder")
+    make_folder(folder)
+    return folder
+
+
+def announce(job: Job, folder: Path) -> None:
+    """Every value used, once, and where things go."""
+    values = job.setup.settings.as_dict()
+    sys.stderr.write("settings: " + " ".join(f"{name}={value}" for name, value in values.items()) + "\n")
+    devices = job.setup.mesh.devices
+    sys.stderr.write(
+        f"mesh: fsdp={devices.shape[0]} tp={devices.shape[1]} of {devices.flat[0].device_kind} devices; "
+        f"update in {job.trainer.parts} parts; run folder {folder}\n"
+    )
+    if job.reference is None and job.options(StepOptions).num_iterations == 1:
+        sys.stderr.write("note: on-policy with --beta=0 the loss is about 0 by construction; watch reward and grad_norm\n")
+
+
+def main(settings: Settings) -> int:
+    setup = set_up(settings, settings[RunOptions].mesh)
+    options = setup.settings[RunOptions]
+    folder = open_folder(setup)
+    job = make_job(setup)
+    announce(job, folder)
+    first_step, state = 0, init_state(job.trainer.optimizer, setup.load(job.options(StepOptions).seed))
+    checkpoints = Checkpoints(folder / "checkpoints", options.save_total_limit)
+    log = RunFolder(folder, job.total_steps, options.report_to == "tensorboard", jax.process_index() == 0)
+    if options.resume:
+        first_step, state = checkpoints.restore(state)
+        log.cut_after(first_step)
+        log.say(f"resumed after step {first_step}")
+    else:
+        setup.settings.save(folder)
+    state = train(job, state, first_step, log, checkpoints)
+    checkpoints.save(job.total_steps, state)
+    checkpoints.close()
+    log.close()
+    export(folder / "final", setup.folder, state.params, setup.config, setup.tokenizer.stop_tokens)
+    sys.stderr.write(f"done: {job.total_steps} steps; model in {folder / 'final'}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command("minigrpo.train", __doc__ or "", SECTIONS, main)

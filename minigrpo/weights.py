@@ -1,0 +1,274 @@
+"""Safetensors <-> sharded parameters by one table, strict both ways; checkpoint folders and Hub ids."""
+
+import collections
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import ml_dtypes
+import numpy as np
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from jax.sharding import Mesh, NamedSharding
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from minigrpo.config import UsageError
+from minigrpo.model import ARCHITECTURES, DIMS, ModelConfig, Params, abstract_params, init_params, leaf_name
+from minigrpo.sharding import spec_of
+from minigrpo.tokenizer import FILES
+
+BUILTIN = {"builtin:tiny": Path(__file__).parent / "builtin"}
+SHARD_BYTES = 4 << 30
+"""Largest safetensors file written."""
+
+HUB_NAMES = {
+    "embed": "model.embed_tokens.weight",
+    "head": "lm_head.weight",
+    "final_norm": "model.norm.weight",
+    "attn_norm": "model.layers.{}.input_layernorm.weight",
+    "mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
+    "q": "model.layers.{}.self_attn.q_proj.weight",
+    "k": "model.layers.{}.self_attn.k_proj.weight",
+    "v": "model.layers.{}.self_attn.v_proj.weight",
+    "o": "model.layers.{}.self_attn.o_proj.weight",
+    "q_bias": "model.layers.{}.self_attn.q_proj.bias",
+    "k_bias": "model.layers.{}.self_attn.k_proj.bias",
+    "v_bias": "model.layers.{}.self_attn.v_proj.bias",
+    "q_norm": "model.layers.{}.self_attn.q_norm.weight",
+    "k_norm": "model.layers.{}.self_attn.k_norm.weight",
+    "gate": "model.layers.{}.mlp.gate_proj.weight",
+    "up": "model.layers.{}.mlp.up_proj.weight",
+    "down": "model.layers.{}.mlp.down_proj.weight",
+}
+"""Parameter name -> its tensor's name in a Hugging Face checkpoint, {} being the layer."""
+
+INPUT_DIMS = {"q": "D", "k": "D", "v": "D", "o": "NH", "gate": "D", "up": "D", "down": "F"}
+"""Dims of a linear layer's input. A Hub matrix is [out, in] with each side's dims flattened; ours is [*in, *out]."""
+
+
+# Finding a checkpoint
+
+
+def find_checkpoint(name: str) -> Path:
+    """The local folder of a built-in, local or Hub model, downloaded into the Hub cache if need be."""
+    if name.startswith("builtin:"):
+        if name not in BUILTIN:
+            raise UsageError(f"--model={name}: no such built-in model; there is {', '.join(BUILTIN)}")
+        return BUILTIN[name]
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UsageError(f"--model={name}: neither a folder here nor a Hub id of the form OWNER/NAME")
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UsageError(f"--model={name}: no such model on the Hub, or HF_TOKEN may not read it") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UsageError(f"--model={name}: not in the Hub cache, and the Hub cannot be reached; pass a folder") from error
+
+
+# Reading
+
+
+class Checkpoint:
+    """The tensors of a folder's safetensors files, opened once and read by slice."""
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack):
+        self.folder = folder
+        self.files: dict[str, list[Path]] = collections.defaultdict(list)
+        self.handles: dict[Path, Any] = {}
+        paths = sorted(folder.glob("*.safetensors"))
+        if not paths:
+            raise UsageError(f"{folder}: no .safetensors file; --init=random starts without weights")
+        for path in paths:
+            try:
+                self.handles[path] = stack.enter_context(safe_open(path, framework="numpy"))
+            except (SafetensorError, OSError) as error:
+                raise UsageError(f"{path}: not a complete safetensors file ({error})") from error
+            for name in self.handles[path].keys():
+                self.files[name].append(path)
+
+    def slice_of(self, name: str) -> Any:
+        return self.handles[self.files[name][0]].get_slice(name)
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor name a checkpoint of this model must hold, with its shape."""
+    tensors = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)[1]):
+        name = leaf_name(path)
+        layers = range(config.num_hidden_layers) if "L" in DIMS[name] else [0]
+        for layer in layers:
+            tensors[HUB_NAMES[name].format(layer)] = hub_shape(name, leaf.shape[DIMS[name].count("L") :])
+    return tensors
+
+
+def hub_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape in the checkpoint of one layer's parameter of our `shape`."""
+    if name in INPUT_DIMS:
+        inputs = len(INPUT_DIMS[name])
+        return int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs]))
+    return shape if len(shape) == 2 and name in ("embed", "head") else (int(np.prod(shape)),)
+
+
+def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """UsageError that names every missing, unexpected, duplicate and misshapen tensor at once."""
+    expected = expected_tensors(config)
+    found = checkpoint.files
+    tied = {HUB_NAMES["head"]} if config.tie_word_embeddings else set()
+    faults = [f"missing {name}" for name in expected if name not in found]
+    faults += [f"unexpected {name}" for name in found if name not in expected and name not in tied]
+    for name, paths in found.items():
+        if len(paths) > 1:
+            faults.append(f"{name} is in both {' and '.join(path.name for path in paths)}")
+        shape = tuple(checkpoint.slice_of(name).get_shape())
+        if name in expected and shape != expected[name]:
+            faults.append(f"{name} has shape {list(shape)}, not {list(expected[name])}")
+    if faults:
+        raise UsageError(f"{checkpoint.folder}: {len(faults)} faults in its tensors: {'; '.join(faults)}")
+
+
+def read_part(checkpoint: Checkpoint, config: ModelConfig, name: str, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    """The part `index` of one of our parameters, reading only the matching slice of each tensor."""
+    shape = config.shape(name)
+    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+    if "L" not in DIMS[name]:
+        return read_layer(checkpoint.slice_of(HUB_NAMES[name]), name, shape, bounds).astype(dtype)
+    out = np.empty([end - start for start, end in bounds], dtype)
+    for row, layer in enumerate(range(*bounds[0])):
+        out[row] = read_layer(checkpoint.slice_of(HUB_NAMES[name].format(layer)), name, shape[1:], bounds[1:])
+    return out
+
+
+def read_layer(tensor: Any, name: str, shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> np.ndarray:
+    """One layer's part: the flattened [out, in] rows and columns that cover it, turned into [*in, *out]."""
+    inputs = len(INPUT_DIMS.get(name, ""))
+    if not inputs:
+        return flat_part(tensor, shape, bounds) if len(tensor.get_shape()) == 1 else tensor[slice(*bounds[0]), slice(*bounds[1])]
+    rows, columns = flat_bounds(shape[inputs:], bounds[inputs:]), flat_bounds(shape[:inputs], bounds[:inputs])
+    matrix = tensor[slice(*rows), slice(*columns)]
+    sizes = [end - start for start, end in bounds]
+    return matrix.T.reshape(sizes)
+
+
+def flat_bounds(shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> tuple[int, int]:
+    """Start and end in the flattened dims of a part that is whole in all dims but the first."""
+    inner = int(np.prod(shape[1:]))
+    return bounds[0][0] * inner, bounds[0][1] * inner
+
+
+def flat_part(tensor: Any, shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> np.ndarray:
+    return tensor[slice(*flat_bounds(shape, bounds))].reshape([end - start for start, end in bounds])
+
+
+def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype: Any = np.float32) -> Params:
+    """The folder's weights as parameters laid out on the mesh; each device reads only its own slice."""
+    with contextlib.ExitStack() as stack:
+        checkpoint = Checkpoint(folder, stack)
+        check_tensors(checkpoint, config)
+
+        def load(path, leaf):
+            name = leaf_name(path)
+            sharding = NamedSharding(mesh, spec_of(DIMS[name]))
+            return jax.make_array_from_callback(
+                leaf.shape, sharding, lambda index: read_part(checkpoint, config, name, index, dtype)
+            )
+
+        return jax.tree_util.tree_map_with_path(load, abstract_params(config)[1])
+
+
+def random_params(config: ModelConfig, mesh: Mesh, seed: int, dtype: Any = np.float32) -> Params:
+    """Random weights made on the mesh, in place."""
+
+    def sharding(path, leaf):
+        return NamedSharding(mesh, spec_of(DIMS[leaf_name(path)]))
+
+    shardings = jax.tree_util.tree_map_with_path(sharding, abstract_params(config)[1])
+    make = jax.jit(lambda: init_params(config, jax.random.key(seed), dtype), out_shardings=shardings)
+    return make()
+
+
+# Writing
+
+
+def hub_tensors(params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and value of every tensor of the checkpoint, one at a time on the host."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = leaf_name(path)
+        for layer in range(leaf.shape[0]) if "L" in DIMS[name] else [None]:
+            value = np.asarray(leaf if layer is None else leaf[layer]).astype(dtype)
+            if name in INPUT_DIMS:
+                inputs = int(np.prod(value.shape[: len(INPUT_DIMS[name])]))
+                value = value.reshape(inputs, -1).T
+            elif name not in ("embed", "head"):
+                value = value.reshape(-1)
+            yield HUB_NAMES[name].format(layer), np.ascontiguousarray(value)
+
+
+def config_json(config: ModelConfig, stop_tokens: tuple[int, ...], dtype: Any) -> dict[str, Any]:
+    """The config.json that transformers, vLLM and SGLang read."""
+    own = {field: value for field, value in vars(config).items()}
+    return own | {
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "attention_bias": config.qkv_bias,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "torch_dtype": np.dtype(dtype).name,
+        "use_sliding_window": False,
+        "eos_token_id": stop_tokens[0] if len(stop_tokens) == 1 else list(stop_tokens),
+    }
+
+
+def shards(params: Params, dtype: Any) -> Iterator[dict[str, np.ndarray]]:
+    """The checkpoint's tensors in groups of at most SHARD_BYTES."""
+    group: dict[str, np.ndarray] = {}
+    for name, value in hub_tensors(params, dtype):
+        if group and sum(v.nbytes for v in group.values()) + value.nbytes > SHARD_BYTES:
+            yield group
+            group = {}
+        group[name] = value
+    yield group
+
+
+def export(
+    folder: Path, source: Path, params: Params, config: ModelConfig, stop_tokens: tuple[int, ...], dtype: Any = ml_dtypes.bfloat16
+) -> None:
+    """Writes a Hub-format model folder; it appears under its name only when complete.
+
+    `source` is the checkpoint whose tokenizer files go along.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    index: dict[str, str] = {}
+    for number, group in enumerate(shards(params, dtype), 1):
+        file = f"model-{number:05d}.safetensors"
+        save_file(group, partial / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(group, file)
+    name_files(partial, index)
+    (partial / "config.json").write_text(json.dumps(config_json(config, stop_tokens, dtype), indent=2) + "\n")
+    for name in FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, partial / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def name_files(folder: Path, index: dict[str, str]) -> None:
+    """Gives the numbered files their Hub names: model.safetensors alone, or model-i-of-n with an index."""
+    files = sorted(set(index.values()))
+    if len(files) == 1:
+        (folder / files[0]).rename(folder / "model.safetensors")
+        return
+    names = {file: file.replace(".safetensors", f"-of-{len(files):05d}.safetensors") for file in files}
+    for file, name in names.items():
+        (folder / file).rename(folder / name)
+    weight_map = {tensor: names[file] for tensor, file in index.items()}
+    text = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(text + "\n")
