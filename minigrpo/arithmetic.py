@@ -4,7 +4,22 @@ import random
 import zlib
 from collections.abc import Callable
 
-NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kira", "Leo", "Maria", "Noah")
+NAMES = (
+    "Anna",
+    "Ben",
+    "Carla",
+    "David",
+    "Emma",
+    "Farid",
+    "Grace",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Kira",
+    "Leo",
+    "Maria",
+    "Noah",
+)
 THINGS = ("apples", "books", "cards", "coins", "marbles", "pencils", "shells", "stamps", "stickers", "tickets")
 PLACES = ("shop", "school", "market", "library", "museum", "garden")
 TEST_SHARE = 10
@@ -13,8 +28,14 @@ TEST_SHARE = 10
 SFT_START = 1_000_000
 """Number of the first problem used for warm starts: GRPO's training problems are others."""
 
-LARGEST = 99
-"""Largest starting number; running totals stay at or below ten times this."""
+LARGEST = 50
+"""Largest starting number."""
+
+LARGEST_CHANGE = 30
+"""Most that one sentence adds or takes away."""
+
+LARGEST_FACTOR = 4
+"""A total of at most half of LARGEST may be multiplied by up to this."""
 
 SYSTEM_PROMPT = ""
 """None: the built-in model was warmed up without one."""
@@ -28,7 +49,7 @@ def another(rng: random.Random, name: str) -> str:
 
 
 def gain(rng: random.Random, total: int, name: str, thing: str) -> Step:
-    n = rng.randint(2, LARGEST)
+    n = rng.randint(2, LARGEST_CHANGE)
     sentence = rng.choice(
         (
             f"{name} gets {n} more {thing}.",
@@ -41,7 +62,7 @@ def gain(rng: random.Random, total: int, name: str, thing: str) -> Step:
 
 
 def loss(rng: random.Random, total: int, name: str, thing: str) -> Step:
-    n = rng.randint(1, total)
+    n = rng.randint(1, min(total, LARGEST_CHANGE))
     sentence = rng.choice(
         (
             f"{name} loses {n} {thing}.",
@@ -54,7 +75,7 @@ def loss(rng: random.Random, total: int, name: str, thing: str) -> Step:
 
 
 def multiply(rng: random.Random, total: int, name: str, thing: str) -> Step:
-    n = rng.randint(2, 5)
+    n = rng.randint(2, LARGEST_FACTOR)
     sentence = rng.choice(
         (
             f"{name} then collects until there are {n} times as many {thing}.",
@@ -65,7 +86,7 @@ def multiply(rng: random.Random, total: int, name: str, thing: str) -> Step:
 
 
 def choose_step(rng: random.Random, total: int) -> Callable[..., Step]:
-    allowed = [gain] + [loss] * (total > 1) + [multiply] * (2 <= total <= LARGEST)
+    allowed = [gain] + [loss] * (total > 1) + [multiply] * (2 <= total <= LARGEST // 2)
     return rng.choice(allowed)
 
 

@@ -17,9 +17,7 @@ HIDDEN = -1e30
 """Score of a masked position."""
 
 
-def attend_block(
-    q: Float[Array, "T N H"], k: Float[Array, "S K H"], v: Float[Array, "S K H"]
-) -> Float[Array, "T N H"]:
+def attend_block(q: Float[Array, "T N H"], k: Float[Array, "S K H"], v: Float[Array, "S K H"]) -> Float[Array, "T N H"]:
     """Attention of the last T of S positions to every position not after them."""
     queries, heads, dim = q.shape
     keys, kv_heads = k.shape[:2]

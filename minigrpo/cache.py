@@ -18,8 +18,8 @@ from minigrpo.model import ModelConfig
 class Pool:
     """Free pages: stack[:top], taken from the end. A page number >= the pool's size stands for no page."""
 
-    stack: Int[Array, "P"]
-    top: Int[Array, ""]
+    stack: Any  # int32 [P]
+    top: Any  # int32 scalar
 
 
 def empty_pages(config: ModelConfig, num_pages: int, page_size: int, dtype: Any) -> Array:
@@ -28,7 +28,7 @@ def empty_pages(config: ModelConfig, num_pages: int, page_size: int, dtype: Any)
     return jnp.zeros((config.num_hidden_layers, num_pages, page_size, width), dtype)
 
 
-def full_pool(num_pages: int, reserved: int) -> Pool:
+def full_pool(num_pages: int, reserved: Int[Array, ""]) -> Pool:
     """Every page but the first `reserved` is free."""
     free = num_pages - reserved
     stack = jnp.arange(num_pages, dtype=jnp.int32) + reserved

@@ -43,15 +43,21 @@ class Checkpoints:
         self.manager.save(step, args=ocp.args.StandardSave(flatten(state)))
 
     def restore(self, like: Any) -> tuple[int, Any]:
-        """The newest complete checkpoint as (step, state), laid out like `like`; unreadable ones are named and skipped."""
+        """The newest complete checkpoint as (step, state), laid out like `like`; unusable ones are named."""
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), flatten(like))
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
                 return step, unflatten(like, self.manager.restore(step, args=ocp.args.StandardRestore(shapes)))
-            except Exception as error:  # a torn checkpoint surfaces as any of orbax's, tensorstore's or the system's errors
+            except (
+                Exception
+            ) as error:  # a torn checkpoint surfaces as any of orbax's, tensorstore's or the system's errors
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                sys.stderr.write(f"checkpoint {self.folder / str(step)} is not usable, trying the one before: {reason}\n")
-        raise UsageError(f"--resume: no usable checkpoint in {self.folder}; start without --resume in another --output_dir")
+                sys.stderr.write(
+                    f"checkpoint {self.folder / str(step)} is not usable, trying the one before: {reason}\n"
+                )
+        raise UsageError(
+            f"--resume: no usable checkpoint in {self.folder}; start without --resume in another --output_dir"
+        )
 
     def close(self) -> None:
         """Waits for saves under way."""

@@ -55,16 +55,13 @@ class ModelOptions(Options):
     model: str = option(
         "auto", "Hub id, local folder or builtin:tiny; auto is Qwen/Qwen3-1.7B on TPU and GPU, builtin:tiny on CPU"
     )
-    init: str = option("weights", "load the checkpoint's weights, or draw them at random", choices=("weights", "random"))
+    init: str = option(
+        "weights", "load the checkpoint's weights, or draw them at random", choices=("weights", "random")
+    )
     compute_dtype: str = option(
         "auto",
         "dtype of activations and of the rollout's weights; auto is bfloat16 on TPU and GPU, float32 on CPU",
         choices=("auto", "float32", "bfloat16"),
-    )
-    remat: str = option(
-        "full",
-        "what the backward pass recomputes: nothing, all but matrix products, or whole layers",
-        choices=("none", "dots", "full"),
     )
 
 
@@ -102,7 +99,7 @@ class RewardOptions(Options):
 
     reward: str = option(
         "auto",
-        "comma-separated reward functions, each NAME or path.py:FUNCTION, optionally *WEIGHT; auto is the dataset's own",
+        "reward functions, NAME or path.py:FUNCTION, each with *WEIGHT or not, by commas; auto is the dataset's own",
     )
     reward_timeout: float = option(60.0, "seconds one call of a reward function may take", above=0.0)
     scale_rewards: str = option(
@@ -122,7 +119,7 @@ class LossOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions(Options):
-    """Optimizer"""
+    """Update"""
 
     learning_rate: float = option(3e-6, "peak learning rate of AdamW", above=0.0)
     lr_schedule: str = option(
@@ -133,6 +130,11 @@ class OptimizerOptions(Options):
     adam_b2: float = option(0.99, "AdamW second-moment decay", low=0.0, high=1.0)
     weight_decay: float = option(0.1, "AdamW weight decay of matrices (norms and biases have none)", low=0.0)
     max_grad_norm: float = option(0.1, "gradients are clipped to this global norm", above=0.0)
+    remat: str = option(
+        "full",
+        "what the backward pass recomputes: nothing, all but matrix products, or whole layers",
+        choices=("none", "dots", "full"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +163,7 @@ class RunOptions(Options):
     save_total_limit: int = option(2, "checkpoints kept", low=1)
     eval_steps: int = option(0, "steps between greedy evaluations on held-out prompts; 0 means never", low=0)
     eval_size: int = option(500, "held-out prompts per evaluation", low=1)
+    eval_dataset: str = option("auto", "dataset of those prompts; auto is the test split of --dataset, if it has one")
     log_completions: int = option(4, "sample completions written per step", low=0)
     report_to: str = option("tensorboard", "extra metric sink besides metrics.jsonl", choices=("tensorboard", "none"))
 
@@ -212,7 +215,9 @@ class Settings:
         return Settings({kind: update(section) for kind, section in self.sections.items()}, self.explicit)
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: value for section in self.sections.values() for name, value in dataclasses.asdict(section).items()}
+        return {
+            name: value for section in self.sections.values() for name, value in dataclasses.asdict(section).items()
+        }
 
     def save(self, folder: Path) -> None:
         """Writes config.json, and flags.txt which `--flagfile` reads back to run the same again."""
@@ -238,23 +243,25 @@ def parse_flags(argv: list[str], sections: tuple[type[Options], ...]) -> Setting
     return Settings(built, explicit)
 
 
-def help_text(command: str, caption: str, sections: tuple[type[Options], ...]) -> str:
+def help_text(command: str, caption: str, sections: tuple[type[Options], ...], footer: str) -> str:
     """The --help page: every flag under its area, with its default and choices."""
-    lines = [caption, "", f"usage: python -m {command} [--flag=value ...] [--flagfile=FILE]"]
+    lines = [caption, "", f"usage: {command} [--flag=value ...] [--flagfile=FILE]"]
     for section in sections:
         lines += ["", f"{section.__doc__}:"]
         for field in dataclasses.fields(section):
             choices = "|".join(map(str, field.metadata["choices"])) or field_type(field).__name__
             default = "" if field.default in (None, "") else f" [{field.default}]"
             lines += [f"  --{field.name}={choices}{default}", f"      {field.metadata['help']}"]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", footer] if footer else lines)
 
 
-def run_command(command: str, caption: str, sections: tuple[type[Options], ...], main: Callable[[Settings], int]) -> None:
+def run_command(
+    command: str, caption: str, sections: tuple[type[Options], ...], main: Callable[[Settings], int], footer: str = ""
+) -> None:
     """Parses sys.argv, runs `main` and exits: bad input is one line on stderr and code 2, never a traceback."""
     argv = sys.argv[1:]
     if any(arg in ("--help", "-h", "-help", "--helpfull") for arg in argv):
-        sys.stdout.write(help_text(command, caption, sections) + "\n")
+        sys.stdout.write(help_text(command, caption, sections, footer) + "\n")
         sys.exit(0)
     try:
         sys.exit(main(parse_flags(argv, sections)))

@@ -42,11 +42,16 @@ def load_dataset(options: DataOptions, split: str) -> Dataset:
         return Dataset(name, arithmetic.problems(split, count), arithmetic.SYSTEM_PROMPT)
     if name.startswith("builtin:"):
         raise UsageError(f"--dataset={name}: no such built-in dataset; there is builtin:arithmetic")
-    if Path(name).suffix in (".jsonl", ".json") or Path(name).is_file():
-        rows = read_jsonl(Path(name))
-    else:
-        rows = read_hub(name, split)
-    return Dataset(name, map_columns(rows, options))
+    return Dataset(name, map_columns(read_rows(name, split), options))
+
+
+def is_file(name: str) -> bool:
+    """Whether --dataset means a JSONL file rather than a built-in or Hub dataset."""
+    return Path(name).suffix in (".jsonl", ".json") or Path(name).is_file()
+
+
+def read_rows(name: str, split: str) -> list[Row]:
+    return read_jsonl(Path(name)) if is_file(name) else read_hub(name, split)
 
 
 def read_jsonl(path: Path) -> list[Row]:
@@ -83,7 +88,9 @@ def read_hub(name: str, split: str) -> list[Row]:
         table = datasets.load_dataset(hub_id, config, split=split)
     except Exception as error:  # the library raises many kinds for a missing dataset, split or network
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"--dataset={name}: split {split!r} cannot be had from the Hub or its cache ({reason})") from error
+        raise UsageError(
+            f"--dataset={name}: split {split!r} cannot be had from the Hub or its cache ({reason})"
+        ) from error
     return [dict(row) for row in table]
 
 

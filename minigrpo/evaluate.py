@@ -1,4 +1,4 @@
-"""`python -m minigrpo.evaluate`: accuracy of a model's greedy answers on held-out problems."""
+"""`python -m minigrpo.evaluate`: accuracy of a model's answers to held-out problems."""
 
 import dataclasses
 import json
@@ -32,16 +32,16 @@ class EvalOptions(Options):
 
     mesh: str = option("auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU")
     eval_size: int = option(500, "held-out problems answered", low=1)
-    seed: int = option(0, "seed of random weights", low=0)
+    seed: int = option(0, "seed of sampling and of random weights", low=0)
 
 
 SECTIONS = (ModelOptions, DataOptions, RolloutOptions, EvalOptions)
 
 
-def held_out(setup: Setup, size: int) -> Prompts:
-    dataset = load_dataset(setup.settings[DataOptions], "test")
+def held_out(setup: Setup, options: DataOptions, size: int) -> Prompts:
+    dataset = load_dataset(options, "test")
     dataset = dataclasses.replace(dataset, rows=dataset.rows[:size])
-    return tokenize(dataset, setup.tokenizer, setup.settings[DataOptions])
+    return tokenize(dataset, setup.tokenizer, options)
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
@@ -51,11 +51,12 @@ def interval(share: float, count: int) -> tuple[float, float]:
     return (centre - half) / (1 + Z95**2 / count), (centre + half) / (1 + Z95**2 / count)
 
 
-def accuracy(setup: Setup, params: Params, size: int) -> dict[str, float]:
-    """Share of the first `size` held-out problems whose greedy answer is right."""
-    problems = held_out(setup, size)
-    greedy = dataclasses.replace(setup.settings[RolloutOptions], temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
-    rollout = setup.roller(greedy)(params, problems.tokens, list(range(len(problems))), 1, (0, 0))
+def accuracy(
+    setup: Setup, params: Params, data: DataOptions, decoding: RolloutOptions, size: int, seed: int = 0
+) -> dict[str, float]:
+    """Share of the first `size` held-out problems that are answered rightly, one answer each."""
+    problems = held_out(setup, data, size)
+    rollout = setup.roller(decoding)(params, problems.tokens, list(range(len(problems))), 1, (seed, 0))
     pairs = zip(rollout.tokens, rollout.lengths, strict=True)
     texts = setup.tokenizer.decode([tokens[:length] for tokens, length in pairs])
     right = sum(same_answer(text, row["answer"]) for text, row in zip(texts, problems.rows, strict=True))
@@ -65,10 +66,13 @@ def accuracy(setup: Setup, params: Params, size: int) -> dict[str, float]:
 def main(settings: Settings) -> int:
     setup = set_up(settings, settings[EvalOptions].mesh)
     started = time.perf_counter()
-    result = accuracy(setup, setup.load(settings[EvalOptions].seed), settings[EvalOptions].eval_size)
+    options = settings[EvalOptions]
+    final = setup.settings.with_defaults({"temperature": 0.0})
+    params = setup.load(options.seed)
+    result = accuracy(setup, params, final[DataOptions], final[RolloutOptions], options.eval_size, options.seed)
     low, high = interval(result["accuracy"], int(result["problems"]))
     sys.stderr.write(
-        f"{setup.settings[ModelOptions].model} on {setup.settings[DataOptions].dataset}: greedy accuracy "
+        f"{setup.settings[ModelOptions].model} on {setup.settings[DataOptions].dataset}: accuracy "
         f"{result['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) of {result['problems']} problems\n"
     )
     extra = {"interval": [low, high], "seconds": time.perf_counter() - started, "platform": jax.default_backend()}
@@ -77,4 +81,6 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    run_command("minigrpo.evaluate", __doc__ or "", SECTIONS, main)
+    run_command(
+        "python -m minigrpo.evaluate", __doc__ or "", SECTIONS, main, "Here --temperature is 0 unless given: greedy."
+    )

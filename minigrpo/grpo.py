@@ -42,16 +42,16 @@ class Batch:
     completions [8, 2, 0], completion_lengths 2.
     """
 
-    tokens: Int[Array, "B T"]
-    prompt_lengths: Int[Array, "B"]
-    completions: Int[Array, "B C"]
-    completion_lengths: Int[Array, "B"]
-    advantages: Float[Array, "B"]
-    rollout_logprobs: Float[Array, "B C"]
+    tokens: Any  # int32 [B, T]
+    prompt_lengths: Any  # int32 [B]
+    completions: Any  # int32 [B, C]
+    completion_lengths: Any  # int32 [B]
+    advantages: Any  # float [B]
+    rollout_logprobs: Any  # float [B, C]
     """Recorded by the sampler."""
-    old_logprobs: Float[Array, "B C"] | None = None
+    old_logprobs: Any = None  # float [B, C] or None
     """Of the policy that sampled, recomputed by the trainer; None when this update is the first on these samples."""
-    ref_logprobs: Float[Array, "B C"] | None = None
+    ref_logprobs: Any = None  # float [B, C] or None
 
     @property
     def completion_mask(self) -> Bool[Array, "B C"]:
@@ -86,9 +86,12 @@ def bucket(size: int, limit: int) -> int:
 
 
 def assemble(
-    prompts: list[list[int]], completions: Int[np.ndarray, "B C"], lengths: Int[np.ndarray, "B"], limits: tuple[int, int]
+    prompts: list[list[int]],
+    completions: Int[np.ndarray, "B C"],
+    lengths: Int[np.ndarray, "B"],
+    limits: tuple[int, int],
 ) -> Batch:
-    """Token rows of prompt + completion, as short as the longest needs; `limits` are the longest prompt and completion."""
+    """Token rows of prompt + completion, as short as the longest allows; `limits` are on prompt and completion."""
     width = bucket(int(lengths.max()), limits[1])
     kept = np.zeros((len(prompts), width), np.int32)
     kept[:, : completions.shape[1]] = completions[:, :width]
@@ -135,7 +138,7 @@ def weights_bnpo(mask: Float[Array, "B C"]) -> Float[Array, "B C"]:
 
 
 def weights_dr_grpo(mask: Float[Array, "B C"], max_tokens: int) -> Float[Array, "B C"]:
-    """Sum over tokens divided by completions times the length limit, so that length has no weight (arXiv:2503.20783)."""
+    """Sum over tokens divided by completions times the length limit, length having no weight (arXiv:2503.20783)."""
     return mask / (jnp.maximum((mask.sum(axis=1) > 0).sum(), 1) * max_tokens)
 
 
@@ -156,7 +159,7 @@ def clipped_objective(ratio: Array, advantages: Array, low: float, high: float) 
 
 
 def kl_k3(logprobs: Float[Array, "B C"], ref_logprobs: Float[Array, "B C"]) -> Float[Array, "B C"]:
-    """Schulman's k3 estimate of KL(policy || reference): r - 1 - log r with r = ref / policy (arXiv:2402.03300, eq. 4)."""
+    """The k3 estimate of KL(policy || reference): r - 1 - log r with r = ref / policy (arXiv:2402.03300, eq. 4)."""
     log_ratio = ref_logprobs - logprobs
     return jnp.expm1(log_ratio) - log_ratio
 
@@ -192,7 +195,7 @@ def policy_loss(
 # The device programs
 
 Objective = Callable[[Batch, Array, Array, Array], tuple[Float[Array, ""], dict[str, Any]]]
-"""(batch, weights, logprobs, entropy) -> the batch's share of the loss, and {"sums": ..., "largest": ...} for metrics."""
+"""(batch, weights, logprobs, entropy) -> a share of the loss, and {"sums": ..., "largest": ...} for metrics."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,18 +116,23 @@ def local_forward(head: Head, hidden: Array, weights: Array, targets: Array):
         stats = softmax_stats(head, across_tp(rows[0]), weights, across_tp(rows[1]), first)
         peak, total, weighted, at_target = stats
         top = jax.lax.pmax(peak, TP)
-        rescale = jnp.exp(peak - top)
-        total, weighted = jax.lax.psum((total * rescale, weighted * rescale), TP)
+        total, weighted = jax.lax.psum(shift(peak, top, total, weighted), TP)
         log_total = top + jnp.log(total)
-        outs = jax.lax.psum(at_target, TP) - log_total, log_total - weighted / total, log_total
+        outs = jax.lax.psum(at_target, TP) - log_total, jnp.log(total) - weighted / total, log_total
         return tuple(own_rows(out, size) for out in outs)
 
     outs = jax.lax.map(chunk, in_chunks(size, (hidden, targets)))
     return tuple(out.reshape(-1)[: hidden.shape[0]] for out in outs)
 
 
+def shift(peak: Array, to: Array, total: Array, weighted: Array) -> tuple[Array, Array]:
+    """Sums of e and of e * x, with x = logit - peak and e = exp(x), as they are for the higher peak `to`."""
+    rescale = jnp.exp(peak - to)
+    return total * rescale, (weighted + (peak - to) * total) * rescale
+
+
 def softmax_stats(head: Head, hidden: Array, weights: Array, targets: Array, first: Array):
-    """Per row over this device's vocabulary: max, sum of exp, sum of exp * logit, and the target's logit (0 if elsewhere)."""
+    """Per row over this device's vocabulary: the peak, `shift`'s two sums, and the target's logit (0 if elsewhere)."""
     vocab = weights.shape[0]
     size = min(head.tiles.vocab, vocab)
 
@@ -139,12 +144,14 @@ def softmax_stats(head: Head, hidden: Array, weights: Array, targets: Array, fir
         fresh = start + jnp.arange(size) >= index * size
         logits = jnp.where(fresh, logits, LOWEST)
         new_peak = jnp.maximum(peak, logits.max(axis=-1))
-        rescale, exps = jnp.exp(peak - new_peak), jnp.exp(logits - new_peak[:, None])
+        below = logits - new_peak[:, None]
+        exps = jnp.exp(below)
+        total, weighted = shift(peak, new_peak, total, weighted)
         hit = (targets[:, None] == first + start + jnp.arange(size)) & fresh
         return (
             new_peak,
-            total * rescale + exps.sum(axis=-1),
-            weighted * rescale + (exps * logits).sum(axis=-1),
+            total + exps.sum(axis=-1),
+            weighted + (exps * below).sum(axis=-1),
             at_target + jnp.where(hit, logits, 0).sum(axis=-1),
         )
 

@@ -1,7 +1,7 @@
 """How many parts an update is computed in, from counted bytes and the device's memory."""
 
 from minigrpo.attention import QUERY_BLOCK
-from minigrpo.config import DataOptions, ModelOptions, RolloutOptions, StepOptions, UsageError
+from minigrpo.config import DataOptions, OptimizerOptions, RolloutOptions, StepOptions, UsageError
 from minigrpo.start import Setup
 
 CPU_BUDGET = 2 << 30
@@ -16,7 +16,7 @@ def activation_bytes(setup: Setup, length: int) -> int:
     config, item = setup.config, setup.dtype.itemsize
     heads = config.num_attention_heads * config.head_dim
     working = 6 * config.hidden_size + 4 * heads + 4 * config.intermediate_size
-    saved = {"none": working, "dots": working, "full": config.hidden_size}[setup.settings[ModelOptions].remat]
+    saved = {"none": working, "dots": working, "full": config.hidden_size}[setup.settings[OptimizerOptions].remat]
     scores = 3 * config.num_attention_heads * min(QUERY_BLOCK, length) * length * 4
     return length * item * (working + config.num_hidden_layers * saved) + scores
 

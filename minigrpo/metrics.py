@@ -24,7 +24,9 @@ class RunFolder:
         self.folder = folder
         self.writes = writes
         self.tensorboard = SummaryWriter(str(folder / "tensorboard")) if tensorboard and writes else None
-        self.bar = tqdm(total=total_steps, unit="step", disable=not (writes and sys.stderr.isatty()), dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total_steps, unit="step", disable=not (writes and sys.stderr.isatty()), dynamic_ncols=True
+        )
 
     def cut_after(self, step: int) -> None:
         """Forgets what was logged after `step` finished steps: a resumed run logs it again."""
@@ -75,9 +77,13 @@ def line_step(line: str) -> int:
 def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
     """What a person reads of a step."""
     rewards = " ".join(
-        f"{name.split('/')[1]} {value:.2f}" for name, value in metrics.items() if name.startswith("rewards/") and name.endswith("/mean")
+        f"{name.split('/')[1]} {value:.2f}"
+        for name, value in metrics.items()
+        if name.startswith("rewards/") and name.endswith("/mean")
     )
-    phases = " ".join(f"{name.removeprefix('time/')} {value:.1f}" for name, value in metrics.items() if name.startswith("time/"))
+    phases = " ".join(
+        f"{name.removeprefix('time/')} {value:.1f}" for name, value in metrics.items() if name.startswith("time/")
+    )
     return (
         f"step {step}/{total}  reward {metrics['reward']:.3f} ({rewards})  loss {metrics['loss']:+.4f}  "
         f"kl {metrics['kl']:.4f}  grad {metrics['grad_norm']:.3f}  length {metrics['completions/mean_length']:.0f} "
@@ -86,13 +92,19 @@ def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
     )
 
 
+def check_writable(folder: Path) -> None:
+    """UsageError when the run folder could not be made or written; makes nothing."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UsageError(f"--output_dir={folder}: cannot be written, {existing} is a file")
+    if not os.access(existing, os.W_OK):
+        raise UsageError(f"--output_dir={folder}: cannot be written, no permission in {existing}")
+
+
 def make_folder(folder: Path) -> None:
-    """Creates the run folder and checks that it can be written; UsageError naming it otherwise."""
+    """Creates the run folder; UsageError naming it when the system refuses."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_text("")
-        probe.unlink()
     except OSError as error:
         raise UsageError(f"--output_dir={folder}: cannot be written ({error.strerror or error})") from error
 

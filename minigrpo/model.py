@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from minigrpo.config import UsageError
-from minigrpo.sharding import Layout
+from minigrpo.sharding import ONE_DEVICE, Layout
 
 DIMS = {
     "embed": "VD",
@@ -178,11 +178,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         self.config = config
-        for name in ("q", "k", "v", "o"):
-            setattr(self, name, parameter(config, name))
-        optional = ("q_bias", "k_bias", "v_bias") * config.qkv_bias + ("q_norm", "k_norm") * config.qk_norm
-        for name in optional:
-            setattr(self, name, parameter(config, name))
+        self.q, self.k, self.v, self.o = (parameter(config, name) for name in ("q", "k", "v", "o"))
+        if config.qkv_bias:
+            self.q_bias, self.k_bias, self.v_bias = (parameter(config, f"{name}_bias") for name in ("q", "k", "v"))
+        if config.qk_norm:
+            self.q_norm, self.k_norm = parameter(config, "q_norm"), parameter(config, "k_norm")
 
     def project(self, x: Array) -> tuple[Array, Array, Array]:
         """x [B,T,D] -> q [B,T,N,H], k [B,T,K,H], v [B,T,K,H] with bias or norm, before rope."""
@@ -211,8 +211,7 @@ class Mlp(nnx.Module):
     """SwiGLU feed-forward (arXiv:2002.05202)."""
 
     def __init__(self, config: ModelConfig):
-        for name in ("gate", "up", "down"):
-            setattr(self, name, parameter(config, name))
+        self.gate, self.up, self.down = (parameter(config, name) for name in ("gate", "up", "down"))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate = jnp.einsum("BTD,DF->BTF", x, self.gate[...])
@@ -258,7 +257,7 @@ class Qwen(nnx.Module):
         positions: Int[Array, "B T"],
         attend: Attend,
         carry: Any = None,
-        layout: Layout = Layout(),
+        layout: Layout = ONE_DEVICE,
         remat: Callable[[Callable], Callable] = unchanged,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Hidden states after the final norm, and what `attend` made of `carry`.

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from minigrpo.config import OptimizerOptions
 from minigrpo.model import DIMS, Params, leaf_name
@@ -19,7 +19,7 @@ class TrainState:
 
     params: Params
     opt_state: Any
-    updates: Int[Array, ""]
+    updates: Any  # int32 scalar
     """Updates applied; the learning rate is a function of it."""
 
 
@@ -27,8 +27,8 @@ def learning_rate(options: OptimizerOptions, total: int) -> optax.Schedule:
     """Schedule over `total` updates: the first warming-up update already moves, and the last one still does."""
     peak, warmup = options.learning_rate, round(options.warmup_ratio * total)
     after = {
-        "warmup_cosine": optax.cosine_decay_schedule(peak, max(1, total - warmup + 1)),
-        "warmup_linear": optax.linear_schedule(peak, 0.0, max(1, total - warmup + 1)),
+        "warmup_cosine": optax.cosine_decay_schedule(peak, max(1, total - warmup)),
+        "warmup_linear": optax.linear_schedule(peak, 0.0, max(1, total - warmup)),
         "constant": optax.constant_schedule(peak),
     }[options.lr_schedule]
     rising = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
@@ -64,8 +64,8 @@ def init_state(optimizer: optax.GradientTransformation, params: Params) -> Train
 def apply_gradients(
     optimizer: optax.GradientTransformation, state: TrainState, loss: Float[Array, ""], grads: Params
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update -> new state and its metrics. A non-finite loss or gradient leaves the state as it was, and is counted."""
-    norm = optax.global_norm(grads)
+    """One update -> new state and its metrics. A non-finite loss or gradient leaves the state unchanged, and counts."""
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
     updated = TrainState(optax.apply_updates(state.params, steps), opt_state, state.updates + 1)

@@ -23,7 +23,7 @@ from minigrpo.config import UsageError
 RewardFunction = Callable[..., Sequence[float]]
 
 LONGEST = 20_000
-"""Characters of a completion that are looked at, counted from its end, where the answer is: bounds the time of hostile ones."""
+"""Characters of a completion that are looked at, from its end, where the answer is: bounds the time of hostile ones."""
 
 NUMBER = re.compile(r"-?\$?\d[\d,]{0,40}(?:\.\d{1,40})?|-?\$?\.\d{1,40}")
 PLAIN_NUMBER = re.compile(r"-?(?:\d+(?:\.\d*)?|\.\d+)")
@@ -136,7 +136,9 @@ def correctness(completions: Sequence[str], answer: Sequence[str], **_: Any) -> 
 
 def integer(completions: Sequence[str], **_: Any) -> list[float]:
     """0.5 when the content of the <answer> tags is a whole number."""
-    return [0.5 * bool(re.fullmatch(r"-?\d{1,40}", between(text, "<answer>", "</answer>") or "")) for text in completions]
+    return [
+        0.5 * bool(re.fullmatch(r"-?\d{1,40}", between(text, "<answer>", "</answer>") or "")) for text in completions
+    ]
 
 
 def strict_format(completions: Sequence[str], **_: Any) -> list[float]:
@@ -225,7 +227,7 @@ def load_function(path: Path, name: str) -> RewardFunction:
 
 
 def call_reward(reward: Reward, timeout: float, arguments: dict[str, Any]) -> Float[np.ndarray, "B"]:
-    """The function's scores; UsageError naming it when it raises, takes too long, or returns anything but finite floats."""
+    """The function's scores; UsageError naming it when it raises, hangs, or returns anything but finite floats."""
     outcome: dict[str, Any] = {}
 
     def call():
@@ -258,7 +260,9 @@ def check_scores(name: str, scores: Any, count: int) -> Float[np.ndarray, "B"]:
     except (TypeError, ValueError) as error:
         raise UsageError(f"reward {name}: returned {scores!r:.80}, not a list of floats") from error
     if values.shape != (count,):
-        raise UsageError(f"reward {name}: returned shape {list(values.shape)} for {count} completions; one float each is due")
+        raise UsageError(
+            f"reward {name}: returned shape {list(values.shape)} for {count} completions; one float each is due"
+        )
     bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
     if bad:
         raise UsageError(f"reward {name}: returned {values[bad[0]]} for completion {bad[0]}; scores must be finite")

@@ -8,7 +8,6 @@ position) alone, so neither slots, page size, pool size nor the batch around it 
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from minigrpo import cache
 from minigrpo.attention import causal_attention
 from minigrpo.config import RolloutOptions, UsageError
 from minigrpo.kernels.paged_attention import append_rows, paged_attention
-from minigrpo.model import ModelConfig, Params, unembed
+from minigrpo.model import ModelConfig, Params, Qwen, unembed
 from minigrpo.sampling import Sampler, sample
 from minigrpo.sharding import DATA, Layout, by_sequence, put, replicated
 
@@ -69,10 +68,10 @@ class RolloutPlan:
 class Prompts:
     """One device's prompts. ids name them for the random numbers; a length of 0 is padding and decodes nothing."""
 
-    tokens: Int[Array, "P T"]
-    lengths: Int[Array, "P"]
-    ids: Int[Array, "P"]
-    first_in_group: Int[Array, "P"]
+    tokens: Any  # int32 [P, T]
+    lengths: Any  # int32 [P]
+    ids: Any  # int32 [P]
+    first_in_group: Any  # int32 [P]
 
 
 @jax.tree_util.register_dataclass
@@ -80,13 +79,13 @@ class Prompts:
 class Slots:
     """The completions being decoded. `completion` is the number of completions where the slot is empty."""
 
-    completion: Int[Array, "S"]
-    token: Int[Array, "S"]
-    length: Int[Array, "S"]
+    completion: Any  # int32 [S]
+    token: Any  # int32 [S]
+    length: Any  # int32 [S]
     """Tokens in the cache, which is also the position of `token`."""
-    shared: Int[Array, "S"]
+    shared: Any  # int32 [S]
     """Leading page-table entries that belong to the prompt."""
-    table: Int[Array, "S M"]
+    table: Any  # int32 [S, M]
 
 
 @jax.tree_util.register_dataclass
@@ -94,15 +93,15 @@ class Slots:
 class State:
     """One device's rollout in progress."""
 
-    pages: Float[Array, "L P S W"]
+    pages: Any  # float [L, P, S, W]
     pool: cache.Pool
     slots: Slots
-    status: Int[Array, "B"]
-    tokens: Int[Array, "B C"]
-    logprobs: Float[Array, "B C"]
-    lengths: Int[Array, "B"]
-    steps: Int[Array, ""]
-    busy: Int[Array, ""]
+    status: Any  # int32 [B]
+    tokens: Any  # int32 [B, C]
+    logprobs: Any  # float [B, C]
+    lengths: Any  # int32 [B]
+    steps: Any  # int32 scalar
+    busy: Any  # int32 scalar
     """Sum over steps of slots that were decoding."""
 
 
@@ -157,7 +156,7 @@ def num_pages(plan: RolloutPlan, prompts: Prompts) -> int:
     return plan.pool_pages or for_prompts + slots * plan.own_pages()
 
 
-def prefill(plan: RolloutPlan, model: nnx.Module, prompts: Prompts, table: Array, pages: Array) -> Array:
+def prefill(plan: RolloutPlan, model: Qwen, prompts: Prompts, table: Array, pages: Array) -> Array:
     """Writes keys and values of every prompt into its pages, PREFILL_ROWS prompts at a time."""
     rows, width = prompts.tokens.shape
     chunk = min(PREFILL_ROWS, rows)
@@ -255,7 +254,7 @@ def extend(plan: RolloutPlan, state: State) -> State:
 # Decoding
 
 
-def next_tokens(plan: RolloutPlan, model: nnx.Module, state: State, uniforms: Array) -> tuple[Array, Array, Array]:
+def next_tokens(plan: RolloutPlan, model: Qwen, state: State, uniforms: Array) -> tuple[Array, Array, Array]:
     """Feeds every slot's token through the model -> pages, sampled tokens [S] and their log-probs [S]."""
     slots, active = state.slots, running(state)
     rows = jnp.arange(slots.token.shape[0])
@@ -272,7 +271,7 @@ def next_tokens(plan: RolloutPlan, model: nnx.Module, state: State, uniforms: Ar
     return pages, *sample(plan.sampler, logits, uniforms)
 
 
-def decode(plan: RolloutPlan, model: nnx.Module, prompts: Prompts, keys: Array, state: State) -> State:
+def decode(plan: RolloutPlan, model: Qwen, prompts: Prompts, keys: Array, state: State) -> State:
     """One token for every running slot; completions that end leave their slots."""
     slots, active = state.slots, running(state)
     index = jnp.where(active, slots.completion, 0)
@@ -308,7 +307,11 @@ def batch_sizes(slots: int) -> list[int]:
     return sizes
 
 
-def decode_all(plan: RolloutPlan, model: nnx.Module, prompts: Prompts, keys: Array, table: Array, state: State) -> State:
+def more_left_than(count: int, state: State) -> Bool[Array, ""]:
+    return (state.status != DONE).sum() > count
+
+
+def decode_all(plan: RolloutPlan, model: Qwen, prompts: Prompts, keys: Array, table: Array, state: State) -> State:
     """Decodes until every completion is done, in a batch that shrinks once fewer are left than it holds."""
 
     def step(state):
@@ -318,11 +321,11 @@ def decode_all(plan: RolloutPlan, model: nnx.Module, prompts: Prompts, keys: Arr
     sizes = batch_sizes(state.slots.token.shape[0])
     for size, following in zip(sizes, sizes[1:] + [0], strict=True):
         state = shrink(state, size)
-        state = jax.lax.while_loop(lambda s, n=following: (s.status != DONE).sum() > n, step, state)
+        state = jax.lax.while_loop(functools.partial(more_left_than, following), step, state)
     return state
 
 
-def start(plan: RolloutPlan, model: nnx.Module, prompts: Prompts) -> tuple[State, Array]:
+def start(plan: RolloutPlan, model: Qwen, prompts: Prompts) -> tuple[State, Array]:
     """The state after prefill, with every slot empty, and the prompts' page tables."""
     rows, width = prompts.tokens.shape
     total, slots = rows * plan.group, min(plan.slots, rows * plan.group)
@@ -376,7 +379,7 @@ def run_mesh(plan: RolloutPlan, params: Params, prompts: Prompts, seed: Int[Arra
 
 
 def spread(prompts: list[list[int]], ids: list[int], group: int, devices: int, width: int) -> tuple[Prompts, int]:
-    """Rows for all devices: groups are split, or empty prompts added, until the devices divide them; and the row's group."""
+    """Rows that the devices divide, by splitting groups or adding empty prompts, and the group each row then has."""
     splits = [k for k in range(1, group + 1) if group % k == 0]
     split = next((k for k in splits if len(prompts) * k % devices == 0), 1)
     rows = len(prompts) * split + (-len(prompts) * split) % devices
@@ -403,8 +406,7 @@ class Roller:
         stop_tokens: tuple[int, ...],
     ):
         self.mesh = mesh
-        self.options = options
-        self.make_plan: Callable[[int], RolloutPlan] = lambda group: RolloutPlan(
+        self.plan = RolloutPlan(
             model=config,
             graph=graph,
             mesh=mesh,
@@ -412,7 +414,7 @@ class Roller:
             sampler=Sampler(options.temperature, options.top_k, options.top_p, options.min_p),
             num_tokens=num_tokens,
             stop_tokens=stop_tokens,
-            group=group,
+            group=1,
             max_tokens=options.max_completion_length,
             page_size=options.page_size,
             slots=options.slots,
@@ -426,9 +428,9 @@ class Roller:
 
         `seed` is the run's seed and the step; `ids` name the prompts: together they fix the random numbers.
         """
-        width = -(-max(map(len, prompts)) // self.options.page_size) * self.options.page_size
+        width = -(-max(map(len, prompts)) // self.plan.page_size) * self.plan.page_size
         rows, row_group = spread(prompts, ids, group, self.mesh.size, width)
-        plan = self.make_plan(row_group)
+        plan = dataclasses.replace(self.plan, group=row_group)
         device_rows = put(self.mesh, rows, by_sequence(self.mesh))
         outs = run_mesh(plan, params, device_rows, put(self.mesh, np.array(seed, np.int32), replicated(self.mesh)))
         tokens, logprobs, lengths, counts = map(np.asarray, outs)

@@ -73,7 +73,7 @@ def first_past(cumulative: Float[Array, "B N"], target: Float[Array, "B"]) -> In
 
 
 def invert_cdf(probs: Float[Array, "B V"], uniforms: Float[Array, "B"]) -> Int[Array, "B"]:
-    """The token where the row's running sum of unnormalised `probs` passes uniform * total; never one of probability 0."""
+    """The token where the row's running sum of unnormalised `probs` passes uniform * total; never one of 0."""
     rows, vocab = probs.shape
     blocks = jnp.pad(probs, ((0, 0), (0, -vocab % CDF_BLOCK))).reshape(rows, -1, CDF_BLOCK)
     cumulative = jnp.cumsum(blocks.sum(axis=-1), axis=-1)

@@ -1,4 +1,4 @@
-"""`python -m minigrpo.sft`: supervised warm start on prompt/completion rows, so that a model knows the answer format."""
+"""`python -m minigrpo.sft`: supervised warm start on prompt/completion rows, to teach the answer format."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from minigrpo.config import (
     option,
     run_command,
 )
-from minigrpo.data import Dataset, Prompts, batch_indices, read_jsonl, tokenize
+from minigrpo.data import PROMPT_COLUMNS, Dataset, Prompts, batch_indices, choose_column, read_rows, tokenize
 from minigrpo.optimizer import TrainState, init_state, learning_rate, make_optimizer
 from minigrpo.sharding import by_sequence, put
 from minigrpo.start import Setup, set_up
@@ -40,6 +40,8 @@ class SftOptions(Options):
     log_steps: int = option(20, "steps between printed lines", low=1)
 
 
+COMPLETION_COLUMNS = ("completion", "response", "answer")
+
 SECTIONS = (ModelOptions, DataOptions, OptimizerOptions, SftOptions)
 
 
@@ -54,12 +56,13 @@ def load_rows(settings: Settings) -> Dataset:
     if name == "builtin:arithmetic":
         rows = arithmetic.problems("train", settings[SftOptions].problems, arithmetic.SFT_START)
         return Dataset(name, rows, arithmetic.SYSTEM_PROMPT)
-    rows = read_jsonl(Path(name))
+    rows = read_rows(name, "train")
+    prompt = choose_column(rows[0], "prompt_column", settings[DataOptions].prompt_column, PROMPT_COLUMNS)
+    completion = choose_column(rows[0], "answer_column", settings[DataOptions].answer_column, COMPLETION_COLUMNS)
     for number, row in enumerate(rows, 1):
-        missing = [column for column in ("prompt", "completion") if column not in row]
-        if missing:
-            raise UsageError(f"{name}:{number}: no column {missing[0]!r}; sft needs prompt and completion")
-    return Dataset(name, rows, system_prompt="")
+        if not isinstance(row.get(prompt), str | list) or not isinstance(row.get(completion), str):
+            raise UsageError(f"--dataset={name}: row {number} has no text in {prompt!r} or {completion!r}")
+    return Dataset(name, [{"prompt": row[prompt], "completion": row[completion]} for row in rows], system_prompt="")
 
 
 def make_batch(setup: Setup, data: Prompts, completions: list[list[int]], indices: list[int]) -> grpo.Batch:
@@ -85,7 +88,9 @@ def read_data(setup: Setup) -> tuple[Prompts, list[list[int]]]:
         raise UsageError(f"--max_completion_length={limit}: every completion is longer")
     dropped = data.dropped + len(completions) - len(kept)
     sys.stderr.write(f"data: {len(kept)} rows, {dropped} dropped as too long\n")
-    return Prompts([data.rows[i] for i in kept], [data.tokens[i] for i in kept], dropped), [completions[i] for i in kept]
+    return Prompts([data.rows[i] for i in kept], [data.tokens[i] for i in kept], dropped), [
+        completions[i] for i in kept
+    ]
 
 
 def train(setup: Setup) -> TrainState:
@@ -99,7 +104,7 @@ def train(setup: Setup) -> TrainState:
         graph=setup.graph,
         head=setup.head(temperature=1.0),
         layout=setup.layout,
-        remat=setup.settings[ModelOptions].remat,
+        remat=setup.settings[OptimizerOptions].remat,
         optimizer=optimizer,
         objective=negative_log_likelihood,
         weigh=functools.partial(grpo.token_weights, "bnpo", max_tokens=0),
@@ -111,11 +116,12 @@ def train(setup: Setup) -> TrainState:
         indices = batch_indices(len(data), options.batch_size, step, options.seed)
         state, metrics = grpo.update(trainer, state, make_batch(setup, data, completions, indices))
         if (step + 1) % options.log_steps == 0 or step + 1 == steps:
+            loss, norm, rate = float(metrics["loss"]), float(metrics["grad_norm"]), float(schedule(step))
             seconds = (time.perf_counter() - started) / (step + 1)
-            sys.stderr.write(
-                f"step {step + 1}/{steps}  loss {float(metrics['loss']):.4f}  grad_norm {float(metrics['grad_norm']):.3f}"
-                f"  lr {float(schedule(step)):.2e}  {seconds:.3f} s/step\n"
+            text = (
+                f"step {step + 1}/{steps}  loss {loss:.4f}  grad_norm {norm:.3f}  lr {rate:.2e}  {seconds:.3f} s/step"
             )
+            sys.stderr.write(text + "\n")
     return state
 
 
@@ -131,4 +137,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    run_command("minigrpo.sft", __doc__ or "", SECTIONS, main)
+    run_command("python -m minigrpo.sft", __doc__ or "", SECTIONS, main)

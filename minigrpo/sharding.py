@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from minigrpo.config import UsageError, parse_mesh
 
+PLATFORMS = "jax_platforms"
 FSDP, TP = "fsdp", "tp"
 DATA = (FSDP, TP)
 """Activations and sequences are split over both mesh axes: every device is a data-parallel worker."""
@@ -32,12 +33,12 @@ def accelerator_present() -> bool:
 
 def start_platform(mesh_flag: str) -> None:
     """Chooses the platform before jax starts: without an accelerator, the CPU as fsdp*tp virtual devices."""
-    if jax.config.jax_platforms is None and not accelerator_present():
-        jax.config.update("jax_platforms", "cpu")
-    if jax.config.jax_platforms == "cpu" and mesh_flag != "auto":
+    if getattr(jax.config, PLATFORMS) is None and not accelerator_present():
+        jax.config.update(PLATFORMS, "cpu")
+    if getattr(jax.config, PLATFORMS) == "cpu" and mesh_flag != "auto":
         fsdp, tp = parse_mesh(mesh_flag)
         jax.config.update("jax_num_cpu_devices", fsdp * tp)
-    if jax.config.jax_platforms == "cpu":
+    if getattr(jax.config, PLATFORMS) == "cpu":
         # One CPU client runs programs one after another: with several virtual devices, concurrent
         # programs can starve each other's collectives of threads.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -62,7 +63,13 @@ def spec_of(dims: str) -> PartitionSpec:
 
 def check_divisible(sizes: dict[str, int], mesh: Mesh) -> None:
     """UsageError naming the model's size that a mesh axis cannot split."""
-    names = {"V": "vocab_size", "N": "attention heads", "K": "key-value heads", "F": "intermediate_size", "D": "hidden_size"}
+    names = {
+        "V": "vocab_size",
+        "N": "attention heads",
+        "K": "key-value heads",
+        "F": "intermediate_size",
+        "D": "hidden_size",
+    }
     for letter, axis in AXIS_OF_DIM.items():
         if sizes[letter] % mesh.shape[axis]:
             shape = f"{mesh.shape[FSDP]},{mesh.shape[TP]}"
@@ -122,5 +129,9 @@ class Layout:
     def embed(self, table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         if self.mesh is None:
             return table[tokens].astype(self.dtype)
-        specs = {"in_specs": (PartitionSpec(TP), PartitionSpec(DATA)), "out_specs": PartitionSpec(DATA)}
-        return jax.shard_map(look_up, mesh=self.mesh, check_vma=False, **specs)(table.astype(self.dtype), tokens)
+        rows, split = PartitionSpec(DATA), PartitionSpec(TP)
+        run = jax.shard_map(look_up, mesh=self.mesh, in_specs=(split, rows), out_specs=rows, check_vma=False)
+        return run(table.astype(self.dtype), tokens)
+
+
+ONE_DEVICE = Layout()

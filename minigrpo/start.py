@@ -1,7 +1,9 @@
 """From settings to a model on a mesh: what every command does first."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,21 +20,18 @@ from minigrpo.tokenizer import Tokenizer, load_tokenizer
 from minigrpo.weights import find_checkpoint, load_params, random_params
 
 TINY = "builtin:tiny"
+Recipes = Mapping[str, Mapping[str, Any]]
+
 RECIPES: dict[str, dict[str, Any]] = {
     TINY: {
         "max_prompt_length": 128,
         "max_completion_length": 96,
-        "temperature": 1.0,
         "page_size": 16,
-        "learning_rate": 2e-4,
-        "beta": 0.0,
         "max_grad_norm": 1.0,
         "weight_decay": 0.0,
-        "max_steps": 100,
-        "remat": "none",
     }
 }
-"""Defaults that a built-in model carries; explicit flags win."""
+"""Defaults that a built-in model carries for every command; explicit flags win."""
 
 DEFAULT_MODEL = "Qwen/Qwen3-1.7B"
 
@@ -72,8 +71,8 @@ class Setup:
         )
 
 
-def resolve(settings: Settings) -> Settings:
-    """Settings with every "auto" that depends on the platform or the model decided, and the model's recipe applied."""
+def resolve(settings: Settings, recipes: Recipes) -> Settings:
+    """Settings with every "auto" that depends on the platform or the model decided, and the model's recipes applied."""
     on_cpu = jax.default_backend() == "cpu"
     model = settings[ModelOptions].model
     model = (TINY if on_cpu else DEFAULT_MODEL) if model == "auto" else model
@@ -81,14 +80,17 @@ def resolve(settings: Settings) -> Settings:
     values = {"model": model, "compute_dtype": ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype}
     if DataOptions in settings.sections and settings[DataOptions].dataset == "auto":
         values["dataset"] = "builtin:arithmetic" if model == TINY else "gsm8k"
-    return settings.with_defaults(RECIPES.get(model, {})).with_values(values)
+    return settings.with_defaults({**RECIPES.get(model, {}), **recipes.get(model, {})}).with_values(values)
 
 
-def set_up(settings: Settings, mesh_flag: str) -> Setup:
-    """Starts the platform, finds the checkpoint and reads everything but its weights."""
+def set_up(settings: Settings, mesh_flag: str, recipes: Recipes = MappingProxyType({})) -> Setup:
+    """Starts the platform, finds the checkpoint and reads everything but its weights.
+
+    `recipes` are the command's own defaults by model name.
+    """
     start_platform(mesh_flag)
     mesh = make_mesh(mesh_flag)
-    settings = resolve(settings)
+    settings = resolve(settings, recipes)
     options = settings[ModelOptions]
     folder = find_checkpoint(options.model)
     config = read_config(folder / "config.json")

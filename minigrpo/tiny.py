@@ -33,7 +33,9 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
     """A byte-level BPE learned from generated problems and their solutions."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -89,4 +91,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    run_command("minigrpo.tiny", __doc__ or "", (TinyOptions,), main)
+    run_command("python -m minigrpo.tiny", __doc__ or "", (TinyOptions,), main)

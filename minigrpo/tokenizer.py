@@ -19,7 +19,14 @@ CHATML = (
 """Used when a checkpoint brings no template of its own."""
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "vocab.json", "merges.txt")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+)
 """What an exported model keeps of the checkpoint it came from."""
 
 Message = dict[str, str]
@@ -111,5 +118,7 @@ def stop_tokens(folder: Path, hub: HubTokenizer) -> tuple[int, ...]:
             return tuple(sorted(set(ids)))
     ids = [hub.token_to_id(token) for token in END_TOKENS]
     if not any(i is not None for i in ids):
-        raise UsageError(f"{folder}: no eos_token_id in generation_config.json or config.json, and no {END_TOKENS[0]} token")
+        raise UsageError(
+            f"{folder}: no eos_token_id in generation_config.json or config.json, and no {END_TOKENS[0]} token"
+        )
     return tuple(sorted(i for i in ids if i is not None))

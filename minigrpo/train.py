@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from minigrpo import grpo
+from minigrpo import grpo, start
 from minigrpo.checkpoint import Checkpoints, check_same_run
 from minigrpo.config import (
     DataOptions,
@@ -25,21 +25,27 @@ from minigrpo.config import (
     UsageError,
     run_command,
 )
-from minigrpo.data import Prompts, batch_indices, load_dataset, tokenize
+from minigrpo.data import Prompts, batch_indices, is_file, load_dataset, tokenize
 from minigrpo.evaluate import accuracy
 from minigrpo.memory import choose_parts
-from minigrpo.metrics import RunFolder, completion_metrics, make_folder, reward_metrics
+from minigrpo.metrics import RunFolder, check_writable, completion_metrics, make_folder, reward_metrics
 from minigrpo.model import Params
 from minigrpo.optimizer import TrainState, init_state, learning_rate, make_optimizer
 from minigrpo.rewards import Reward, parse_rewards, score_completions
 from minigrpo.rollout import Roller, Rollout
 from minigrpo.sharding import by_sequence, put
-from minigrpo.start import Setup, set_up
+from minigrpo.start import TINY, Setup, set_up
 from minigrpo.weights import export
 
 SECTIONS = (
     ModelOptions, DataOptions, RolloutOptions, RewardOptions, LossOptions, OptimizerOptions, StepOptions, RunOptions,
 )  # fmt: skip
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    TINY: {"temperature": 1.0, "learning_rate": 2e-4, "beta": 0.0, "max_steps": 100},
+}
+"""Defaults that a built-in model carries for this command besides `minigrpo.start.RECIPES`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +180,16 @@ def samples(job: Job, step: int, indices: list[int], texts: list[str], rewards: 
 
 def evaluate(job: Job, state: TrainState, step: int, folder: RunFolder) -> None:
     """Greedy accuracy on held-out prompts, to evaluations.jsonl."""
-    result = accuracy(job.setup, state.params, job.options(RunOptions).eval_size)
+    options = job.options(RunOptions)
+    held_out = dataclasses.replace(job.options(DataOptions), **eval_source(options))
+    greedy = dataclasses.replace(job.options(RolloutOptions), temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+    result = accuracy(job.setup, state.params, held_out, greedy, options.eval_size)
     folder.append("evaluations.jsonl", [{"step": step} | result])
     folder.say(f"step {step}: greedy accuracy {result['accuracy']:.1%} of {result['problems']} held-out problems")
+
+
+def eval_source(options: RunOptions) -> dict[str, str]:
+    return {} if options.eval_dataset == "auto" else {"dataset": options.eval_dataset}
 
 
 # Setting up and ending
@@ -193,20 +206,29 @@ def make_job(setup: Setup) -> Job:
     data = tokenize(dataset, setup.tokenizer, settings[DataOptions])
     sys.stderr.write(f"data: {len(data)} prompts of {dataset.name}, {data.dropped} dropped as too long\n")
     total = steps.max_steps or max(1, round(steps.num_epochs * len(data) / steps.batch_size))
+    run = settings[RunOptions]
+    if run.eval_steps and run.eval_dataset == "auto" and is_file(settings[DataOptions].dataset):
+        raise UsageError(
+            f"--eval_steps={run.eval_steps}: {dataset.name} has no test split; name one with --eval_dataset"
+        )
     flag = settings[RewardOptions].reward
     rewards = parse_rewards(dataset.reward if flag == "auto" else flag)
     roller = setup.roller(settings[RolloutOptions])
     if settings[RolloutOptions].temperature == 0:
-        raise UsageError("--temperature=0: greedy completions of a group are all equal and teach nothing; use 0.9 or so")
+        raise UsageError(
+            "--temperature=0: greedy completions of a group are all equal and teach nothing; use 0.9 or so"
+        )
     if settings[RolloutOptions].top_k or settings[RolloutOptions].top_p < 1 or settings[RolloutOptions].min_p:
-        sys.stderr.write("note: top_k, top_p and min_p sample from another distribution than is trained, which biases it\n")
+        sys.stderr.write(
+            "note: top_k, top_p and min_p sample from another distribution than is trained, which biases it\n"
+        )
     loss = settings[LossOptions]
     limit = settings[RolloutOptions].max_completion_length
     trainer = grpo.Trainer(
         graph=setup.graph,
         head=setup.head(settings[RolloutOptions].temperature),
         layout=setup.layout,
-        remat=settings[ModelOptions].remat,
+        remat=settings[OptimizerOptions].remat,
         optimizer=make_optimizer(settings[OptimizerOptions], total_updates(steps, total)),
         objective=functools.partial(grpo.policy_loss, loss),
         weigh=functools.partial(grpo.token_weights, loss.loss_type, max_tokens=limit),
@@ -216,8 +238,8 @@ def make_job(setup: Setup) -> Job:
     return Job(setup, data, rewards, roller, trainer, reference, total)
 
 
-def open_folder(setup: Setup) -> Path:
-    """The run folder, new or to be resumed; UsageError rather than a mix of two runs."""
+def choose_folder(setup: Setup) -> Path:
+    """The run folder, new or to be resumed; UsageError rather than a mix of two runs. Creates nothing."""
     options = setup.settings[RunOptions]
     folder = Path(time.strftime("runs/%Y%m%d-%H%M%S") if options.output_dir == "auto" else options.output_dir)
     if options.resume:
@@ -225,8 +247,10 @@ def open_folder(setup: Setup) -> Path:
             raise UsageError("--resume: name the run to continue with --output_dir")
         check_same_run(folder, setup.settings.as_dict())
     elif (folder / "metrics.jsonl").exists():
-        raise UsageError(f"--output_dir={folder}: holds a run already; continue it with --resume or name another folder")
-    make_folder(folder)
+        raise UsageError(
+            f"--output_dir={folder}: holds a run already; continue it with --resume or name another folder"
+        )
+    check_writable(folder)
     return folder
 
 
@@ -240,16 +264,19 @@ def announce(job: Job, folder: Path) -> None:
         f"update in {job.trainer.parts} parts; run folder {folder}\n"
     )
     if job.reference is None and job.options(StepOptions).num_iterations == 1:
-        sys.stderr.write("note: on-policy with --beta=0 the loss is about 0 by construction; watch reward and grad_norm\n")
+        sys.stderr.write(
+            "note: on-policy with --beta=0 the loss is about 0 by construction; watch reward and grad_norm\n"
+        )
 
 
 def main(settings: Settings) -> int:
-    setup = set_up(settings, settings[RunOptions].mesh)
+    setup = set_up(settings, settings[RunOptions].mesh, RECIPES)
     options = setup.settings[RunOptions]
-    folder = open_folder(setup)
+    folder = choose_folder(setup)
     job = make_job(setup)
-    announce(job, folder)
     first_step, state = 0, init_state(job.trainer.optimizer, setup.load(job.options(StepOptions).seed))
+    announce(job, folder)
+    make_folder(folder)
     checkpoints = Checkpoints(folder / "checkpoints", options.save_total_limit)
     log = RunFolder(folder, job.total_steps, options.report_to == "tensorboard", jax.process_index() == 0)
     if options.resume:
@@ -268,4 +295,5 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    run_command("minigrpo.train", __doc__ or "", SECTIONS, main)
+    own = " ".join(f"--{name}={value}" for name, value in (start.RECIPES[TINY] | RECIPES[TINY]).items())
+    run_command("python -m minigrpo.train", __doc__ or "", SECTIONS, main, f"{TINY} has defaults of its own:\n  {own}")

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -70,7 +71,9 @@ def find_checkpoint(name: str) -> Path:
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UsageError(f"--model={name}: no such model on the Hub, or HF_TOKEN may not read it") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UsageError(f"--model={name}: not in the Hub cache, and the Hub cannot be reached; pass a folder") from error
+        raise UsageError(
+            f"--model={name}: not in the Hub cache, and the Hub cannot be reached; pass a folder"
+        ) from error
 
 
 # Reading
@@ -134,7 +137,9 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
         raise UsageError(f"{checkpoint.folder}: {len(faults)} faults in its tensors: {'; '.join(faults)}")
 
 
-def read_part(checkpoint: Checkpoint, config: ModelConfig, name: str, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+def read_part(
+    checkpoint: Checkpoint, config: ModelConfig, name: str, index: tuple[slice, ...], dtype: Any
+) -> np.ndarray:
     """The part `index` of one of our parameters, reading only the matching slice of each tensor."""
     shape = config.shape(name)
     bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
@@ -150,7 +155,11 @@ def read_layer(tensor: Any, name: str, shape: tuple[int, ...], bounds: list[tupl
     """One layer's part: the flattened [out, in] rows and columns that cover it, turned into [*in, *out]."""
     inputs = len(INPUT_DIMS.get(name, ""))
     if not inputs:
-        return flat_part(tensor, shape, bounds) if len(tensor.get_shape()) == 1 else tensor[slice(*bounds[0]), slice(*bounds[1])]
+        return (
+            flat_part(tensor, shape, bounds)
+            if len(tensor.get_shape()) == 1
+            else tensor[slice(*bounds[0]), slice(*bounds[1])]
+        )
     rows, columns = flat_bounds(shape[inputs:], bounds[inputs:]), flat_bounds(shape[:inputs], bounds[:inputs])
     matrix = tensor[slice(*rows), slice(*columns)]
     sizes = [end - start for start, end in bounds]
@@ -176,9 +185,11 @@ def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype: Any = np.f
         def load(path, leaf):
             name = leaf_name(path)
             sharding = NamedSharding(mesh, spec_of(DIMS[name]))
-            return jax.make_array_from_callback(
-                leaf.shape, sharding, lambda index: read_part(checkpoint, config, name, index, dtype)
-            )
+
+            def read(index: Any) -> np.ndarray:
+                return read_part(checkpoint, config, name, index, dtype)
+
+            return jax.make_array_from_callback(leaf.shape, sharding, read)
 
         return jax.tree_util.tree_map_with_path(load, abstract_params(config)[1])
 
@@ -213,8 +224,7 @@ def hub_tensors(params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 def config_json(config: ModelConfig, stop_tokens: tuple[int, ...], dtype: Any) -> dict[str, Any]:
     """The config.json that transformers, vLLM and SGLang read."""
-    own = {field: value for field, value in vars(config).items()}
-    return own | {
+    return dataclasses.asdict(config) | {
         "architectures": [ARCHITECTURES[config.model_type]],
         "attention_bias": config.qkv_bias,
         "hidden_act": "silu",
@@ -237,7 +247,12 @@ def shards(params: Params, dtype: Any) -> Iterator[dict[str, np.ndarray]]:
 
 
 def export(
-    folder: Path, source: Path, params: Params, config: ModelConfig, stop_tokens: tuple[int, ...], dtype: Any = ml_dtypes.bfloat16
+    folder: Path,
+    source: Path,
+    params: Params,
+    config: ModelConfig,
+    stop_tokens: tuple[int, ...],
+    dtype: Any = ml_dtypes.bfloat16,
 ) -> None:
     """Writes a Hub-format model folder; it appears under its name only when complete.
 
@@ -250,6 +265,7 @@ def export(
     for number, group in enumerate(shards(params, dtype), 1):
         file = f"model-{number:05d}.safetensors"
         save_file(group, partial / file, metadata={"format": "pt"})
+        (partial / file).chmod(0o644)  # safetensors writes files that only their owner can read
         index |= dict.fromkeys(group, file)
     name_files(partial, index)
     (partial / "config.json").write_text(json.dumps(config_json(config, stop_tokens, dtype), indent=2) + "\n")

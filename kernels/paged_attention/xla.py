@@ -36,7 +36,7 @@ def paged_attention(
     past it in the last page, are never used, whatever they hold. A sequence of length 0 gets zeros.
     """
     batch, heads, dim = q.shape
-    _, num_pages, page_size, width = pages.shape
+    page_size, width = pages.shape[2:]
     kv_heads = width // (2 * dim)
     if width != 2 * kv_heads * dim or heads % kv_heads:
         raise ValueError(f"pages of width {width} do not hold kv heads that {heads} query heads of {dim} can share")

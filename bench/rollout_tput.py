@@ -1,0 +1,141 @@
+"""Rollout throughput: `python bench/rollout_tput.py`. The machine's limit first, then ours; last line JSON."""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minigrpo.config import Options, RolloutOptions, Settings, option, parse_mesh, run_command
+from minigrpo.model import ModelConfig, abstract_params
+from minigrpo.rollout import Roller
+from minigrpo.sharding import make_mesh, start_platform
+from minigrpo.weights import random_params
+
+COPY_BYTES = 1 << 28
+"""Size of the array copied to measure the memory's bandwidth: far above any cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchOptions(Options):
+    """Rollout bench"""
+
+    mesh: str = option("1,1", "FSDP,TP mesh")
+    vocab: int = option(4096, "vocabulary rows", low=16)
+    layers: int = option(4, "layers", low=1)
+    hidden: int = option(256, "embedding size; the MLP is three times as wide", low=8)
+    heads: int = option(8, "query heads", low=1)
+    kv_heads: int = option(4, "key-value heads", low=1)
+    head_dim: int = option(32, "head size", low=2)
+    prompts: int = option(16, "prompts", low=1)
+    generations: int = option(1, "completions per prompt", low=1)
+    prompt_length: int = option(64, "tokens per prompt; lengths are uniform from half of it to it", low=2)
+    new_tokens: int = option(128, "tokens per completion", low=1)
+    mean_length: int = option(0, "mean of geometric completion lengths; 0 gives every completion all new tokens", low=0)
+    page_size: int = option(64, "tokens per page", low=1)
+    slots: int = option(64, "completions decoded at once per device", low=1)
+    repeats: int = option(5, "timed repeats after one warm-up; the median counts", low=1)
+
+
+def model_config(options: BenchOptions) -> ModelConfig:
+    return ModelConfig(
+        model_type="qwen3",
+        vocab_size=options.vocab,
+        hidden_size=options.hidden,
+        intermediate_size=3 * options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.kv_heads,
+        head_dim=options.head_dim,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+    )
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a copy of a large array, best of five."""
+    x = jnp.ones(COPY_BYTES // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    jax.block_until_ready(copy(x))
+    return 2 * COPY_BYTES / min(timed(lambda: jax.block_until_ready(copy(x)))[0] for _ in range(5))
+
+
+def timed(call):
+    started = time.perf_counter()
+    result = call()
+    return time.perf_counter() - started, result
+
+
+def decode_bytes(config: ModelConfig, item: int, steps: int, lengths: np.ndarray, prompt_lengths: np.ndarray) -> float:
+    """Bytes decoding must read: the weights once per step, and every sequence's keys and values once per token."""
+    weights = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract_params(config)[1])) * item
+    row = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * item
+    context = lengths * prompt_lengths + lengths * (lengths + 1) / 2
+    return steps * weights + row * float(context.sum())
+
+
+def main(settings: Settings) -> int:
+    options: BenchOptions = settings[BenchOptions]
+    parse_mesh(options.mesh)
+    start_platform(options.mesh)
+    mesh = make_mesh(options.mesh)
+    dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    config = model_config(options)
+    params = random_params(config, mesh, 0)
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(options.prompt_length // 2, options.prompt_length + 1, options.prompts)
+    prompts = [rng.integers(3, options.vocab, size).tolist() for size in sizes]
+    ends = max(1, round(options.vocab / options.mean_length)) if options.mean_length else 0
+    stops = tuple(range(options.vocab - ends, options.vocab)) if ends else (options.vocab,)
+    rollout = RolloutOptions(
+        max_completion_length=options.new_tokens, temperature=1.0, page_size=options.page_size, slots=options.slots
+    )
+    roller = Roller(config, abstract_params(config)[0], mesh, dtype, rollout, options.vocab, stops)
+
+    def generate(step: int):
+        return roller(params, prompts, list(range(options.prompts)), options.generations, (0, step))
+
+    bandwidth = copy_bandwidth()
+    compile_seconds, _ = timed(lambda: generate(0))
+    runs = [timed(lambda i=i: generate(i)) for i in range(1, options.repeats + 1)]
+    rates = [float(result.lengths.sum()) / seconds for seconds, result in runs]
+    seconds, last = runs[-1]
+    needed = decode_bytes(
+        config, dtype.itemsize, last.decode_steps, last.lengths, np.repeat(sizes, options.generations)
+    )
+    report = {
+        "bench": "rollout_tput",
+        "jax": jax.__version__,
+        "device": mesh.devices.flat[0].device_kind,
+        "devices": mesh.size,
+        **{name: value for name, value in dataclasses.asdict(options).items() if name != "mesh"},
+        "copy_gb_per_s": round(bandwidth / 1e9, 2),
+        "limit_seconds": round(needed / bandwidth, 4),
+        "first_call_seconds": round(compile_seconds, 2),
+        "tokens_per_second": round(statistics.median(rates), 1),
+        "tokens_per_second_min": round(min(rates), 1),
+        "tokens_per_second_max": round(max(rates), 1),
+        "decode_steps": last.decode_steps,
+        "occupancy": round(last.occupancy, 3),
+        "share_of_limit": round(needed / bandwidth / seconds, 3),
+    }
+    sys.stderr.write(
+        f"limit: {needed / 1e9:.2f} GB to read at {bandwidth / 1e9:.1f} GB/s is {needed / bandwidth:.3f} s\n"
+        f"ours:  {seconds:.3f} s, {report['tokens_per_second']:.0f} tokens/s (median of {options.repeats}), "
+        f"{report['share_of_limit']:.0%} of the limit\n"
+    )
+    sys.stdout.write(json.dumps(report) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command("python bench/rollout_tput.py", __doc__ or "", (BenchOptions,), main)

@@ -1,0 +1,79 @@
+"""Eight virtual CPU devices, shape annotations checked, and small models written by transformers as ground truth."""
+
+import os
+import pathlib
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from jaxtyping import install_import_hook
+
+install_import_hook("minigrpo", "beartype.beartype")
+
+import jax
+import numpy as np
+import pytest
+
+if jax.config.jax_platforms is None:
+    jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def mesh_of(fsdp, tp):
+    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    return jax.sharding.Mesh(
+        np.array(jax.devices()[: fsdp * tp]).reshape(fsdp, tp), ("fsdp", "tp"), axis_types=axis_types
+    )
+
+
+@pytest.fixture
+def shared():
+    if not SHARED.exists():
+        pytest.skip(f"needs real data in {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """Grouped heads 8/4, a vocabulary with padding rows, sizes that 8,1 and 2,4 divide."""
+    from minigrpo.model import ModelConfig
+
+    return ModelConfig(
+        model_type="qwen3",
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        rope_theta=10_000.0,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_config):
+    """Random weights on the host, larger than at initialisation so that logits differ."""
+    from minigrpo.model import init_params
+
+    params = init_params(tiny_config, jax.random.key(0))
+    return jax.tree.map(lambda w: np.asarray(w) if w.ndim < 2 or (w == 1).all() else 8 * np.asarray(w), params)
+
+
+def place(params, mesh):
+    """Parameters laid out on the mesh as training has them."""
+    from minigrpo.model import DIMS, leaf_name
+    from minigrpo.sharding import spec_of
+
+    def put(path, leaf):
+        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec_of(DIMS[leaf_name(path)])))
+
+    return jax.tree_util.tree_map_with_path(put, params)

@@ -1,0 +1,229 @@
+"""Advantages, losses and the update against formulas written out in float64, over meshes and accumulation."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import mesh_of, place
+
+from minigrpo import grpo
+from minigrpo.config import LossOptions, OptimizerOptions
+from minigrpo.logprobs import Head
+from minigrpo.model import abstract_params
+from minigrpo.optimizer import decayed, init_state, learning_rate, make_optimizer
+from minigrpo.sharding import Layout, by_sequence, put
+
+REAL = 250
+LENGTHS = np.array([5, 1, 8, 3, 8, 2, 7, 4], np.int32)
+
+
+def host_batch(seed=0, old=False, ref=False):
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, REAL, n).tolist() for n in (3, 6, 1, 4, 9, 2, 5, 8)]
+    batch = grpo.assemble(prompts, rng.integers(0, REAL, (8, 8)).astype(np.int32), LENGTHS, (16, 16))
+    shape = batch.completions.shape
+    return dataclasses.replace(
+        batch,
+        advantages=rng.normal(size=8).astype(np.float32),
+        rollout_logprobs=rng.normal(-5, 1, shape).astype(np.float32),
+        old_logprobs=rng.normal(-5.5, 0.3, shape).astype(np.float32) if old else None,
+        ref_logprobs=rng.normal(-5.5, 0.3, shape).astype(np.float32) if ref else None,
+    )
+
+
+def make_trainer(config, mesh, parts=1, optimizer=None, remat="full", loss=None):
+    loss = loss or LossOptions()
+    return grpo.Trainer(
+        graph=abstract_params(config)[0],
+        head=Head(mesh, REAL, 0.9),
+        layout=Layout(jnp.dtype("float32"), mesh),
+        remat=remat,
+        optimizer=optimizer or optax.sgd(1.0),
+        objective=functools.partial(grpo.policy_loss, loss),
+        weigh=functools.partial(grpo.token_weights, loss.loss_type, max_tokens=16),
+        parts=parts,
+    )
+
+
+def one_update(config, params, mesh=(1, 1), batch=None, **kwargs):
+    """Loss, metrics, and the gradients (as the change of one plain SGD step)."""
+    device_mesh = mesh_of(*mesh)
+    trainer = make_trainer(config, device_mesh, **kwargs)
+    batch = grpo.pad_rows(batch or host_batch(), device_mesh.size * trainer.parts)
+    placed = place(params, device_mesh)
+    state = init_state(trainer.optimizer, jax.tree.map(jnp.copy, placed))
+    new, metrics = grpo.update(trainer, state, put(device_mesh, batch, by_sequence(device_mesh)))
+    grads = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, new.params)
+    return {name: float(value) for name, value in metrics.items()}, grads
+
+
+def assert_close(got, want, relative=1e-5):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        assert np.abs(a - b).max() <= relative * np.abs(b).max() + 1e-7, path
+
+
+def test_advantages_by_group_batch_and_none():
+    rewards = np.array([1.0, 0.0, 0.0, 1.0, 2.0, 5.0, 2.0, 2.0])
+    centred = np.array([0.5, -0.5, -0.5, 0.5, -0.75, 2.25, -0.75, -0.75])
+    groups = np.repeat([np.std(rewards[:4], ddof=1), np.std(rewards[4:], ddof=1)], 4)
+    np.testing.assert_allclose(grpo.group_advantages(rewards, 4, "group"), centred / (groups + 1e-4), rtol=1e-6)
+    np.testing.assert_allclose(
+        grpo.group_advantages(rewards, 4, "batch"), centred / (rewards.std(ddof=1) + 1e-4), rtol=1e-6
+    )
+    np.testing.assert_allclose(grpo.group_advantages(rewards, 4, "none"), centred, rtol=1e-6)
+    assert (grpo.group_advantages(np.ones(4), 4, "group") == 0).all()
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
+def test_token_weights(loss_type):
+    mask = np.arange(8) < np.append(LENGTHS[:7], 0)[:, None]
+    got = np.asarray(grpo.token_weights(loss_type, jnp.asarray(mask), max_tokens=16), np.float64)
+    lengths = mask.sum(axis=1, keepdims=True)
+    want = {
+        "grpo": mask / np.maximum(lengths, 1) / 7,
+        "bnpo": mask / mask.sum(),
+        "dapo": mask / mask.sum(),
+        "dr_grpo": mask / (7 * 16),
+    }[loss_type]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def oracle_loss(batch, logprobs, low, high, beta, weights):
+    """Loss and its gradient with respect to the log-probs, in float64."""
+    logprobs, old, ref = (np.asarray(x, np.float64) for x in (logprobs, batch.old_logprobs, batch.ref_logprobs))
+    advantages = np.asarray(batch.advantages, np.float64)[:, None]
+    ratio = np.exp(logprobs - old)
+    inside = np.where(advantages >= 0, ratio <= 1 + high, ratio >= 1 - low)
+    objective = np.where(inside, ratio * advantages, np.where(advantages >= 0, 1 + high, 1 - low) * advantages)
+    kl = np.exp(ref - logprobs) - (ref - logprobs) - 1
+    gradient = -np.where(inside, ratio * advantages, 0) + beta * (1 - np.exp(ref - logprobs))
+    return (weights * (-objective + beta * kl)).sum(), weights * gradient
+
+
+@pytest.mark.parametrize(("high", "beta"), [(None, 0.0), (0.28, 0.04)])
+def test_policy_loss_and_gradient_equal_the_formulas(high, beta):
+    batch = host_batch(1, old=True, ref=True)
+    options = LossOptions(beta=beta, epsilon=0.2, epsilon_high=high)
+    rng = np.random.default_rng(5)
+    logprobs = jnp.asarray(batch.old_logprobs + rng.normal(0, 0.4, batch.old_logprobs.shape), jnp.float32)
+    weights = grpo.token_weights("grpo", jnp.asarray(batch.completion_mask), 16)
+    device_batch = jax.tree.map(jnp.asarray, batch)
+    entropy = jnp.zeros_like(logprobs)
+    loss, grad = jax.value_and_grad(lambda x: grpo.policy_loss(options, device_batch, weights, x, entropy)[0])(logprobs)
+    want_loss, want_grad = oracle_loss(batch, logprobs, 0.2, high or 0.2, beta, np.asarray(weights, np.float64))
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
+    np.testing.assert_allclose(grad, want_grad, rtol=1e-5, atol=1e-7)
+    ratio = np.exp(np.asarray(logprobs) - batch.old_logprobs)
+    mask = np.asarray(batch.completion_mask)
+    clipped = ((ratio > 1 + (high or 0.2)) & (batch.advantages[:, None] > 0) & mask).sum()
+    sums = grpo.policy_loss(options, device_batch, weights, logprobs, entropy)[1]["sums"]
+    assert clipped > 0 and int(sums["clip_ratio/high_mean"]) == clipped
+
+
+def test_first_update_has_ratio_one_and_clips_nothing(tiny_config, tiny_params):
+    """On-policy the loss is minus the weighted advantages, exactly, and no token is clipped."""
+    batch = host_batch()
+    metrics, _ = one_update(tiny_config, tiny_params, batch=batch)
+    np.testing.assert_allclose(metrics["loss"], -batch.advantages.mean(), rtol=1e-6)
+    assert [metrics[f"clip_ratio/{name}_mean"] for name in ("low", "high", "region")] == [0, 0, 0]
+    assert metrics["kl"] == 0
+
+
+@pytest.fixture(scope="module")
+def single(tiny_config, tiny_params):
+    return one_update(tiny_config, tiny_params, batch=host_batch(2, old=True, ref=True))
+
+
+@pytest.mark.parametrize("mesh", [(4, 2), (2, 4), (8, 1), (1, 2)])
+def test_meshes_give_the_same_loss_and_gradients(tiny_config, tiny_params, single, mesh):
+    metrics, grads = one_update(tiny_config, tiny_params, mesh, host_batch(2, old=True, ref=True))
+    for name, value in metrics.items():
+        assert value == pytest.approx(single[0][name], rel=1e-5, abs=1e-7), name
+    assert_close(grads, single[1])
+
+
+@pytest.mark.parametrize(("parts", "mesh"), [(2, (1, 1)), (4, (1, 1)), (2, (2, 2)), (3, (1, 1))])
+def test_accumulation_gives_the_same_update(tiny_config, tiny_params, single, parts, mesh):
+    metrics, grads = one_update(tiny_config, tiny_params, mesh, host_batch(2, old=True, ref=True), parts=parts)
+    for name, value in metrics.items():
+        assert value == pytest.approx(single[0][name], rel=1e-5, abs=1e-7), name
+    assert_close(grads, single[1])
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_remat_policies_change_memory_not_numbers(tiny_config, tiny_params, single, remat):
+    assert_close(
+        one_update(tiny_config, tiny_params, batch=host_batch(2, old=True, ref=True), remat=remat)[1], single[1]
+    )
+
+
+def test_remat_full_keeps_less_than_none(tiny_config, tiny_params):
+    mesh = mesh_of(1, 1)
+    config = dataclasses.replace(tiny_config, num_hidden_layers=8)
+    batch = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.zeros((64, *x.shape[1:]), x.dtype), host_batch()))
+
+    def scratch(remat):
+        trainer = make_trainer(config, mesh, remat=remat)
+        params = abstract_params(config)[1]
+        state = jax.eval_shape(lambda p: grpo.TrainState(p, trainer.optimizer.init(p), jnp.int32(0)), params)
+        return grpo.update.lower(trainer, state, batch).compile().memory_analysis().temp_size_in_bytes
+
+    assert scratch("full") < 0.7 * scratch("none")
+
+
+def test_non_finite_gradients_skip_the_update(tiny_config, tiny_params):
+    batch = host_batch()
+    batch.advantages[2] = np.inf
+    metrics, grads = one_update(tiny_config, tiny_params, batch=batch)
+    assert metrics["skipped_updates"] == 1
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_gradients_are_clipped_to_the_norm_and_the_norm_is_logged(tiny_config, tiny_params, single):
+    norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(single[1])))
+    assert single[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    clip = optax.chain(optax.clip_by_global_norm(0.25 * norm), optax.sgd(1.0))
+    batch = host_batch(2, old=True, ref=True)
+    _, clipped = one_update(tiny_config, tiny_params, batch=batch, optimizer=clip)
+    assert_close(clipped, jax.tree.map(lambda g: 0.25 * g, single[1]), 1e-4)
+
+
+def test_learning_rate_schedule():
+    options = OptimizerOptions(learning_rate=1.0, warmup_ratio=0.2)
+    rates = [float(learning_rate(options, 10)(step)) for step in range(10)]
+    np.testing.assert_allclose(rates[:3], [1 / 3, 2 / 3, 1.0], rtol=1e-6)
+    assert rates[2:] == sorted(rates[2:], reverse=True) and 0 < rates[-1] < 0.05
+    np.testing.assert_allclose(rates[5], 0.5 * (1 + np.cos(np.pi * 3 / 8)), rtol=1e-6)
+    constant = OptimizerOptions(learning_rate=1.0, warmup_ratio=0.0, lr_schedule="constant")
+    assert [float(learning_rate(constant, 5)(step)) for step in range(5)] == [1.0] * 5
+
+
+def test_weight_decay_spares_norms_and_biases(tiny_config):
+    qwen2 = dataclasses.replace(tiny_config, model_type="qwen2", tie_word_embeddings=False)
+    mask = decayed(abstract_params(qwen2)[1])
+    assert mask["embed"] and mask["head"] and mask["layers"]["attention"]["o"] and mask["layers"]["mlp"]["down"]
+    spared = [mask["final_norm"], mask["layers"]["attn_norm"], mask["layers"]["attention"]["q_bias"]]
+    assert not any(spared)
+
+
+def test_adamw_step_equals_the_formula():
+    options = OptimizerOptions(learning_rate=0.1, warmup_ratio=0.0, max_grad_norm=1e9, weight_decay=0.5)
+    params = {"up": jnp.array([[[2.0, -1.0]]]), "final_norm": jnp.array([3.0])}
+    grads = {"up": jnp.array([[[0.3, -0.2]]]), "final_norm": jnp.array([0.1])}
+    optimizer = make_optimizer(options, 4)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    sign = np.array([0.3, -0.2]) / (np.abs([0.3, -0.2]) + 1e-8)
+    np.testing.assert_allclose(updates["up"][0, 0], -0.1 * (sign + 0.5 * np.array([2.0, -1.0])), rtol=1e-5)
+    np.testing.assert_allclose(updates["final_norm"], [-0.1], rtol=1e-5)
+
+
+def test_batches_are_as_short_as_their_longest_row():
+    batch = grpo.assemble([[1, 2, 3], [4]], np.array([[7, 8, 0, 0], [9, 9, 9, 0]]), np.array([2, 3]), (100, 200))
+    assert batch.completions.shape == (2, 25) and batch.tokens.shape == (2, 38)
+    assert batch.tokens[0, :6].tolist() == [1, 2, 3, 7, 8, 0] and batch.tokens[1, :5].tolist() == [4, 9, 9, 9, 0]
+    padded = grpo.pad_rows(batch, 4)
+    assert padded.completion_lengths.tolist() == [2, 3, 0, 0]

@@ -1,0 +1,154 @@
+"""Rollouts: independence of every scheduling choice, agreement with the trainer, stop tokens, small pools."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mesh_of
+
+from minigrpo import grpo
+from minigrpo.attention import attend_on
+from minigrpo.config import RolloutOptions, UsageError
+from minigrpo.logprobs import Head
+from minigrpo.model import abstract_params, unembed
+from minigrpo.rollout import Roller, batch_sizes, spread
+from minigrpo.sharding import Layout, by_sequence, put
+
+REAL = 250
+STOPS = (5, 9)
+OPTIONS = RolloutOptions(max_completion_length=24, temperature=1.0, page_size=8, slots=16)
+
+
+def some_prompts(count=6):
+    rng = np.random.default_rng(0)
+    lengths = [1, 7, 8, 9, 17, 30, 16, 2][:count]
+    return [rng.integers(10, REAL, length).tolist() for length in lengths]
+
+
+def roll(config, params, options=OPTIONS, mesh=(1, 1), prompts=None, ids=None, group=4, stops=STOPS, seed=(7, 0)):
+    prompts = some_prompts() if prompts is None else prompts
+    ids = list(range(len(prompts))) if ids is None else ids
+    roller = Roller(config, abstract_params(config)[0], mesh_of(*mesh), jnp.dtype("float32"), options, REAL, stops)
+    return roller(jax.tree.map(jnp.asarray, params), prompts, ids, group, seed)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_config, tiny_params):
+    return roll(tiny_config, tiny_params)
+
+
+def assert_same(got, want):
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_array_equal(got.lengths, want.lengths)
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mesh"),
+    [
+        ({"slots": 4}, (1, 1)),
+        ({"slots": 64}, (1, 1)),
+        ({"slots": 1}, (1, 1)),
+        ({"page_size": 16}, (1, 1)),
+        ({"page_size": 64}, (1, 1)),
+        ({"pool_pages": 28}, (1, 1)),
+        ({"pool_pages": 36, "slots": 3}, (1, 1)),
+        ({}, (4, 1)),
+        ({}, (4, 2)),
+        ({"slots": 2, "page_size": 4}, (2, 1)),
+    ],
+)
+def test_scheduling_changes_no_completion(tiny_config, tiny_params, plain, changes, mesh):
+    assert_same(roll(tiny_config, tiny_params, dataclasses.replace(OPTIONS, **changes), mesh), plain)
+
+
+def test_the_batch_around_a_prompt_changes_nothing(tiny_config, tiny_params, plain):
+    """A prompt keeps its completions alone, in another order, and in a larger group."""
+    prompts = some_prompts()
+    alone = roll(tiny_config, tiny_params, prompts=[prompts[4], prompts[1]], ids=[4, 1])
+    np.testing.assert_array_equal(alone.tokens[:4], plain.tokens[16:20])
+    np.testing.assert_array_equal(alone.tokens[4:], plain.tokens[4:8])
+    larger = roll(tiny_config, tiny_params, group=8)
+    np.testing.assert_array_equal(larger.tokens[8:12], plain.tokens[4:8])
+
+
+def test_seed_and_step_change_completions(tiny_config, tiny_params, plain):
+    for seed in ((8, 0), (7, 1)):
+        assert (roll(tiny_config, tiny_params, seed=seed).tokens != plain.tokens).any()
+    assert len({tuple(row) for row in plain.tokens}) > 20
+
+
+def test_completions_end_at_stop_tokens(plain):
+    assert plain.stopped.any() and not plain.stopped.all()
+    for tokens, length, stopped in zip(plain.tokens, plain.lengths, plain.stopped, strict=True):
+        ends = np.isin(tokens[:length], STOPS)
+        assert not ends[:-1].any() and ends[-1] == stopped
+        assert length == OPTIONS.max_completion_length or stopped
+        assert (tokens[length:] == 0).all() and (tokens < REAL).all()
+
+
+def test_small_pools_are_busier_not_wrong(tiny_config, tiny_params, plain):
+    small = roll(tiny_config, tiny_params, dataclasses.replace(OPTIONS, pool_pages=28))
+    assert_same(small, plain)
+    assert small.decode_steps > plain.decode_steps
+
+
+def test_a_pool_too_small_for_one_completion_is_refused(tiny_config, tiny_params):
+    with pytest.raises(UsageError, match=r"--pool_pages=5: at least 28 pages of 8 tokens"):
+        roll(tiny_config, tiny_params, dataclasses.replace(OPTIONS, pool_pages=5))
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (4, 2)])
+def test_rollout_logprobs_equal_the_trainers(tiny_config, tiny_params, mesh):
+    """The sampler decodes through paged attention; the trainer scores whole sequences. They agree to 1e-4."""
+    options = dataclasses.replace(OPTIONS, temperature=0.8)
+    rollout = roll(tiny_config, tiny_params, options, mesh)
+    prompts = [prompt for prompt in some_prompts() for _ in range(4)]
+    device_mesh = mesh_of(*mesh)
+    batch = grpo.assemble(prompts, rollout.tokens, rollout.lengths, (32, 24))
+    trainer = grpo.Trainer(
+        graph=abstract_params(tiny_config)[0],
+        head=Head(device_mesh, REAL, 0.8),
+        layout=Layout(jnp.dtype("float32"), device_mesh),
+        remat="full",
+        optimizer=None,
+        objective=None,
+        weigh=None,
+        parts=1,
+    )
+    device_batch = put(device_mesh, grpo.pad_rows(batch, device_mesh.size), by_sequence(device_mesh))
+    scored = grpo.batch_logprobs(trainer, jax.tree.map(jnp.asarray, tiny_params), device_batch)
+    width = batch.completions.shape[1]
+    mask = np.arange(width) < rollout.lengths[:, None]
+    difference = np.abs(np.asarray(scored)[: len(prompts)] - rollout.logprobs[:, :width])[mask]
+    assert difference.max() < 1e-4 and mask.sum() > 100
+
+
+def test_greedy_equals_repeated_full_forward(tiny_config, tiny_params):
+    """Decoding token by token picks what recomputing the whole sequence would."""
+    from flax import nnx
+
+    options = dataclasses.replace(OPTIONS, temperature=0.0)
+    rollout = roll(tiny_config, tiny_params, options, group=2, stops=(263,))
+    model = nnx.merge(abstract_params(tiny_config)[0], jax.tree.map(jnp.asarray, tiny_params))
+    for row, prompt in enumerate(some_prompts()):
+        np.testing.assert_array_equal(rollout.tokens[2 * row], rollout.tokens[2 * row + 1])
+        sequence = jnp.array([prompt + rollout.tokens[2 * row].tolist()])
+        positions = jnp.arange(sequence.shape[1])[None]
+        hidden, _ = model(sequence, positions, attend_on(mesh_of(1, 1)))
+        best = np.asarray(unembed(hidden, model.head_weights())[0, :, :REAL].argmax(axis=-1))
+        np.testing.assert_array_equal(best[len(prompt) - 1 : -1], rollout.tokens[2 * row])
+
+
+def test_groups_split_over_devices_or_rows_are_added():
+    rows, group = spread([[1], [2, 3]], [40, 41], 8, 8, 4)
+    assert group == 2 and rows.lengths.tolist() == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert rows.ids.tolist() == [40] * 4 + [41] * 4 and rows.first_in_group.tolist() == [0, 2, 4, 6] * 2
+    rows, group = spread([[1], [2, 3], [4]], [0, 1, 2], 3, 2, 4)
+    assert group == 3 and rows.lengths.tolist() == [1, 2, 1, 0]
+
+
+def test_the_batch_shrinks_in_the_tail():
+    assert batch_sizes(64) == [64, 16, 4] and batch_sizes(3) == [3] and batch_sizes(10) == [10, 3]

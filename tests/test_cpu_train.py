@@ -1,0 +1,237 @@
+"""The main job as a person runs it: end to end, twice, killed and resumed, and with bad input."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from minigrpo.metrics import TIMINGS
+
+SMALL = ("--batch_size=4", "--num_generations=4", "--max_completion_length=40", "--save_steps=2", "--report_to=none")
+
+
+def command(*flags, module="train"):
+    return [sys.executable, "-W", "error", "-m", f"minigrpo.{module}", *flags]
+
+
+def run(*flags, module="train", timeout=300):
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    env.pop("JAX_PLATFORMS", None)
+    return subprocess.run(
+        command(*flags, module=module), cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def metrics(folder):
+    """The run's metrics without those that measure the machine."""
+    rows = [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith(TIMINGS)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run of 6 steps on a 4,2 mesh, with a reference model."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    flags = (*SMALL, "--mesh=4,2", "--max_steps=6", "--beta=0.04", "--num_iterations=2")
+    result = run(*flags, f"--output_dir={folder}")
+    assert result.returncode == 0, result.stderr[-2000:]
+    return folder, flags, result
+
+
+def test_the_main_job_runs_and_reports(finished):
+    folder, _, result = finished
+    lines = [line for line in result.stderr.splitlines() if line.startswith("step ")]
+    assert len(lines) == 6 and all("reward" in line and "tok/s" in line for line in lines)
+    assert "Traceback" not in result.stderr and "WARNING" not in result.stderr
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row in rows:
+        assert np.isfinite(list(row.values())).all()
+        assert row["sampling/sampling_logp_difference/max"] < 1e-4
+    assert rows[0]["kl"] == 0 and max(row["kl"] for row in rows) > 0
+    samples = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    assert len(samples) == 24 and {"step", "prompt", "completion", "reward"} <= set(samples[0])
+
+
+def test_the_run_folder_holds_what_is_promised(finished):
+    folder, _, _ = finished
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "flags.txt", "metrics.jsonl", "completions.jsonl", "checkpoints", "final"} <= names
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["4", "6"]
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {
+        path.name for path in (folder / "final").iterdir()
+    }
+    assert json.loads((folder / "config.json").read_text())["learning_rate"] > 0
+
+
+def test_the_final_model_evaluates(finished):
+    folder, _, _ = finished
+    flags = (f"--model={folder}/final", "--dataset=builtin:arithmetic", "--eval_size=40", "--max_completion_length=64")
+    result = run(*flags, "--page_size=16", module="evaluate")
+    assert result.returncode == 0, result.stderr[-2000:]
+    answer = json.loads(result.stdout.splitlines()[-1])
+    assert answer["problems"] == 40 and 0.2 < answer["accuracy"] < 0.8
+
+
+def test_a_run_folder_reruns_itself_identically(finished, tmp_path):
+    folder, _, _ = finished
+    result = run(f"--flagfile={folder}/flags.txt", f"--output_dir={tmp_path}/again")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert metrics(tmp_path / "again") == metrics(folder)
+
+
+def wait_for_step(folder, step, process):
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        path = folder / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step}: {process.communicate()[1][-2000:]}")
+
+
+def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
+    folder, flags, _ = finished
+    target = tmp_path / "killed"
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        command(*flags, f"--output_dir={target}"),
+        cwd=ROOT,
+        env=env,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    wait_for_step(target, 5, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (target / "final").exists()
+    result = run(*flags, f"--output_dir={target}", "--resume")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "resumed after step" in result.stderr
+    assert metrics(target) == metrics(folder)
+    want, got = (path / "final" / "model.safetensors" for path in (folder, target))
+    assert want.read_bytes() == got.read_bytes()
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_used(finished, tmp_path):
+    folder, flags, _ = finished
+    copy = tmp_path / "torn"
+    shutil.copytree(folder, copy)
+    for path in (copy / "checkpoints" / "6").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[:100])
+    result = run(*flags, f"--output_dir={copy}", "--resume")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "checkpoints/6 is not usable" in result.stderr and "resumed after step 4" in result.stderr
+    assert metrics(copy) == metrics(folder)
+
+
+def write_checkpoint(folder, **changes):
+    shutil.copytree(ROOT / "minigrpo" / "builtin", folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def bad_inputs(tmp_path):
+    other = write_checkpoint(tmp_path / "llama", model_type="llama")
+    wide = write_checkpoint(tmp_path / "wide", hidden_size=256)
+    torn = write_checkpoint(tmp_path / "torn")
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:5000])
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "answer": "1"}\n{oops\n')
+    (tmp_path / "fine.jsonl").write_text('{"prompt": "1+1?", "answer": "2"}\n')
+    (tmp_path / "columns.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "file").write_text("not a folder")
+    return {
+        "unknown flag": (["--learning_rat=1"], "Unknown command line flag 'learning_rat'"),
+        "not a number": (["--max_steps=ten"], "flag --max_steps=ten"),
+        "stray word": (["10"], "unexpected argument '10'"),
+        "no test split": (
+            ["--eval_steps=5", f"--dataset={tmp_path}/fine.jsonl"],
+            "fine.jsonl has no test split; name one",
+        ),
+        "zero length": (["--max_completion_length=0"], "--max_completion_length=0: must be at least 1"),
+        "greedy": (["--temperature=0"], "--temperature=0: greedy completions"),
+        "bad mesh": (["--mesh=4x2"], "--mesh=4x2: must be two positive whole numbers"),
+        "heads": (["--mesh=1,8"], "tp=8 does not divide the model's 4 attention heads"),
+        "fsdp": (["--mesh=3,1"], "fsdp=3 does not divide the model's 128 hidden_size"),
+        "accumulation": (["--gradient_accumulation_steps=some"], "--gradient_accumulation_steps=some: must be auto or"),
+        "architecture": ([f"--model={other}"], "model_type 'llama' is not supported"),
+        "shapes": ([f"--model={wide}"], "model.embed_tokens.weight has shape [512, 128], not [512, 256]"),
+        "truncated": ([f"--model={torn}"], "torn/model.safetensors: not a complete safetensors file"),
+        "no weights": ([f"--model={tmp_path}"], f"{tmp_path}/config.json: not a readable config.json"),
+        "hub": (["--model=Qwen/Nowhere"], "--model=Qwen/Nowhere: not in the Hub cache"),
+        "hub data": (["--dataset=gsm8k"], "--dataset=gsm8k: split 'train' cannot be had"),
+        "not json": ([f"--dataset={tmp_path}/broken.jsonl"], "broken.jsonl:2: not JSON"),
+        "columns": ([f"--dataset={tmp_path}/columns.jsonl"], "no column prompt or question or problem"),
+        "empty": ([f"--dataset={tmp_path}/empty.jsonl"], "the file has no rows"),
+        "too long": (["--max_prompt_length=2"], "--max_prompt_length=2: every prompt of builtin:arithmetic is longer"),
+        "reward": (["--reward=niceness"], "--reward=niceness: no such reward"),
+        "output": ([f"--output_dir={tmp_path}/file/run"], f"--output_dir={tmp_path}/file/run: cannot be written"),
+        "nothing to resume": (["--resume", f"--output_dir={tmp_path}/none"], "holds no run"),
+        "resume what": (["--resume"], "--resume: name the run to continue with --output_dir"),
+    }
+
+
+def test_bad_input_is_one_clear_line(tmp_path):
+    """Every mistake: exit code 2, one line that says what and where, no traceback, nothing written."""
+    cases = bad_inputs(tmp_path)
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    for name, (flags, message) in cases.items():
+        extra = (
+            []
+            if any(flag.startswith("--output_dir") or flag == "--resume" for flag in flags)
+            else [f"--output_dir={tmp_path}/run"]
+        )
+        result = run(*flags, *extra, "--max_steps=1")
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert result.returncode == 2 and len(errors) == 1 and message in errors[0], (name, result.stderr[-1500:])
+        assert "Traceback" not in result.stderr, name
+        assert sorted(str(path) for path in tmp_path.rglob("*")) == before, name
+
+
+def test_another_run_is_not_resumed_or_overwritten(finished):
+    folder, flags, _ = finished
+    before = (folder / "metrics.jsonl").read_bytes()
+    result = run(*flags, f"--output_dir={folder}", "--resume", "--learning_rate=1")
+    assert result.returncode == 2 and "is another run; it differs in --learning_rate=1.0 (was" in result.stderr
+    result = run(*flags, f"--output_dir={folder}")
+    assert result.returncode == 2 and "holds a run already" in result.stderr
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("module", ["train", "sft", "evaluate", "tiny"])
+def test_help_is_readable(module):
+    result = run("--help", module=module)
+    assert result.returncode == 0 and result.stderr == ""
+    assert f"usage: python -m minigrpo.{module}" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 140
+
+
+def test_supervised_training_lowers_the_loss_and_writes_a_model(tmp_path):
+    rows = [{"prompt": f"say {n}", "completion": f"<answer>\n{n}\n</answer>"} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = (
+        f"--dataset={tmp_path}/rows.jsonl",
+        f"--output_dir={tmp_path}/out",
+        "--max_steps=12",
+        "--log_steps=4",
+        "--batch_size=16",
+    )
+    result = run(*flags, "--mesh=2,1", module="sft")
+    assert result.returncode == 0, result.stderr[-2000:]
+    losses = [
+        float(line.split("loss ")[1].split()[0]) for line in result.stderr.splitlines() if line.startswith("step ")
+    ]
+    assert len(losses) == 3 and losses[-1] < 0.7 * losses[0]
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -1,0 +1,128 @@
+"""Parity with transformers, which writes the checkpoints, reads ours back, and generates beside us."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, mesh_of
+from flax import nnx
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from minigrpo.attention import attend_on
+from minigrpo.config import RolloutOptions
+from minigrpo.model import abstract_params, read_config, unembed
+from minigrpo.rollout import Roller
+from minigrpo.sharding import Layout
+from minigrpo.weights import export, load_params
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "eos_token_id": 1,
+    "initializer_range": 0.3,
+}
+
+
+def write_model(folder, kind, tied):
+    """A random checkpoint with every kind of weight non-trivial, in several files."""
+    torch.manual_seed(0)
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0}}
+    if kind == "qwen3":
+        config = transformers.Qwen3Config(**SIZES, **rope, head_dim=16, tie_word_embeddings=tied)
+        model = transformers.Qwen3ForCausalLM(config)
+    else:
+        config = transformers.Qwen2Config(**SIZES, **rope, tie_word_embeddings=tied)
+        model = transformers.Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                weight.add_(0.2 * torch.randn_like(weight))
+    model.eval().save_pretrained(folder, max_shard_size="200KB")
+    return model
+
+
+def our_logits(folder, tokens, mesh=(1, 1)):
+    config = read_config(folder / "config.json")
+    device_mesh = mesh_of(*mesh)
+    params = load_params(folder, config, device_mesh)
+    model = nnx.merge(abstract_params(config)[0], jax.tree.map(jnp.asarray, params))
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    layout = Layout(jnp.dtype("float32"), device_mesh)
+    hidden, _ = model(jnp.asarray(tokens), positions, attend_on(device_mesh), None, layout)
+    return config, params, unembed(hidden, model.head_weights())
+
+
+@pytest.fixture(scope="module", params=[("qwen3", True), ("qwen3", False), ("qwen2", True), ("qwen2", False)], ids=str)
+def written(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return folder, write_model(folder, *request.param)
+
+
+def test_logits_equal(written):
+    folder, theirs = written
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    tokens = np.random.default_rng(0).integers(0, 320, (3, 40)).astype(np.int32)
+    with torch.no_grad():
+        want = theirs(torch.tensor(tokens.astype(np.int64))).logits.numpy()
+    _, _, got = our_logits(folder, tokens)
+    assert np.abs(want).max() > 3
+    assert np.abs(np.asarray(got) - want).max() < 2e-4
+
+
+def test_greedy_text_equal(written):
+    folder, theirs = written
+    config = read_config(folder / "config.json")
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(2, 320, length).tolist() for length in range(3, 35, 2)]
+    options = RolloutOptions(max_completion_length=64, temperature=0.0, page_size=16, slots=8)
+    roller = Roller(config, abstract_params(config)[0], mesh_of(2, 1), jnp.dtype("float32"), options, 320, (1,))
+    ours = roller(load_params(folder, config, mesh_of(2, 1)), prompts, list(range(16)), 1, (0, 0))
+    for row, prompt in enumerate(prompts):
+        want = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, pad_token_id=0)
+        assert ours.tokens[row, : ours.lengths[row]].tolist() == want[0, len(prompt) :].tolist()
+
+
+def test_exported_model_loads_in_transformers_with_equal_logits(written, tmp_path):
+    folder, _ = written
+    tokens = np.random.default_rng(2).integers(0, 320, (8, 30)).astype(np.int32)
+    config, params, ours = our_logits(folder, tokens, mesh=(4, 2))
+    export(tmp_path / "out", folder, params, config, (1,), np.float32)
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        theirs = reloaded.eval()(torch.tensor(tokens.astype(np.int64))).logits.numpy()
+    assert np.abs(np.asarray(ours) - theirs).max() < 2e-4
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 1
+
+
+def test_builtin_model_and_its_chat_template_work_in_transformers():
+    from minigrpo.tokenizer import load_tokenizer
+
+    folder = pathlib.Path(ROOT / "minigrpo" / "builtin")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = load_tokenizer(folder)
+    messages = [{"role": "user", "content": "Anna has 12 apples. How many?"}]
+    assert ours.render(messages) == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = ours.render(messages)
+    assert ours.encode([text])[0] == theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.decode([ours.encode([text])[0]])[0] == theirs.decode(
+        theirs(text)["input_ids"], skip_special_tokens=True
+    )
+
+
+def test_this_repository_on_the_path_does_not_disturb_transformers():
+    """transformers asks whether an optional package called `kernels` is there; our folder of that name is not it."""
+    from transformers.utils import is_kernels_available
+
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not is_kernels_available()
