@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from minigrpo.config import OptimizerOptions
 from minigrpo.model import DIMS, Params, leaf_name
+from minigrpo.sharding import spec_of
 
 
 @jax.tree_util.register_dataclass
@@ -56,9 +58,18 @@ def make_optimizer(options: OptimizerOptions, total: int) -> optax.GradientTrans
     return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), adamw)
 
 
-def init_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
-    """A fresh state; the moments are laid out like the parameters."""
-    return TrainState(params, jax.jit(optimizer.init)(params), jnp.int32(0))
+def init_state(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> TrainState:
+    """A fresh state; the moments are laid out on the mesh like the parameters, counters are replicated."""
+
+    def start(params):
+        return optimizer.init(params), jnp.int32(0)
+
+    def sharding(path, _):
+        name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else ""
+        return NamedSharding(mesh, spec_of(DIMS.get(name, "")))
+
+    shardings = jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(start, params))
+    return TrainState(params, *jax.jit(start, out_shardings=shardings)(params))
 
 
 def apply_gradients(

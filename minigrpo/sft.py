@@ -110,7 +110,7 @@ def train(setup: Setup) -> TrainState:
         weigh=functools.partial(grpo.token_weights, "bnpo", max_tokens=0),
         parts=1,
     )
-    state = init_state(optimizer, setup.load(options.seed))
+    state = init_state(optimizer, setup.load(options.seed), setup.mesh)
     started = time.perf_counter()
     for step in range(steps):
         indices = batch_indices(len(data), options.batch_size, step, options.seed)

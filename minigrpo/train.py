@@ -274,7 +274,7 @@ def main(settings: Settings) -> int:
     options = setup.settings[RunOptions]
     folder = choose_folder(setup)
     job = make_job(setup)
-    first_step, state = 0, init_state(job.trainer.optimizer, setup.load(job.options(StepOptions).seed))
+    first_step, state = 0, init_state(job.trainer.optimizer, setup.load(job.options(StepOptions).seed), setup.mesh)
     announce(job, folder)
     make_folder(folder)
     checkpoints = Checkpoints(folder / "checkpoints", options.save_total_limit)
@@ -295,5 +295,5 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    own = " ".join(f"--{name}={value}" for name, value in (start.RECIPES[TINY] | RECIPES[TINY]).items())
+    own = "\n  ".join(f"--{name}={value}" for name, value in (start.RECIPES[TINY] | RECIPES[TINY]).items())
     run_command("python -m minigrpo.train", __doc__ or "", SECTIONS, main, f"{TINY} has defaults of its own:\n  {own}")

@@ -1,0 +1,88 @@
+"""The shape of the code: imports point one way, every setting is read, worked examples hold."""
+
+import ast
+import dataclasses
+import doctest
+import importlib
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from minigrpo import config, evaluate, sft, tiny, train
+
+LEVELS = [
+    {"config", "arithmetic"},
+    {"sharding", "rewards", "metrics", "checkpoint", "sampling", "tokenizer"},
+    {"model", "logprobs", "data"},
+    {"attention", "cache", "weights", "optimizer"},
+    {"grpo", "rollout"},
+    {"start"},
+    {"memory", "evaluate"},
+    {"train", "sft", "tiny"},
+]
+"""Modules of minigrpo from the bottom up: each imports only from levels below its own."""
+
+
+def imported_modules(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("minigrpo"):
+            parts = node.module.split(".")[1:]
+            yield from [parts[0]] if parts else [alias.name for alias in node.names]
+
+
+def test_imports_point_downward():
+    level = {name: number for number, names in enumerate(LEVELS) for name in names}
+    modules = {path.stem for path in (ROOT / "minigrpo").glob("*.py")} - {"__init__"}
+    assert modules == set(level)
+    for name in modules:
+        for other in set(imported_modules(ROOT / "minigrpo" / f"{name}.py")) - {"kernels"}:
+            assert level[other] < level[name], f"{name} imports {other}"
+
+
+def test_kernels_import_nothing_of_minigrpo():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not list(imported_modules(path)), path
+
+
+def test_every_setting_is_read_somewhere():
+    source = "\n".join(path.read_text() for path in (ROOT / "minigrpo").glob("*.py") if path.stem != "config")
+    source += (ROOT / "minigrpo" / "config.py").read_text().split("def field_type")[1]
+    sections = {*train.SECTIONS, *sft.SECTIONS, *evaluate.SECTIONS, tiny.TinyOptions}
+    names = {field.name for section in sections for field in dataclasses.fields(section)}
+    unread = {name for name in names if f".{name}" not in source}
+    assert not unread
+
+
+@pytest.mark.parametrize("command", [train, sft, evaluate])
+def test_flag_names_are_unique(command):
+    names = [field.name for section in command.SECTIONS for field in dataclasses.fields(section)]
+    assert len(names) == len(set(names))
+    assert issubclass(config.UsageError, ValueError)
+
+
+@pytest.mark.parametrize("name", ["data", "rewards"])
+def test_worked_examples(name):
+    result = doctest.testmod(importlib.import_module(f"minigrpo.{name}"))
+    assert result.attempted > 0 and result.failed == 0
+
+
+def test_the_rollout_bench_runs_and_ends_with_json():
+    flags = (
+        "--new_tokens=8",
+        "--prompts=4",
+        "--vocab=64",
+        "--layers=1",
+        "--hidden=32",
+        "--repeats=2",
+        "--mean_length=4",
+    )
+    command = [sys.executable, "bench/rollout_tput.py", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    import json
+
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["tokens_per_second"] > 0 and 0 < report["limit_seconds"]
