@@ -13,6 +13,7 @@ from absl import flags
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+LARGEST_SEED = 2**31 - 1
 
 
 class UsageError(ValueError):
@@ -149,7 +150,7 @@ class StepOptions(Options):
     )
     max_steps: int = option(0, "steps to train; 0 means --num_epochs over the data", low=0)
     num_epochs: float = option(1.0, "passes over the data when --max_steps is 0", above=0.0)
-    seed: int = option(0, "seed of shuffling, sampling and random weights", low=0)
+    seed: int = option(0, "seed of shuffling, sampling and random weights", low=0, high=LARGEST_SEED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +267,9 @@ def run_command(
     try:
         sys.exit(main(parse_flags(argv, sections)))
     except UsageError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(EXIT_USAGE)
+    except OSError as error:  # a full disk, a folder without permission: its text names the file
         sys.stderr.write(f"error: {error}\n")
         sys.exit(EXIT_USAGE)
     except KeyboardInterrupt:

@@ -150,13 +150,15 @@ def tokenize(dataset: Dataset, tokenizer: Tokenizer, options: DataOptions) -> Pr
     return Prompts([dataset.rows[i] for i in kept], [tokens[i] for i in kept], len(tokens) - len(kept))
 
 
-def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Rows of step number `step` (from 0): every epoch is shuffled anew, and a function of (seed, epoch) alone.
+def batch_numbers(count: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """What step number `step` (from 0) trains on: epoch * count + row, which never repeats in a run.
 
-    >>> sorted(batch_indices(4, 2, 0, 7) + batch_indices(4, 2, 1, 7))
-    [0, 1, 2, 3]
+    Every epoch is shuffled anew, and its order is a function of (seed, epoch) alone.
+
+    >>> sorted(batch_numbers(4, 2, 0, 7) + batch_numbers(4, 2, 1, 7)), sorted(batch_numbers(4, 4, 1, 7))
+    ([0, 1, 2, 3], [4, 5, 6, 7])
     """
     positions = range(step * batch_size, (step + 1) * batch_size)
     epochs = {position // count for position in positions}
     orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs}
-    return [int(orders[position // count][position % count]) for position in positions]
+    return [position // count * count + int(orders[position // count][position % count]) for position in positions]

@@ -9,6 +9,7 @@ import time
 import jax
 
 from minigrpo.config import (
+    LARGEST_SEED,
     DataOptions,
     ModelOptions,
     Options,
@@ -32,7 +33,7 @@ class EvalOptions(Options):
 
     mesh: str = option("auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU")
     eval_size: int = option(500, "held-out problems answered", low=1)
-    seed: int = option(0, "seed of sampling and of random weights", low=0)
+    seed: int = option(0, "seed of sampling and of random weights", low=0, high=LARGEST_SEED)
 
 
 SECTIONS = (ModelOptions, DataOptions, RolloutOptions, EvalOptions)

@@ -10,6 +10,7 @@ import numpy as np
 
 from minigrpo import arithmetic, grpo
 from minigrpo.config import (
+    LARGEST_SEED,
     DataOptions,
     ModelOptions,
     OptimizerOptions,
@@ -19,7 +20,7 @@ from minigrpo.config import (
     option,
     run_command,
 )
-from minigrpo.data import PROMPT_COLUMNS, Dataset, Prompts, batch_indices, choose_column, read_rows, tokenize
+from minigrpo.data import PROMPT_COLUMNS, Dataset, Prompts, batch_numbers, choose_column, read_rows, tokenize
 from minigrpo.optimizer import TrainState, init_state, learning_rate, make_optimizer
 from minigrpo.sharding import by_sequence, put
 from minigrpo.start import Setup, set_up
@@ -35,7 +36,7 @@ class SftOptions(Options):
     max_steps: int = option(0, "steps; 0 means one pass over the data", low=0)
     max_completion_length: int = option(512, "rows with longer completions are dropped and counted", low=1)
     problems: int = option(50_000, "rows of builtin:arithmetic to generate", low=1)
-    seed: int = option(0, "seed of shuffling and random weights", low=0)
+    seed: int = option(0, "seed of shuffling and random weights", low=0, high=LARGEST_SEED)
     output_dir: str = option("runs/sft", "folder the trained model is written to")
     log_steps: int = option(20, "steps between printed lines", low=1)
 
@@ -113,7 +114,8 @@ def train(setup: Setup) -> TrainState:
     state = init_state(optimizer, setup.load(options.seed), setup.mesh)
     started = time.perf_counter()
     for step in range(steps):
-        indices = batch_indices(len(data), options.batch_size, step, options.seed)
+        numbers = batch_numbers(len(data), options.batch_size, step, options.seed)
+        indices = [number % len(data) for number in numbers]
         state, metrics = grpo.update(trainer, state, make_batch(setup, data, completions, indices))
         if (step + 1) % options.log_steps == 0 or step + 1 == steps:
             loss, norm, rate = float(metrics["loss"]), float(metrics["grad_norm"]), float(schedule(step))

@@ -25,7 +25,7 @@ from minigrpo.config import (
     UsageError,
     run_command,
 )
-from minigrpo.data import Prompts, batch_indices, is_file, load_dataset, tokenize
+from minigrpo.data import Prompts, batch_numbers, is_file, load_dataset, tokenize
 from minigrpo.evaluate import accuracy
 from minigrpo.memory import choose_parts
 from minigrpo.metrics import RunFolder, check_writable, completion_metrics, make_folder, reward_metrics
@@ -69,8 +69,9 @@ def train(job: Job, state: TrainState, first_step: int, folder: RunFolder, check
     run, seed = job.options(RunOptions), job.options(StepOptions).seed
     for step in range(first_step, job.total_steps):
         clock = Clock()
-        indices = batch_indices(len(job.data), job.options(StepOptions).batch_size, step, seed)
-        rollout = roll_out(job, state, indices, step)
+        numbers = batch_numbers(len(job.data), job.options(StepOptions).batch_size, step, seed)
+        indices = [number % len(job.data) for number in numbers]
+        rollout = roll_out(job, state, indices, numbers, step)
         clock.mark("time/rollout")
         rewards, parts, texts = reward(job, rollout, indices)
         clock.mark("time/reward")
@@ -88,11 +89,11 @@ def train(job: Job, state: TrainState, first_step: int, folder: RunFolder, check
     return state
 
 
-def roll_out(job: Job, state: TrainState, indices: list[int], step: int) -> Rollout:
+def roll_out(job: Job, state: TrainState, indices: list[int], numbers: list[int], step: int) -> Rollout:
     """--num_generations completions of each of the step's prompts."""
     options = job.options(StepOptions)
     prompts = [job.data.tokens[i] for i in indices]
-    return job.roller(state.params, prompts, indices, options.num_generations, (options.seed, step))
+    return job.roller(state.params, prompts, numbers, options.num_generations, (options.seed, step))
 
 
 def reward(job: Job, rollout: Rollout, indices: list[int]) -> tuple[np.ndarray, dict[str, np.ndarray], list[str]]:
@@ -127,10 +128,13 @@ def make_batch(job: Job, rollout: Rollout, rewards: np.ndarray, indices: list[in
 def improve(job: Job, state: TrainState, batch: grpo.Batch) -> tuple[TrainState, dict[str, float]]:
     """--num_iterations updates on the batch; metrics are the last one's, with the learning rate it used."""
     schedule = learning_rate(job.options(OptimizerOptions), total_updates(job.options(StepOptions), job.total_steps))
+    skipped = 0.0
     for _ in range(job.options(StepOptions).num_iterations):
         rate = float(schedule(int(state.updates)))
         state, metrics = grpo.update(job.trainer, state, batch)
-    return state, {name: float(value) for name, value in metrics.items()} | {"learning_rate": rate}
+        skipped += float(metrics["skipped_updates"])
+    own = {"learning_rate": rate, "skipped_updates": skipped}
+    return state, {name: float(value) for name, value in metrics.items()} | own
 
 
 class Clock:
@@ -256,8 +260,9 @@ def choose_folder(setup: Setup) -> Path:
 
 def announce(job: Job, folder: Path) -> None:
     """Every value used, once, and where things go."""
-    values = job.setup.settings.as_dict()
-    sys.stderr.write("settings: " + " ".join(f"{name}={value}" for name, value in values.items()) + "\n")
+    for kind, section in job.setup.settings.sections.items():
+        values = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(section).items() if value is not None)
+        sys.stderr.write(f"{(kind.__doc__ or '').lower()}: {values}\n")
     devices = job.setup.mesh.devices
     sys.stderr.write(
         f"mesh: fsdp={devices.shape[0]} tp={devices.shape[1]} of {devices.flat[0].device_kind} devices; "

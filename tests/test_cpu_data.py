@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from minigrpo import arithmetic
 from minigrpo.config import DataOptions, UsageError
-from minigrpo.data import Dataset, batch_indices, chat, load_dataset, tokenize
+from minigrpo.data import Dataset, batch_numbers, chat, load_dataset, tokenize
 from minigrpo.tokenizer import load_tokenizer
 
 BUILTIN = ROOT / "minigrpo" / "builtin"
@@ -99,11 +99,12 @@ def test_long_prompts_are_dropped_and_counted():
 
 
 def test_every_epoch_shows_each_row_once_in_a_new_order():
-    epochs = [[i for step in range(5) for i in batch_indices(10, 2, 5 * epoch + step, 3)] for epoch in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10)) and epochs[0] != epochs[1]
-    assert batch_indices(10, 2, 7, 3) == batch_indices(10, 2, 7, 3) != batch_indices(10, 2, 7, 4)
-    across = batch_indices(3, 4, 0, 0)
-    assert sorted(across[:3]) == [0, 1, 2]
+    epochs = [[i for step in range(5) for i in batch_numbers(10, 2, 5 * epoch + step, 3)] for epoch in range(2)]
+    assert sorted(epochs[0]) == list(range(10)) and sorted(epochs[1]) == list(range(10, 20))
+    assert [number - 10 for number in epochs[1]] != epochs[0]
+    assert batch_numbers(10, 2, 7, 3) == batch_numbers(10, 2, 7, 3) != batch_numbers(10, 2, 7, 4)
+    across = batch_numbers(3, 4, 0, 0)
+    assert sorted(across[:3]) == [0, 1, 2] and across[3] in (3, 4, 5)
 
 
 def test_system_prompts():
