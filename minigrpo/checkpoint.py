@@ -43,7 +43,12 @@ class Checkpoints:
         self.manager.save(step, args=ocp.args.StandardSave(flatten(state)))
 
     def restore(self, like: Any) -> tuple[int, Any]:
-        """The newest complete checkpoint as (step, state), laid out like `like`; unusable ones are named."""
+        """The newest complete checkpoint as (step, state), laid out like `like`; (0, like) when none was ever saved.
+
+        Unusable ones are named and moved out of the way, so that saving goes on at their steps.
+        """
+        if not self.manager.all_steps():
+            return 0, like
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), flatten(like))
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
@@ -55,6 +60,8 @@ class Checkpoints:
                 sys.stderr.write(
                     f"checkpoint {self.folder / str(step)} is not usable, trying the one before: {reason}\n"
                 )
+                (self.folder / str(step)).rename(self.folder.parent / f"unusable-checkpoint-{step}")
+                self.manager.reload()
         raise UsageError(
             f"--resume: no usable checkpoint in {self.folder}; start without --resume in another --output_dir"
         )
@@ -74,6 +81,8 @@ def check_same_run(folder: Path, values: dict[str, Any]) -> None:
         before = json.loads(path.read_text())
     except ValueError as error:
         raise UsageError(f"--resume: {path} is not readable JSON ({error})") from error
+    if not isinstance(before, dict):
+        raise UsageError(f"--resume: {path} is not the config.json of a run")
     differing = [
         f"--{name}={value} (was {before.get(name)})"
         for name, value in values.items()

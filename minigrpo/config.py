@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 import types
 import typing
@@ -20,9 +21,18 @@ class UsageError(ValueError):
     """Bad input from the person running a command; its text is one line naming what, the value and the fix."""
 
 
-def option(default: Any, text: str, *, choices: tuple = (), low: Any = None, above: Any = None, high: Any = None):
-    """A dataclass field that is also a flag: `low` <= value <= `high`, value > `above`, or one of `choices`."""
-    limits = {"choices": choices, "low": low, "above": above, "high": high}
+def option(
+    default: Any,
+    text: str,
+    *,
+    choices: tuple = (),
+    low: Any = None,
+    above: Any = None,
+    high: Any = None,
+    below: Any = None,
+):
+    """A dataclass field that is also a flag: `low` <= value <= `high`, `above` < value < `below`, or one of `choices`."""
+    limits = {"choices": choices, "low": low, "above": above, "high": high, "below": below}
     return dataclasses.field(default=default, metadata={"help": text, **limits})
 
 
@@ -41,6 +51,10 @@ def check_limits(field: dataclasses.Field, value: Any) -> None:
     meta = field.metadata
     if meta["choices"] and value not in meta["choices"]:
         raise UsageError(f"--{field.name}={value}: must be one of {', '.join(map(str, meta['choices']))}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"--{field.name}={value}: must be a finite number")
+    if meta["below"] is not None and not value < meta["below"]:
+        raise UsageError(f"--{field.name}={value}: must be less than {meta['below']}")
     if meta["low"] is not None and not value >= meta["low"]:
         raise UsageError(f"--{field.name}={value}: must be at least {meta['low']}")
     if meta["above"] is not None and not value > meta["above"]:
@@ -75,7 +89,9 @@ class DataOptions(Options):
     )
     prompt_column: str = option("auto", "column that holds the prompt; auto tries prompt, question, problem")
     answer_column: str = option("auto", "column that holds the reference answer; auto tries answer, solution")
-    system_prompt: str = option("auto", "system message; auto is the dataset's own, empty for none")
+    system_prompt: str = option(
+        "auto", "system message, \\n being a new line; auto is the dataset's own, empty for none"
+    )
     enable_thinking: bool = option(False, "let a Qwen3 chat template open a thinking turn")
     max_prompt_length: int = option(256, "prompts with more tokens than this are dropped and counted", low=1)
 
@@ -102,7 +118,9 @@ class RewardOptions(Options):
         "auto",
         "reward functions, NAME or path.py:FUNCTION, each with *WEIGHT or not, by commas; auto is the dataset's own",
     )
-    reward_timeout: float = option(60.0, "seconds one call of a reward function may take", above=0.0)
+    reward_timeout: float = option(
+        60.0, "seconds one call of a reward function may take (Python code; C code is not interrupted)", above=0.0
+    )
     scale_rewards: str = option(
         "group", "divide advantages by the std of the group, of the batch, or not", choices=("group", "batch", "none")
     )
@@ -127,8 +145,8 @@ class OptimizerOptions(Options):
         "warmup_cosine", "schedule after the warmup", choices=("warmup_cosine", "warmup_linear", "constant")
     )
     warmup_ratio: float = option(0.1, "share of all steps spent warming up", low=0.0, high=1.0)
-    adam_b1: float = option(0.9, "AdamW first-moment decay", low=0.0, high=1.0)
-    adam_b2: float = option(0.99, "AdamW second-moment decay", low=0.0, high=1.0)
+    adam_b1: float = option(0.9, "AdamW first-moment decay", low=0.0, below=1.0)
+    adam_b2: float = option(0.99, "AdamW second-moment decay", low=0.0, below=1.0)
     weight_decay: float = option(0.1, "AdamW weight decay of matrices (norms and biases have none)", low=0.0)
     max_grad_norm: float = option(0.1, "gradients are clipped to this global norm", above=0.0)
     remat: str = option(
@@ -224,8 +242,9 @@ class Settings:
         """Writes config.json, and flags.txt which `--flagfile` reads back to run the same again."""
         values = self.as_dict()
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        lines = [f"--{name}={value}" for name, value in values.items() if value is not None and name != "resume"]
-        (folder / "flags.txt").write_text("\n".join(lines) + "\n")
+        given = {name: str(value) for name, value in values.items() if value is not None and name != "resume"}
+        lines = ["--" + name + "=" + value.replace("\n", "\\n") for name, value in given.items()]
+        (folder / "flags.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def parse_flags(argv: list[str], sections: tuple[type[Options], ...]) -> Settings:
@@ -238,9 +257,12 @@ def parse_flags(argv: list[str], sections: tuple[type[Options], ...]) -> Setting
     if rest:
         raise UsageError(f"unexpected argument {rest[0]!r}; flags are written --name=value (see --help)")
     explicit = frozenset(name for name in values if values[name].present)
-    built = {
-        section: section(**{f.name: values[f.name].value for f in dataclasses.fields(section)}) for section in sections
-    }
+
+    def value(name: str) -> Any:
+        given = values[name].value
+        return given.replace("\\n", "\n") if isinstance(given, str) else given
+
+    built = {section: section(**{f.name: value(f.name) for f in dataclasses.fields(section)}) for section in sections}
     return Settings(built, explicit)
 
 

@@ -57,7 +57,7 @@ def read_rows(name: str, split: str) -> list[Row]:
 def read_jsonl(path: Path) -> list[Row]:
     """One object per line; UsageError naming file and line otherwise. Blank lines are skipped."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--dataset={path}: cannot be read ({error})") from error
     rows = []
@@ -103,8 +103,20 @@ def map_columns(rows: list[Row], options: DataOptions) -> list[Row]:
         if prompt not in row or answer not in row:
             missing = prompt if prompt not in row else answer
             raise UsageError(f"--dataset={options.dataset}: row {number} has no column {missing!r}")
+        if not is_prompt(row[prompt]) or row[answer] is None:
+            column = answer if is_prompt(row[prompt]) else prompt
+            raise UsageError(f"--dataset={options.dataset}: row {number} has {repr(row[column])[:60]} as {column!r}")
         mapped.append(row | {"prompt": row[prompt], "answer": str(row[answer])})
     return mapped
+
+
+def is_prompt(value: Any) -> bool:
+    """Text, or messages that each have a role and content."""
+    if isinstance(value, list):
+        return bool(value) and all(
+            isinstance(message, dict) and {"role", "content"} <= set(message) for message in value
+        )
+    return isinstance(value, str) and bool(value)
 
 
 def choose_column(row: Row, flag: str, given: str, usual: tuple[str, ...]) -> str:

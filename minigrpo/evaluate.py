@@ -7,6 +7,7 @@ import sys
 import time
 
 import jax
+import numpy as np
 
 from minigrpo.config import (
     LARGEST_SEED,
@@ -22,6 +23,9 @@ from minigrpo.data import Prompts, load_dataset, tokenize
 from minigrpo.model import Params
 from minigrpo.rewards import same_answer
 from minigrpo.start import Setup, set_up
+
+QUEUE = 2
+"""Prompts prefilled per slot."""
 
 Z95 = 1.96
 """Standard errors on either side of a 95 % interval."""
@@ -53,15 +57,26 @@ def interval(share: float, count: int) -> tuple[float, float]:
 
 
 def accuracy(
-    setup: Setup, params: Params, data: DataOptions, decoding: RolloutOptions, size: int, seed: int = 0
+    setup: Setup, params: Params, problems: Prompts, decoding: RolloutOptions, seed: int = 0
 ) -> dict[str, float]:
-    """Share of the first `size` held-out problems that are answered rightly, one answer each."""
-    problems = held_out(setup, data, size)
-    rollout = setup.roller(decoding)(params, problems.tokens, list(range(len(problems))), 1, (seed, 0))
-    pairs = zip(rollout.tokens, rollout.lengths, strict=True)
-    texts = setup.tokenizer.decode([tokens[:length] for tokens, length in pairs])
-    right = sum(same_answer(text, row["answer"]) for text, row in zip(texts, problems.rows, strict=True))
-    return {"accuracy": right / len(problems), "problems": len(problems), "mean_length": float(rollout.lengths.mean())}
+    """Share of the problems that are answered rightly, one answer each; "dropped" counts those too long to ask.
+
+    They are asked in several rollouts, so that no device holds more prompts than QUEUE times its slots.
+    """
+    roller = setup.roller(decoding)
+    rounds = -(-len(problems) // (QUEUE * decoding.slots * setup.mesh.size))
+    answers: list[list[int]] = []
+    for part in np.array_split(np.arange(len(problems)), rounds):
+        rollout = roller(params, [problems.tokens[i] for i in part], part.tolist(), 1, (seed, 0))
+        answers += [row[:length].tolist() for row, length in zip(rollout.tokens, rollout.lengths, strict=True)]
+    pairs = zip(setup.tokenizer.decode(answers), problems.rows, strict=True)
+    right = sum(same_answer(text, row["answer"]) for text, row in pairs)
+    return {
+        "accuracy": right / len(problems),
+        "problems": len(problems),
+        "dropped": problems.dropped,
+        "mean_length": float(np.mean([len(row) for row in answers])),
+    }
 
 
 def main(settings: Settings) -> int:
@@ -70,11 +85,13 @@ def main(settings: Settings) -> int:
     options = settings[EvalOptions]
     final = setup.settings.with_defaults({"temperature": 0.0})
     params = setup.load(options.seed)
-    result = accuracy(setup, params, final[DataOptions], final[RolloutOptions], options.eval_size, options.seed)
+    problems = held_out(setup, final[DataOptions], options.eval_size)
+    result = accuracy(setup, params, problems, final[RolloutOptions], options.seed)
     low, high = interval(result["accuracy"], int(result["problems"]))
     sys.stderr.write(
         f"{setup.settings[ModelOptions].model} on {setup.settings[DataOptions].dataset}: accuracy "
-        f"{result['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) of {result['problems']} problems\n"
+        f"{result['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) of {result['problems']} problems, "
+        f"{result['dropped']} dropped as too long\n"
     )
     extra = {"interval": [low, high], "seconds": time.perf_counter() - started, "platform": jax.default_backend()}
     sys.stdout.write(json.dumps(result | extra) + "\n")

@@ -171,10 +171,11 @@ def policy_loss(
     mask = batch.completion_mask
     old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs
     high = options.epsilon if options.epsilon_high is None else options.epsilon_high
-    ratio = jnp.exp(logprobs - old)
+    ratio = jnp.exp(jnp.where(mask, logprobs - old, 0))
     advantages = batch.advantages[:, None]
     loss = clipped_objective(ratio, advantages, options.epsilon, high)
-    kl = jnp.zeros_like(loss) if batch.ref_logprobs is None else kl_k3(logprobs, batch.ref_logprobs)
+    ref = logprobs if batch.ref_logprobs is None else jnp.where(mask, batch.ref_logprobs, logprobs)
+    kl = kl_k3(logprobs, ref)
     loss = jnp.where(mask, loss + options.beta * kl, 0)
     low_clipped = (ratio < 1 - options.epsilon) & (advantages < 0)
     high_clipped = (ratio > 1 + high) & (advantages > 0)

@@ -20,29 +20,37 @@ TIMINGS = ("step_time", "time/", "rollout/tokens_per_second", "device/")
 class RunFolder:
     """Sinks of one run. Only the first process of several writes."""
 
-    def __init__(self, folder: Path, total_steps: int, tensorboard: bool, writes: bool):
+    def __init__(self, folder: Path, total_steps: int, tensorboard: bool, writes: bool, first_step: int):
         self.folder = folder
         self.writes = writes
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard")) if tensorboard and writes else None
+        self.tokens = 0.0
+        self.tensorboard = None
+        if tensorboard and writes:
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self.bar = tqdm(
             total=total_steps, unit="step", disable=not (writes and sys.stderr.isatty()), dynamic_ncols=True
         )
+        self.cut_after(first_step)
 
     def cut_after(self, step: int) -> None:
         """Forgets what was logged after `step` finished steps: a resumed run logs it again."""
         self.bar.update(step)
-        for name in ("metrics.jsonl", "completions.jsonl"):
+        for name in ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl"):
             path = self.folder / name
             if self.writes and path.exists():
-                kept = [line for line in path.read_text().splitlines(keepends=True) if line_step(line) <= step]
+                kept = [line for line in path.read_text(encoding="utf-8").split("\n") if line_step(line) <= step]
                 partial = path.with_suffix(".partial")
-                partial.write_text("".join(kept))
+                partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
                 os.replace(partial, path)
+                if name == "metrics.jsonl" and kept:
+                    self.tokens = json.loads(kept[-1])["num_tokens"]
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Writes the metrics of step number `step`, counted from 1, to every sink."""
         if not self.writes:
             return
+        self.tokens += metrics["num_tokens"]
+        metrics = metrics | {"num_tokens": self.tokens}
         self.append("metrics.jsonl", [{"step": step} | metrics])
         if self.tensorboard:
             for name, value in metrics.items():
@@ -53,7 +61,7 @@ class RunFolder:
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Adds one line per row to a JSONL file of the folder, on disk before it returns."""
         if self.writes:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
+            with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def say(self, text: str) -> None:
@@ -90,6 +98,16 @@ def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
         f"(cut {metrics['completions/clipped_ratio']:.0%})  {metrics['rollout/tokens_per_second']:.0f} tok/s  "
         f"{metrics['step_time']:.1f} s ({phases})"
     )
+
+
+def check_empty(folder: Path) -> None:
+    """UsageError when something is in the folder: a result never mixes with, or replaces, what was there."""
+    if folder.is_dir() and any(folder.iterdir()):
+        if (folder / "metrics.jsonl").exists():
+            raise UsageError(
+                f"--output_dir={folder}: holds a run already; continue it with --resume or name another folder"
+            )
+        raise UsageError(f"--output_dir={folder}: is not empty; name a new folder")
 
 
 def check_writable(folder: Path) -> None:

@@ -104,6 +104,8 @@ def read_config(path: str | Path) -> ModelConfig:
 
 def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
     """Turns the fields of a config.json into a ModelConfig; `source` names the file in errors."""
+    if not isinstance(raw, dict):
+        raise UsageError(f"{source}: not a model's config.json, which is a JSON object")
     kind = raw.get("model_type")
     if kind not in ARCHITECTURES:
         raise UsageError(f"{source}: model_type {kind!r} is not supported; use a qwen3 or qwen2 (Qwen2.5) checkpoint")
@@ -126,6 +128,11 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
         )
     except KeyError as error:
         raise UsageError(f"{source}: field {error} is missing; it is needed for a {kind} model") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UsageError(f"{source}: a field has a value of the wrong kind ({error})") from error
+    for letter, size in config.sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise UsageError(f"{source}: the size {letter} is {size!r}; it must be a whole number of at least 1")
     if config.num_attention_heads % config.num_key_value_heads:
         raise UsageError(
             f"{source}: num_attention_heads {config.num_attention_heads} is not a multiple of "

@@ -26,7 +26,14 @@ LONGEST = 20_000
 """Characters of a completion that are looked at, from its end, where the answer is: bounds the time of hostile ones."""
 
 NUMBER = re.compile(r"-?\$?\d[\d,]{0,40}(?:\.\d{1,40})?|-?\$?\.\d{1,40}")
-PLAIN_NUMBER = re.compile(r"-?(?:\d+(?:\.\d*)?|\.\d+)")
+STATED_NUMBER = re.compile(
+    r"(?:[A-Za-z\s]*[\s=:]\s*)?(?P<sign>-?\$?|\$-)(?P<number>(?:\d[\d,]*\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?)"
+    r"(?:\s*%|[A-Za-z]{2,})?(?:\s[A-Za-z\s.]*)?\.?"
+)
+"""One number, alone or with words, a dollar sign, % or a unit around it; not part of an expression."""
+
+LONGEST_NUMBER = 200
+"""Characters of the longest answer that is read as a number."""
 
 
 # Reading an answer out of a completion
@@ -63,43 +70,53 @@ def last_number(text: str) -> str | None:
     return numbers[-1] if numbers else None
 
 
-def extract_answer(text: str) -> str | None:
-    r"""The completion's final answer: inside <answer> tags, after ####, in \boxed{}, or its last number.
-
-    >>> extract_answer("<answer>\n42\n</answer>"), extract_answer("It is 6 * 7.\n#### 42"), extract_answer("about 42.")
-    ('42', '42', '42')
-    """
+def marked_answer(text: str) -> str | None:
+    """The answer inside <answer> tags, after ####, or in a box; None when nothing marks one."""
     tagged = between(text, "<answer>", "</answer>")
     if tagged is not None:
         return tagged
     _, marked, after = tail(text).rpartition("####")
     if marked and after.strip():
         return after.strip().splitlines()[0].strip()
-    inside = boxed(text)
-    return inside if inside is not None else last_number(text)
+    return boxed(text)
 
 
-def as_number(text: str | None) -> decimal.Decimal | None:
-    r"""The number that an answer states, whatever surrounds it: $ , % units, a final point, \boxed{}.
+def extract_answer(text: str) -> str | None:
+    r"""The completion's final answer: inside <answer> tags, after ####, in \boxed{}, or its last number.
 
-    >>> as_number("$1,234.50"), as_number("72 clips"), as_number(r"\boxed{18}."), as_number("no idea")
-    (Decimal('1234.50'), Decimal('72'), Decimal('18'), None)
+    >>> extract_answer("<answer>\n42\n</answer>"), extract_answer("It is 6 * 7.\n#### 42"), extract_answer("about 42.")
+    ('42', '42', '42')
     """
-    if text is None:
-        return None
+    marked = marked_answer(text)
+    return last_number(text) if marked is None else marked
+
+
+def as_number(text: str) -> decimal.Decimal | None:
+    r"""The number that an answer states beside $ , % units, a final point or \boxed{}; None for an expression.
+
+    >>> as_number("$1,234.50"), as_number("72 clips"), as_number(r"\boxed{18}."), as_number("1/3"), as_number("3x")
+    (Decimal('1234.50'), Decimal('72'), Decimal('18'), None, None)
+    """
     inside = boxed(text)
-    found = NUMBER.search(tail(inside if inside is not None else text))
-    plain = found and found.group().replace("$", "").replace(",", "")
-    return decimal.Decimal(plain) if plain and PLAIN_NUMBER.fullmatch(plain) else None
+    plain = (text if inside is None else inside).replace("\\$", "$").replace("\\%", "%").strip()
+    found = STATED_NUMBER.fullmatch(plain) if len(plain) <= LONGEST_NUMBER and plain.isascii() else None
+    return decimal.Decimal("-" * ("-" in found["sign"]) + found["number"].replace(",", "")) if found else None
+
+
+def plain_text(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".")
 
 
 def same_answer(completion: str, reference: str) -> bool:
     """Whether the completion's final answer equals the reference, as numbers if both are, else as text."""
-    given, wanted = extract_answer(completion), extract_answer(reference) or reference
+    given, wanted = extract_answer(completion), marked_answer(reference)
+    wanted = reference if wanted is None else wanted
+    if given is None:
+        return False
     numbers = as_number(given), as_number(wanted)
     if None not in numbers:
         return numbers[0] == numbers[1]
-    return given is not None and given.strip().lower() == wanted.strip().lower()
+    return plain_text(given) == plain_text(wanted)
 
 
 # The built-in reward functions
@@ -201,6 +218,8 @@ def parse_reward(part: str) -> Reward:
         scale = float(weight or 1)
     except ValueError as error:
         raise UsageError(f"--reward={part}: the weight {weight!r} is not a number") from error
+    if not math.isfinite(scale):
+        raise UsageError(f"--reward={part}: the weight must be finite")
     if ":" in source:
         path, _, name = source.rpartition(":")
         return Reward(name, load_function(Path(path), name), scale)
@@ -211,14 +230,14 @@ def parse_reward(part: str) -> Reward:
 
 def load_function(path: Path, name: str) -> RewardFunction:
     """The function `name` of the Python file `path`."""
-    if not path.is_file():
-        raise UsageError(f"--reward={path}:{name}: there is no file {path}")
+    if not path.is_file() or path.suffix != ".py":
+        raise UsageError(f"--reward={path}:{name}: there is no Python file {path}")
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's own file may raise anything
+    except (Exception, SystemExit) as error:  # the user's own file may raise anything
         raise UsageError(f"--reward={path}:{name}: importing {path} failed: {error!r}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -233,7 +252,7 @@ def call_reward(reward: Reward, timeout: float, arguments: dict[str, Any]) -> Fl
     def call():
         try:
             outcome["scores"] = reward.function(**accepted(reward.function, arguments))
-        except Exception as error:  # the user's own function may raise anything
+        except (Exception, SystemExit) as error:  # the user's own function may raise anything
             outcome["error"] = error
 
     thread = threading.Thread(target=call, daemon=True, name=f"reward {reward.name}")

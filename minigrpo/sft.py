@@ -20,7 +20,8 @@ from minigrpo.config import (
     option,
     run_command,
 )
-from minigrpo.data import PROMPT_COLUMNS, Dataset, Prompts, batch_numbers, choose_column, read_rows, tokenize
+from minigrpo.data import PROMPT_COLUMNS, Dataset, Prompts, batch_numbers, choose_column, is_prompt, read_rows, tokenize
+from minigrpo.metrics import check_empty, check_writable
 from minigrpo.optimizer import TrainState, init_state, learning_rate, make_optimizer
 from minigrpo.sharding import by_sequence, put
 from minigrpo.start import Setup, set_up
@@ -61,7 +62,7 @@ def load_rows(settings: Settings) -> Dataset:
     prompt = choose_column(rows[0], "prompt_column", settings[DataOptions].prompt_column, PROMPT_COLUMNS)
     completion = choose_column(rows[0], "answer_column", settings[DataOptions].answer_column, COMPLETION_COLUMNS)
     for number, row in enumerate(rows, 1):
-        if not isinstance(row.get(prompt), str | list) or not isinstance(row.get(completion), str):
+        if not is_prompt(row.get(prompt)) or not isinstance(row.get(completion), str):
             raise UsageError(f"--dataset={name}: row {number} has no text in {prompt!r} or {completion!r}")
     return Dataset(name, [{"prompt": row[prompt], "completion": row[completion]} for row in rows], system_prompt="")
 
@@ -128,15 +129,21 @@ def train(setup: Setup) -> TrainState:
 
 
 def main(settings: Settings) -> int:
-    if settings[SftOptions].output_dir == settings[ModelOptions].model:
-        raise UsageError(f"--output_dir={settings[SftOptions].output_dir}: is the model's own folder; choose another")
+    folder = Path(settings[SftOptions].output_dir).absolute()
+    check_empty(folder)
+    check_writable(folder)
     setup = set_up(settings, settings[SftOptions].mesh)
     state = train(setup)
-    folder = Path(setup.settings[SftOptions].output_dir)
     export(folder, setup.folder, state.params, setup.config, setup.tokenizer.stop_tokens)
     sys.stderr.write(f"model written to {folder}\n")
     return 0
 
 
 if __name__ == "__main__":
-    run_command("python -m minigrpo.sft", __doc__ or "", SECTIONS, main)
+    run_command(
+        "python -m minigrpo.sft",
+        __doc__ or "",
+        SECTIONS,
+        main,
+        "Here --answer_column is the completion; auto tries " + ", ".join(COMPLETION_COLUMNS) + ".",
+    )

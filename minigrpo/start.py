@@ -80,7 +80,10 @@ def resolve(settings: Settings, recipes: Recipes) -> Settings:
     values = {"model": model, "compute_dtype": ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype}
     if DataOptions in settings.sections and settings[DataOptions].dataset == "auto":
         values["dataset"] = "builtin:arithmetic" if model == TINY else "gsm8k"
-    return settings.with_defaults({**RECIPES.get(model, {}), **recipes.get(model, {})}).with_values(values)
+    recipe = {**RECIPES.get(model, {}), **recipes.get(model, {})}
+    if "num_epochs" in settings.explicit:
+        recipe.pop("max_steps", None)
+    return settings.with_defaults(recipe).with_values(values)
 
 
 def set_up(settings: Settings, mesh_flag: str, recipes: Recipes = MappingProxyType({})) -> Setup:

@@ -68,9 +68,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: not readable JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: must hold a JSON object, not {type(content).__name__}")
+    return content
 
 
 def load_tokenizer(folder: Path, enable_thinking: bool = False) -> Tokenizer:

@@ -26,9 +26,9 @@ from minigrpo.config import (
     run_command,
 )
 from minigrpo.data import Prompts, batch_numbers, is_file, load_dataset, tokenize
-from minigrpo.evaluate import accuracy
+from minigrpo.evaluate import accuracy, held_out
 from minigrpo.memory import choose_parts
-from minigrpo.metrics import RunFolder, check_writable, completion_metrics, make_folder, reward_metrics
+from minigrpo.metrics import RunFolder, check_empty, check_writable, completion_metrics, make_folder, reward_metrics
 from minigrpo.model import Params
 from minigrpo.optimizer import TrainState, init_state, learning_rate, make_optimizer
 from minigrpo.rewards import Reward, parse_rewards, score_completions
@@ -58,6 +58,7 @@ class Job:
     roller: Roller
     trainer: grpo.Trainer
     reference: Params | None
+    held_out: Prompts | None
     total_steps: int
 
     def options(self, section: type) -> Any:
@@ -82,10 +83,10 @@ def train(job: Job, state: TrainState, first_step: int, folder: RunFolder, check
         metrics |= summary(job, rollout, rewards, parts, step, clock)
         folder.log(step + 1, metrics)
         folder.append("completions.jsonl", samples(job, step, indices, texts, rewards))
+        if job.held_out and (step + 1) % run.eval_steps == 0:
+            evaluate(job, state, step + 1, folder)
         if run.save_steps and (step + 1) % run.save_steps == 0:
             checkpoints.save(step + 1, state)
-        if run.eval_steps and (step + 1) % run.eval_steps == 0:
-            evaluate(job, state, step + 1, folder)
     return state
 
 
@@ -101,7 +102,7 @@ def reward(job: Job, rollout: Rollout, indices: list[int]) -> tuple[np.ndarray, 
     rows = [job.data.rows[i] for i in indices for _ in range(job.options(StepOptions).num_generations)]
     ids = [tokens[:length].tolist() for tokens, length in zip(rollout.tokens, rollout.lengths, strict=True)]
     texts = job.setup.tokenizer.decode(ids)
-    columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
     arguments = columns | {"prompts": columns["prompt"], "completions": texts, "completion_ids": ids}
     return *score_completions(job.rewards, job.options(RewardOptions).reward_timeout, arguments), texts
 
@@ -156,8 +157,10 @@ def summary(job: Job, rollout: Rollout, rewards: np.ndarray, parts: dict, step: 
     """The step's metrics besides the update's own."""
     options = job.options(StepOptions)
     memory = jax.local_devices()[0].memory_stats() or {}
+    prompts = batch_numbers(len(job.data), options.batch_size, step, options.seed)
+    asked = options.num_generations * sum(len(job.data.tokens[number % len(job.data)]) for number in prompts)
     return (
-        {"epoch": (step + 1) * options.batch_size / len(job.data), "num_tokens": float(rollout.lengths.sum())}
+        {"epoch": (step + 1) * options.batch_size / len(job.data), "num_tokens": float(rollout.lengths.sum() + asked)}
         | reward_metrics(rewards, parts, options.num_generations)
         | completion_metrics(rollout.lengths, rollout.stopped)
         | {"rollout/occupancy": rollout.occupancy, "step_time": clock.total()}
@@ -184,16 +187,12 @@ def samples(job: Job, step: int, indices: list[int], texts: list[str], rewards: 
 
 def evaluate(job: Job, state: TrainState, step: int, folder: RunFolder) -> None:
     """Greedy accuracy on held-out prompts, to evaluations.jsonl."""
-    options = job.options(RunOptions)
-    held_out = dataclasses.replace(job.options(DataOptions), **eval_source(options))
-    greedy = dataclasses.replace(job.options(RolloutOptions), temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
-    result = accuracy(job.setup, state.params, held_out, greedy, options.eval_size)
+    whole = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "pool_pages": 0}
+    greedy = dataclasses.replace(job.options(RolloutOptions), temperature=0.0, **whole)
+    assert job.held_out
+    result = accuracy(job.setup, state.params, job.held_out, greedy)
     folder.append("evaluations.jsonl", [{"step": step} | result])
     folder.say(f"step {step}: greedy accuracy {result['accuracy']:.1%} of {result['problems']} held-out problems")
-
-
-def eval_source(options: RunOptions) -> dict[str, str]:
-    return {} if options.eval_dataset == "auto" else {"dataset": options.eval_dataset}
 
 
 # Setting up and ending
@@ -203,6 +202,22 @@ def total_updates(options: StepOptions, steps: int) -> int:
     return steps * options.num_iterations
 
 
+def load_held_out(setup: Setup) -> Prompts | None:
+    """The problems of --eval_steps, read before training starts."""
+    run, data = setup.settings[RunOptions], setup.settings[DataOptions]
+    if not run.eval_steps:
+        return None
+    if run.eval_dataset == "auto" and is_file(data.dataset):
+        raise UsageError(
+            f"--eval_steps={run.eval_steps}: {data.dataset} has no test split; name one with --eval_dataset"
+        )
+    source = data.dataset if run.eval_dataset == "auto" else run.eval_dataset
+    try:
+        return held_out(setup, dataclasses.replace(data, dataset=source), run.eval_size)
+    except UsageError as error:
+        raise UsageError(f"--eval_dataset={run.eval_dataset}: {error}") from error
+
+
 def make_job(setup: Setup) -> Job:
     settings = setup.settings
     steps = settings[StepOptions]
@@ -210,11 +225,6 @@ def make_job(setup: Setup) -> Job:
     data = tokenize(dataset, setup.tokenizer, settings[DataOptions])
     sys.stderr.write(f"data: {len(data)} prompts of {dataset.name}, {data.dropped} dropped as too long\n")
     total = steps.max_steps or max(1, round(steps.num_epochs * len(data) / steps.batch_size))
-    run = settings[RunOptions]
-    if run.eval_steps and run.eval_dataset == "auto" and is_file(settings[DataOptions].dataset):
-        raise UsageError(
-            f"--eval_steps={run.eval_steps}: {dataset.name} has no test split; name one with --eval_dataset"
-        )
     flag = settings[RewardOptions].reward
     rewards = parse_rewards(dataset.reward if flag == "auto" else flag)
     roller = setup.roller(settings[RolloutOptions])
@@ -239,7 +249,7 @@ def make_job(setup: Setup) -> Job:
         parts=choose_parts(setup, steps.batch_size * steps.num_generations),
     )
     reference = setup.load(steps.seed) if loss.beta > 0 else None
-    return Job(setup, data, rewards, roller, trainer, reference, total)
+    return Job(setup, data, rewards, roller, trainer, reference, load_held_out(setup), total)
 
 
 def choose_folder(setup: Setup) -> Path:
@@ -250,10 +260,8 @@ def choose_folder(setup: Setup) -> Path:
         if options.output_dir == "auto":
             raise UsageError("--resume: name the run to continue with --output_dir")
         check_same_run(folder, setup.settings.as_dict())
-    elif (folder / "metrics.jsonl").exists():
-        raise UsageError(
-            f"--output_dir={folder}: holds a run already; continue it with --resume or name another folder"
-        )
+    else:
+        check_empty(folder)
     check_writable(folder)
     return folder
 
@@ -268,7 +276,11 @@ def announce(job: Job, folder: Path) -> None:
         f"mesh: fsdp={devices.shape[0]} tp={devices.shape[1]} of {devices.flat[0].device_kind} devices; "
         f"update in {job.trainer.parts} parts; run folder {folder}\n"
     )
-    if job.reference is None and job.options(StepOptions).num_iterations == 1:
+    if (
+        job.options(LossOptions).loss_type == "grpo"
+        and job.reference is None
+        and job.options(StepOptions).num_iterations == 1
+    ):
         sys.stderr.write(
             "note: on-policy with --beta=0 the loss is about 0 by construction; watch reward and grad_norm\n"
         )
@@ -279,17 +291,17 @@ def main(settings: Settings) -> int:
     options = setup.settings[RunOptions]
     folder = choose_folder(setup)
     job = make_job(setup)
-    first_step, state = 0, init_state(job.trainer.optimizer, setup.load(job.options(StepOptions).seed), setup.mesh)
+    state = init_state(job.trainer.optimizer, setup.load(job.options(StepOptions).seed), setup.mesh)
     announce(job, folder)
     make_folder(folder)
-    checkpoints = Checkpoints(folder / "checkpoints", options.save_total_limit)
-    log = RunFolder(folder, job.total_steps, options.report_to == "tensorboard", jax.process_index() == 0)
-    if options.resume:
-        first_step, state = checkpoints.restore(state)
-        log.cut_after(first_step)
-        log.say(f"resumed after step {first_step}")
-    else:
+    if not options.resume:
         setup.settings.save(folder)
+    checkpoints = Checkpoints(folder / "checkpoints", options.save_total_limit)
+    first_step, state = checkpoints.restore(state) if options.resume else (0, state)
+    writes = jax.process_index() == 0
+    log = RunFolder(folder, job.total_steps, options.report_to == "tensorboard", writes, first_step)
+    if options.resume:
+        log.say(f"resumed after step {first_step}")
     state = train(job, state, first_step, log, checkpoints)
     checkpoints.save(job.total_steps, state)
     checkpoints.close()

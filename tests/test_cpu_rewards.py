@@ -26,6 +26,12 @@ GOOD = "<reasoning>\n6 * 7 = 42\n</reasoning>\n<answer>\n42\n</answer>"
         ("it is 7.00 dollars", "7"),
         ("<answer>.5</answer>", "0.50"),
         ("<answer> Paris </answer>", "paris"),
+        ("<answer>1/2</answer>", "1/2"),
+        ("<answer>x^2+1</answer>", "x^2+1"),
+        ("<answer>10:30</answer>", "10:30"),
+        ("<answer>1.5e3 meters</answer>", "1500"),
+        ("<answer>-$5</answer>", "-5"),
+        ("<answer>x = 12kg</answer>", "12"),
     ],
 )
 def test_right_answers(completion, reference):
@@ -43,6 +49,10 @@ def test_right_answers(completion, reference):
         ("<answer>4.2</answer>", "42"),
         ("<answer>-42</answer>", "42"),
         ("<answer></answer> 42", "42"),
+        ("<answer>2</answer>", "1/2"),
+        ("<answer>1/3</answer>", "#### 1/2"),
+        ("<answer>3x</answer>", "3y"),
+        ("<answer>4 or 42</answer>", "42"),
     ],
 )
 def test_wrong_answers(completion, reference):
@@ -127,7 +137,7 @@ def test_rewards_are_parsed_with_weights_and_files(tmp_path):
         ("nothing", "--reward=nothing: no such reward"),
         ("answer*heavy", "the weight 'heavy' is not a number"),
         ("answer,answer", "answer is given twice"),
-        ("missing.py:f", "there is no file missing.py"),
+        ("missing.py:f", "there is no Python file missing.py"),
     ],
 )
 def test_bad_reward_flags(flag, message):

@@ -158,6 +158,13 @@ def bad_inputs(tmp_path):
     return {
         "unknown flag": (["--learning_rat=1"], "Unknown command line flag 'learning_rat'"),
         "not a number": (["--max_steps=ten"], "flag --max_steps=ten"),
+        "infinite": (["--num_epochs=inf"], "--num_epochs=inf: must be a finite number"),
+        "decay": (["--adam_b1=1"], "--adam_b1=1.0: must be less than 1.0"),
+        "own folder": ([f"--output_dir={other}"], "llama: is not empty; name a new folder"),
+        "held out": (
+            ["--eval_steps=1", "--eval_dataset=no.jsonl"],
+            "--eval_dataset=no.jsonl: --dataset=no.jsonl: cannot be read",
+        ),
         "stray word": (["10"], "unexpected argument '10'"),
         "no test split": (
             ["--eval_steps=5", f"--dataset={tmp_path}/fine.jsonl"],
@@ -211,6 +218,24 @@ def test_another_run_is_not_resumed_or_overwritten(finished):
     result = run(*flags, f"--output_dir={folder}")
     assert result.returncode == 2 and "holds a run already" in result.stderr
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_killed_before_the_first_checkpoint_starts_over(tmp_path):
+    flags = (*SMALL, "--num_epochs=0.0008", "--mesh=1,1", f"--output_dir={tmp_path}/run")
+    first = run(*flags)
+    assert first.returncode == 0 and "done: 2 steps" in first.stderr, first.stderr[-2000:]
+    before = metrics(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    result = run(*flags, "--resume")
+    assert result.returncode == 0 and "resumed after step 0" in result.stderr, result.stderr[-2000:]
+    assert metrics(tmp_path / "run") == before
+
+
+def test_sft_never_replaces_a_folder(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    result = run(f"--output_dir={tmp_path}", "--max_steps=1", module="sft")
+    assert result.returncode == 2 and "is not empty; name a new folder" in result.stderr
+    assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("module", ["train", "sft", "evaluate", "tiny"])
