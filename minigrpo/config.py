@@ -31,7 +31,7 @@ def option(
     high: Any = None,
     below: Any = None,
 ):
-    """A dataclass field that is also a flag: within `low` and `high`, strictly within `above` and `below`, or a choice."""
+    """A dataclass field that is also a flag: `low` <= value <= `high`, `above` < value < `below`, or a choice."""
     limits = {"choices": choices, "low": low, "above": above, "high": high, "below": below}
     return dataclasses.field(default=default, metadata={"help": text, **limits})
 
