@@ -1,16 +1,18 @@
 """Rollouts: independence of every scheduling choice, agreement with the trainer, stop tokens, small pools."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import mesh_of
 
 from minigrpo import grpo
 from minigrpo.attention import attend_on
-from minigrpo.config import RolloutOptions, UsageError
+from minigrpo.config import LossOptions, RolloutOptions, UsageError
 from minigrpo.logprobs import Head
 from minigrpo.model import abstract_params, unembed
 from minigrpo.rollout import Roller, batch_sizes, spread
@@ -113,9 +115,9 @@ def test_rollout_logprobs_equal_the_trainers(tiny_config, tiny_params, mesh):
         head=Head(device_mesh, REAL, 0.8),
         layout=Layout(jnp.dtype("float32"), device_mesh),
         remat="full",
-        optimizer=None,
-        objective=None,
-        weigh=None,
+        optimizer=optax.sgd(1.0),
+        objective=functools.partial(grpo.policy_loss, LossOptions()),
+        weigh=grpo.weights_grpo,
         parts=1,
     )
     device_batch = put(device_mesh, grpo.pad_rows(batch, device_mesh.size), by_sequence(device_mesh))
