@@ -98,13 +98,18 @@ def put(mesh: Mesh, tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(place, tree)
 
 
-def look_up(table: Float[Array, "v D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """One device's part of an embedding lookup in a table whose rows are split over `tp`, inside shard_map."""
-    tokens = jax.lax.all_gather(tokens, TP, tiled=True)
-    local = tokens - jax.lax.axis_index(TP) * table.shape[0]
+def look_up(table: Float[Array, "v d"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """One device's embeddings from a table split over both mesh axes, inside shard_map.
+
+    Tokens are brought to the table, not the table to the tokens: each device looks up all tokens in its own rows and
+    columns, `tp` peers add up their rows, and `fsdp` peers exchange columns for sequences.
+    """
+    everyone = jax.lax.all_gather(jax.lax.all_gather(tokens, TP), FSDP)  # [fsdp, tp, B, T]
+    local = everyone - jax.lax.axis_index(TP) * table.shape[0]
     here = (local >= 0) & (local < table.shape[0])
     rows = jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0)
-    return jax.lax.psum_scatter(rows, TP, tiled=True)
+    rows = jax.lax.psum_scatter(rows, TP, scatter_dimension=1)
+    return jax.lax.all_to_all(rows, FSDP, split_axis=0, concat_axis=3, tiled=True)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +134,7 @@ class Layout:
     def embed(self, table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         if self.mesh is None:
             return table[tokens].astype(self.dtype)
-        rows, split = PartitionSpec(DATA), PartitionSpec(TP)
+        rows, split = PartitionSpec(DATA), PartitionSpec(TP, FSDP)
         run = jax.shard_map(look_up, mesh=self.mesh, in_specs=(split, rows), out_specs=rows, check_vma=False)
         return run(table.astype(self.dtype), tokens)
 
