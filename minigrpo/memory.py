@@ -4,7 +4,7 @@ from minigrpo.attention import QUERY_BLOCK
 from minigrpo.config import DataOptions, OptimizerOptions, RolloutOptions, StepOptions, UsageError
 from minigrpo.start import Setup
 
-CPU_BUDGET = 2 << 30
+CPU_BUDGET = 1 << 30
 """Bytes of activations that all virtual CPU devices may hold together."""
 
 DEVICE_SHARE = 0.5
