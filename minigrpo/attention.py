@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from minigrpo.model import Attend
 from minigrpo.sharding import DATA
@@ -17,13 +17,15 @@ HIDDEN = -1e30
 """Score of a masked position."""
 
 
-def attend_block(q: Float[Array, "T N H"], k: Float[Array, "S K H"], v: Float[Array, "S K H"]) -> Float[Array, "T N H"]:
-    """Attention of the last T of S positions to every position not after them."""
+def attend_block(
+    first: Int[Array, ""], q: Float[Array, "T N H"], k: Float[Array, "S K H"], v: Float[Array, "S K H"]
+) -> Float[Array, "T N H"]:
+    """Attention of the queries at positions `first`.. to every position not after them."""
     queries, heads, dim = q.shape
     keys, kv_heads = k.shape[:2]
     grouped = q.reshape(queries, kv_heads, -1, dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, dim)
     scores = jnp.einsum("KTH,SKH->KTS", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(dim)
-    visible = jnp.arange(keys) <= jnp.arange(keys - queries, keys)[:, None]
+    visible = jnp.arange(keys) <= first + jnp.arange(queries)[:, None]
     scores = jnp.where(jnp.tile(visible, (heads // kv_heads, 1)), scores, HIDDEN)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     out = jnp.einsum("KTS,SKH->KTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -35,10 +37,11 @@ def attend_sequence(
     q: Float[Array, "T N H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"]
 ) -> Float[Array, "T N H"]:
     """Softmax(q k^T / sqrt(H)) v under a causal mask, a block of queries at a time, scores recomputed backward."""
-    block = jax.checkpoint(attend_block)
-    ends = [min(start + QUERY_BLOCK, len(q)) for start in range(0, len(q), QUERY_BLOCK)]
-    starts = range(0, len(q), QUERY_BLOCK)
-    return jnp.concatenate([block(q[start:end], k[:end], v[:end]) for start, end in zip(starts, ends, strict=True)])
+    size = min(QUERY_BLOCK, len(q))
+    blocks = jnp.pad(q, ((0, -len(q) % size), (0, 0), (0, 0))).reshape(-1, size, *q.shape[1:])
+    block = jax.checkpoint(lambda first, queries: attend_block(first, queries, k, v))
+    out = jax.lax.map(lambda args: block(*args), (jnp.arange(len(blocks)) * size, blocks))
+    return out.reshape(-1, *q.shape[1:])[: len(q)]
 
 
 def causal_attention(

@@ -51,8 +51,8 @@ class RolloutPlan:
     pool_pages: int
 
     @property
-    def platform(self) -> str:
-        return self.mesh.devices.flat[0].platform
+    def device(self) -> jax.Device:
+        return self.mesh.devices.flat[0]
 
     def max_pages(self, prompt_width: int) -> int:
         """Entries of a page table: pages of the longest prompt and completion."""
@@ -170,7 +170,7 @@ def prefill(plan: RolloutPlan, model: Qwen, prompts: Prompts, table: Array, page
 
         def attend(layer, q, k, v, pages):
             kv = jnp.stack([k, v], axis=3).reshape(chunk, entries, plan.page_size, -1).astype(pages.dtype)
-            return causal_attention(plan.platform, q, k, v), pages.at[layer, targets].set(kv, mode="drop")
+            return causal_attention(plan.device.platform, q, k, v), pages.at[layer, targets].set(kv, mode="drop")
 
         return model(tokens, positions, attend, pages, Layout(plan.dtype))[1], None
 
@@ -263,7 +263,7 @@ def next_tokens(plan: RolloutPlan, model: Qwen, state: State, uniforms: Array) -
 
     def attend(layer, q, k, v, pages):
         pages = append_rows(pages, layer, page, slots.length % plan.page_size, k[:, 0], v[:, 0])
-        return paged_attention(q[:, 0], pages, layer, lengths, slots.table)[:, None], pages
+        return paged_attention(plan.device, q[:, 0], pages, layer, lengths, slots.table)[:, None], pages
 
     hidden, pages = model(slots.token[:, None], slots.length[:, None], attend, state.pages, Layout(plan.dtype))
     logits = unembed(hidden[:, 0], model.head_weights())

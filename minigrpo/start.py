@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from minigrpo.config import DataOptions, ModelOptions, RolloutOptions, Settings, UsageError
-from minigrpo.logprobs import Head
+from minigrpo.logprobs import Head, Tiles
 from minigrpo.model import ModelConfig, Params, abstract_params, read_config
 from minigrpo.rollout import Roller
 from minigrpo.sharding import Layout, check_divisible, make_mesh, start_platform
@@ -32,6 +32,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     }
 }
 """Defaults that a built-in model carries for every command; explicit flags win."""
+
+CPU_CHUNK = 20 << 20
+"""Bytes of logits that one virtual CPU device holds in the backward pass."""
 
 DEFAULT_MODEL = "Qwen/Qwen3-1.7B"
 
@@ -63,7 +66,14 @@ class Setup:
         return load_params(self.folder, self.config, self.mesh)
 
     def head(self, temperature: float) -> Head:
-        return Head(self.mesh, self.num_tokens, temperature)
+        return Head(self.mesh, self.num_tokens, temperature, self.tiles)
+
+    @property
+    def tiles(self) -> Tiles:
+        """Sizes for an accelerator; the CPU's many virtual devices share one memory, so theirs are smaller."""
+        if self.mesh.devices.flat[0].platform != "cpu":
+            return Tiles()
+        return Tiles(backward_rows=min(Tiles.backward_rows, max(1, CPU_CHUNK // (4 * self.config.vocab_size))))
 
     def roller(self, options: RolloutOptions) -> Roller:
         return Roller(

@@ -30,16 +30,10 @@ def paged_attention(
     lengths: Int[Array, "B"],
     page_table: Int[Array, "B M"],
 ) -> Float[Array, "B N H"]:
-    """Softmax(q k^T / sqrt(H)) v of one query per sequence over its first `lengths` cached tokens.
-
-    Token t of sequence b is row t % S of page page_table[b, t // S]. Entries of page_table past the length, and rows
-    past it in the last page, are never used, whatever they hold. A sequence of length 0 gets zeros.
-    """
+    """As the package's `paged_attention`."""
     batch, heads, dim = q.shape
     page_size, width = pages.shape[2:]
     kv_heads = width // (2 * dim)
-    if width != 2 * kv_heads * dim or heads % kv_heads:
-        raise ValueError(f"pages of width {width} do not hold kv heads that {heads} query heads of {dim} can share")
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
 
     def block(index, state):
