@@ -73,7 +73,8 @@ class Setup:
         """Sizes for an accelerator; the CPU's many virtual devices share one memory, so theirs are smaller."""
         if self.mesh.devices.flat[0].platform != "cpu":
             return Tiles()
-        return Tiles(backward_rows=min(Tiles.backward_rows, max(1, CPU_CHUNK // (4 * self.config.vocab_size))))
+        rows = max(1, CPU_CHUNK // (4 * self.config.vocab_size))
+        return Tiles(backward_rows=min(Tiles.backward_rows, 2 ** (rows.bit_length() - 1)))
 
     def roller(self, options: RolloutOptions) -> Roller:
         return Roller(
