@@ -26,9 +26,9 @@ DIMS = {
     "final_norm": "D",
     "attn_norm": "LD",
     "mlp_norm": "LD",
-    "q": "LDNH",
-    "k": "LDKH",
-    "v": "LDKH",
+    "q": "LNDH",
+    "k": "LKDH",
+    "v": "LKDH",
     "o": "LNHD",
     "q_bias": "LNH",
     "k_bias": "LKH",
@@ -193,9 +193,9 @@ class Attention(nnx.Module):
 
     def project(self, x: Array) -> tuple[Array, Array, Array]:
         """x [B,T,D] -> q [B,T,N,H], k [B,T,K,H], v [B,T,K,H] with bias or norm, before rope."""
-        q = jnp.einsum("BTD,DNH->BTNH", x, self.q[...])
-        k = jnp.einsum("BTD,DKH->BTKH", x, self.k[...])
-        v = jnp.einsum("BTD,DKH->BTKH", x, self.v[...])
+        q = jnp.einsum("BTD,NDH->BTNH", x, self.q[...])
+        k = jnp.einsum("BTD,KDH->BTKH", x, self.k[...])
+        v = jnp.einsum("BTD,KDH->BTKH", x, self.v[...])
         if self.config.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if self.config.qk_norm:

@@ -361,12 +361,16 @@ def run_device(plan: RolloutPlan, params: Params, prompts: Prompts, key: Array):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run_mesh(plan: RolloutPlan, params: Params, prompts: Prompts, seed: Int[Array, "2"]):
-    """Every device's rollout of its share of the prompts, on weights cast and gathered once."""
+def decode_weights(plan: RolloutPlan, params: Params) -> Params:
+    """The policy laid out for decoding: in the compute dtype, whole on every device."""
+    cast = jax.tree.map(lambda w: w.astype(plan.dtype), params)
+    return jax.lax.with_sharding_constraint(cast, replicated(plan.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_mesh(plan: RolloutPlan, weights: Params, prompts: Prompts, seed: Int[Array, "2"]):
+    """Every device's rollout of its share of the prompts."""
     key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
-    weights = jax.lax.with_sharding_constraint(
-        jax.tree.map(lambda w: w.astype(plan.dtype), params), replicated(plan.mesh)
-    )
     rows, whole = PartitionSpec(DATA), PartitionSpec()
     run = jax.shard_map(
         functools.partial(run_device, plan),
@@ -432,7 +436,8 @@ class Roller:
         rows, row_group = spread(prompts, ids, group, self.mesh.size, width)
         plan = dataclasses.replace(self.plan, group=row_group)
         device_rows = put(self.mesh, rows, by_sequence(self.mesh))
-        outs = run_mesh(plan, params, device_rows, put(self.mesh, np.array(seed, np.int32), replicated(self.mesh)))
+        weights = decode_weights(self.plan, params)
+        outs = run_mesh(plan, weights, device_rows, put(self.mesh, np.array(seed, np.int32), replicated(self.mesh)))
         tokens, logprobs, lengths, counts = map(np.asarray, outs)
         total = len(prompts) * group
         tokens, logprobs, lengths = tokens[:total], logprobs[:total], lengths[:total]

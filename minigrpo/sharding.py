@@ -57,7 +57,7 @@ def make_mesh(mesh_flag: str) -> Mesh:
 
 
 def spec_of(dims: str) -> PartitionSpec:
-    """Layout of a parameter with these dim letters: 'LDNH' -> P(None, 'fsdp', 'tp', None)."""
+    """Layout of a parameter with these dim letters: 'LNDH' -> P(None, 'tp', 'fsdp', None)."""
     return PartitionSpec(*(AXIS_OF_DIM.get(letter) for letter in dims))
 
 

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -49,8 +50,27 @@ HUB_NAMES = {
 }
 """Parameter name -> its tensor's name in a Hugging Face checkpoint, {} being the layer."""
 
-INPUT_DIMS = {"q": "D", "k": "D", "v": "D", "o": "NH", "gate": "D", "up": "D", "down": "F"}
-"""Dims of a linear layer's input. A Hub matrix is [out, in] with each side's dims flattened; ours is [*in, *out]."""
+MATRIX_DIMS = {
+    "embed": ("V", "D"),
+    "head": ("V", "D"),
+    "q": ("NH", "D"),
+    "k": ("KH", "D"),
+    "v": ("KH", "D"),
+    "o": ("D", "NH"),
+    "gate": ("F", "D"),
+    "up": ("F", "D"),
+    "down": ("D", "F"),
+}
+"""Dims of a Hub matrix [out, in], each side's dims being flattened; every other tensor is a vector."""
+
+
+def hub_dims(name: str) -> tuple[str, ...]:
+    """Our dims of one layer's parameter as the checkpoint arranges them, one string per dim of its tensor."""
+    return MATRIX_DIMS.get(name, (layer_dims(name),))
+
+
+def layer_dims(name: str) -> str:
+    return DIMS[name].replace("L", "")
 
 
 # Finding a checkpoint
@@ -104,20 +124,17 @@ class Checkpoint:
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor name a checkpoint of this model must hold, with its shape."""
     tensors = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)[1]):
+    for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(config)[1]):
         name = leaf_name(path)
         layers = range(config.num_hidden_layers) if "L" in DIMS[name] else [0]
         for layer in layers:
-            tensors[HUB_NAMES[name].format(layer)] = hub_shape(name, leaf.shape[DIMS[name].count("L") :])
+            tensors[HUB_NAMES[name].format(layer)] = hub_shape(name, config)
     return tensors
 
 
-def hub_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape in the checkpoint of one layer's parameter of our `shape`."""
-    if name in INPUT_DIMS:
-        inputs = len(INPUT_DIMS[name])
-        return int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs]))
-    return shape if len(shape) == 2 and name in ("embed", "head") else (int(np.prod(shape)),)
+def hub_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
+    """Shape in the checkpoint of one layer's parameter."""
+    return tuple(math.prod(config.sizes[letter] for letter in side) for side in hub_dims(name))
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -144,36 +161,28 @@ def read_part(
     shape = config.shape(name)
     bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
     if "L" not in DIMS[name]:
-        return read_layer(checkpoint.slice_of(HUB_NAMES[name]), name, shape, bounds).astype(dtype)
+        return read_layer(checkpoint.slice_of(HUB_NAMES[name]), name, config, bounds).astype(dtype)
     out = np.empty([end - start for start, end in bounds], dtype)
     for row, layer in enumerate(range(*bounds[0])):
-        out[row] = read_layer(checkpoint.slice_of(HUB_NAMES[name].format(layer)), name, shape[1:], bounds[1:])
+        out[row] = read_layer(checkpoint.slice_of(HUB_NAMES[name].format(layer)), name, config, bounds[1:])
     return out
 
 
-def read_layer(tensor: Any, name: str, shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> np.ndarray:
-    """One layer's part: the flattened [out, in] rows and columns that cover it, turned into [*in, *out]."""
-    inputs = len(INPUT_DIMS.get(name, ""))
-    if not inputs:
-        return (
-            flat_part(tensor, shape, bounds)
-            if len(tensor.get_shape()) == 1
-            else tensor[slice(*bounds[0]), slice(*bounds[1])]
-        )
-    rows, columns = flat_bounds(shape[inputs:], bounds[inputs:]), flat_bounds(shape[:inputs], bounds[:inputs])
-    matrix = tensor[slice(*rows), slice(*columns)]
-    sizes = [end - start for start, end in bounds]
-    return matrix.T.reshape(sizes)
+def read_layer(tensor: Any, name: str, config: ModelConfig, bounds: list[tuple[int, int]]) -> np.ndarray:
+    """One layer's part: the flattened rows and columns that cover it, with our dims in our order."""
+    dims = layer_dims(name)
+    of_dim = dict(zip(dims, bounds, strict=True))
+    part = tensor[tuple(slice(*flat_bounds(side, config, of_dim)) for side in hub_dims(name))]
+    letters = "".join(hub_dims(name))
+    sizes = [of_dim[letter][1] - of_dim[letter][0] for letter in letters]
+    return part.reshape(sizes).transpose([letters.index(letter) for letter in dims])
 
 
-def flat_bounds(shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> tuple[int, int]:
+def flat_bounds(side: str, config: ModelConfig, of_dim: dict[str, tuple[int, int]]) -> tuple[int, int]:
     """Start and end in the flattened dims of a part that is whole in all dims but the first."""
-    inner = int(np.prod(shape[1:]))
-    return bounds[0][0] * inner, bounds[0][1] * inner
-
-
-def flat_part(tensor: Any, shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> np.ndarray:
-    return tensor[slice(*flat_bounds(shape, bounds))].reshape([end - start for start, end in bounds])
+    inner = math.prod(config.sizes[letter] for letter in side[1:])
+    start, end = of_dim[side[0]]
+    return start * inner, end * inner
 
 
 def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype: Any = np.float32) -> Params:
@@ -212,14 +221,13 @@ def hub_tensors(params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Name and value of every tensor of the checkpoint, one at a time on the host."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = leaf_name(path)
+        dims, sides = layer_dims(name), hub_dims(name)
+        order = [dims.index(letter) for letter in "".join(sides)]
         for layer in range(leaf.shape[0]) if "L" in DIMS[name] else [None]:
             value = np.asarray(leaf if layer is None else leaf[layer]).astype(dtype)
-            if name in INPUT_DIMS:
-                inputs = int(np.prod(value.shape[: len(INPUT_DIMS[name])]))
-                value = value.reshape(inputs, -1).T
-            elif name not in ("embed", "head"):
-                value = value.reshape(-1)
-            yield HUB_NAMES[name].format(layer), np.ascontiguousarray(value)
+            sizes = dict(zip(dims, value.shape, strict=True))
+            shape = [math.prod(sizes[letter] for letter in side) for side in sides]
+            yield HUB_NAMES[name].format(layer), np.ascontiguousarray(value.transpose(order).reshape(shape))
 
 
 def config_json(config: ModelConfig, stop_tokens: tuple[int, ...], dtype: Any) -> dict[str, Any]:

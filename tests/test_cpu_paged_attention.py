@@ -1,11 +1,13 @@
 """Paged attention against a float64 oracle, with poison wherever nothing may be read."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from minigrpo.kernels import reference
-from minigrpo.kernels.paged_attention import append_rows, paged_attention
+from minigrpo.kernels.paged_attention import append_rows, paged_attention, tpu
 
 TOLERANCE = {np.float32: 2e-6, jnp.bfloat16: 1e-2}
 
@@ -26,23 +28,84 @@ def make_case(rng, lengths, heads, kv_heads, dim, page_size, dtype, layers=2, la
     return jnp.asarray(q, dtype), jnp.asarray(pages, dtype), layer, np.array(lengths, np.int32), table
 
 
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 128), (14, 2, 64), (12, 2, 128), (4, 4, 32)])
-@pytest.mark.parametrize("page_size", [8, 16, 64])
-def test_equals_oracle(dtype, heads, kv_heads, dim, page_size):
+def block_of_two_pages(pages):
+    """A tuning that makes the kernel walk several blocks through a ring of three buffers."""
+    return tpu.Tuning(block_bytes=2 * pages[0, 0].nbytes, buffers=3)
+
+
+def attend_xla(q, pages, *rest):
+    return paged_attention(jax.devices()[0], q, pages, *rest)
+
+
+def attend_pallas(q, pages, *rest):
+    return tpu.paged_attention(q, pages, *rest, block_of_two_pages(pages), interpret=True)
+
+
+def attend_emulated(q, pages, *rest):
+    return tpu.paged_attention(q, pages, *rest, block_of_two_pages(pages), interpret=pltpu.InterpretParams())
+
+
+def check(attend, heads, kv_heads, dim, page_size, dtype, extra=()):
     rng = np.random.default_rng(heads * page_size)
-    lengths = [1, page_size - 1, page_size, page_size + 1, 0, 5 * page_size + 3, 131]
+    lengths = [1, page_size - 1, page_size, page_size + 1, 0, 5 * page_size + 3, *extra]
     q, pages, layer, lengths, table = make_case(rng, lengths, heads, kv_heads, dim, page_size, dtype)
-    got = paged_attention(q, pages, jnp.int32(layer), jnp.asarray(lengths), jnp.asarray(table))
+    got = attend(q, pages, jnp.int32(layer), jnp.asarray(lengths), jnp.asarray(table))
     want = reference.paged_attention(q.astype(np.float32), pages.astype(np.float32), layer, lengths, table)
     assert got.dtype == q.dtype
     np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 128), (14, 2, 64), (12, 2, 128), (4, 4, 32)])
+@pytest.mark.parametrize("page_size", [8, 16, 64])
+def test_xla_equals_oracle(dtype, heads, kv_heads, dim, page_size):
+    check(attend_xla, heads, kv_heads, dim, page_size, dtype, extra=(131,))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "page_size"), [(16, 8, 128, 64), (14, 2, 64, 8), (12, 2, 128, 16), (4, 4, 64, 64)]
+)
+@pytest.mark.parametrize("attend", [attend_pallas, attend_emulated])
+def test_the_tpu_kernel_equals_oracle(attend, heads, kv_heads, dim, page_size, dtype):
+    check(attend, heads, kv_heads, dim, page_size, dtype)
+
+
+def without_waits(shape, refs, sequence, block, slot, do):
+    return original_copies(shape, refs, sequence, block, slot, lambda copy: copy.start() if do is tpu.start else None)
+
+
+original_copies, original_attend = tpu.page_copies, tpu.attend_block
+
+FAULTS = {
+    "no wait": ("page_copies", without_waits),
+    "wrong slot": ("next_slot", lambda shape, slot: slot),
+    "no zero-fill": ("fill_with_zeros", lambda *args: None),
+    "length off by one": (
+        "attend_block",
+        lambda shape, refs, q, slot, valid, state: original_attend(shape, refs, q, slot, valid - 1, state),
+    ),
+    "wrong scale": (
+        "attend_block",
+        lambda shape, refs, q, *rest: original_attend(shape, refs, q * 1.05, *rest),
+    ),
+}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_kernel_is_seen(fault, monkeypatch):
+    """The check above fails when the kernel is broken: in emulation, a copy not waited for has not arrived."""
+    monkeypatch.setattr(tpu, *FAULTS[fault])
+    with pytest.raises(AssertionError):
+        check(attend_emulated, 4, 2, 128, 16, np.float32)
+
+
 def test_large_scores_do_not_overflow():
     rng = np.random.default_rng(0)
     q, pages, layer, lengths, table = make_case(rng, [40], 4, 2, 16, 8, np.float32)
-    got = paged_attention(300 * q, pages, jnp.int32(layer), jnp.asarray(lengths), jnp.asarray(table))
+    got = attend_xla(300 * q, pages, jnp.int32(layer), jnp.asarray(lengths), jnp.asarray(table))
     want = reference.paged_attention(300 * np.asarray(q), pages, layer, lengths, table)
     np.testing.assert_allclose(got, want, atol=1e-4)
 
@@ -58,7 +121,7 @@ def test_append_writes_one_row_and_drops_rows_without_a_page():
 
 def test_mismatched_width_is_refused():
     with pytest.raises(ValueError, match="width 24 do not hold kv heads"):
-        paged_attention(
+        attend_xla(
             jnp.zeros((1, 4, 16)),
             jnp.zeros((1, 1, 4, 24)),
             jnp.int32(0),

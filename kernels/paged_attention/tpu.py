@@ -85,6 +85,14 @@ def page_copies(shape: Shape, refs: "Refs", sequence, block, slot, do):
     jax.lax.fori_loop(0, jnp.minimum(shape.block_pages, pages - first), one, None)
 
 
+def start(copy):
+    copy.start()
+
+
+def wait(copy):
+    copy.wait()
+
+
 def num_blocks(shape: Shape, length):
     """Blocks of a sequence; one, without pages, for an empty one."""
     return jnp.maximum(1, (length + shape.block - 1) // shape.block)
@@ -96,7 +104,7 @@ def fetch_next(shape: Shape, refs: "Refs"):
 
     @pl.when(sequence < shape.batch)
     def _():
-        page_copies(shape, refs, sequence, block, slot, lambda copy: copy.start())
+        page_copies(shape, refs, sequence, block, slot, start)
         last = block + 1 == num_blocks(shape, refs.lengths[sequence])
         refs.cursor[0] = jnp.where(last, sequence + 1, sequence)
         refs.cursor[1] = jnp.where(last, 0, block + 1)
@@ -205,7 +213,7 @@ def kernel(shape: Shape, *args):
     def step(block, state):
         slot = refs.cursor[3]
         fetch_next(shape, refs)
-        page_copies(shape, refs, sequence, block, slot, lambda copy: copy.wait())
+        page_copies(shape, refs, sequence, block, slot, wait)
         valid = length - block * shape.block
         fill_with_zeros(shape, refs, slot, valid)
         state = attend_block(shape, refs, q, slot, valid, state)
