@@ -4,6 +4,8 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -15,6 +17,11 @@ QUERY_BLOCK = 256
 
 HIDDEN = -1e30
 """Score of a masked position."""
+
+TPU_TILE, MOST_BLOCK = 128, 1024
+
+ATTENTION = "attention"
+"""The name of attention's results for rematerialisation policies."""
 
 
 def attend_block(
@@ -41,13 +48,49 @@ def attend_sequence(
     blocks = jnp.pad(q, ((0, -len(q) % size), (0, 0), (0, 0))).reshape(-1, size, *q.shape[1:])
     block = jax.checkpoint(lambda first, queries: attend_block(first, queries, k, v))
     out = jax.lax.map(lambda args: block(*args), (jnp.arange(len(blocks)) * size, blocks))
-    return out.reshape(-1, *q.shape[1:])[: len(q)]
+    return checkpoint_name(out.reshape(-1, *q.shape[1:])[: len(q)], ATTENTION)
+
+
+def splash_block(length: int) -> int:
+    """Tokens of a block of the TPU kernel: the longest multiple of 128, at most 1,024, that divides `length`."""
+    return next(block for block in range(MOST_BLOCK, 0, -TPU_TILE) if length % block == 0)
+
+
+def splash_attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+) -> Float[Array, "B T N H"]:
+    """Causal attention by JAX's own TPU kernel, padded at the end to a whole number of tiles."""
+    length, heads = q.shape[1:3]
+    padded = -(-length // TPU_TILE) * TPU_TILE
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((padded, padded))] * heads)
+    block = splash_block(padded)
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+    )
+    kernel = splash_attention_kernel.make_splash_mha(
+        mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=ATTENTION
+    )
+
+    def heads_first(x):
+        return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    scaled = q * jnp.asarray(1 / math.sqrt(q.shape[-1]), q.dtype)
+    out = jax.vmap(kernel)(heads_first(scaled), heads_first(k), heads_first(v))
+    return out.swapaxes(1, 2)[:, :length]
 
 
 def causal_attention(
     platform: str, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
 ) -> Float[Array, "B T N H"]:
-    """`attend_sequence` of every sequence: all at once, or on the CPU, where that is faster, one by one."""
+    """Causal attention of every sequence: a kernel on TPU; on the CPU one by one, which is faster there."""
+    if platform == "tpu":
+        return splash_attention(q, k, v)
     if platform == "cpu":
         return jax.lax.map(lambda qkv: attend_sequence(*qkv), (q, k, v))
     return jax.vmap(attend_sequence)(q, k, v)

@@ -151,8 +151,8 @@ class OptimizerOptions(Options):
     max_grad_norm: float = option(0.1, "gradients are clipped to this global norm", above=0.0)
     remat: str = option(
         "full",
-        "what the backward pass recomputes: nothing, all but matrix products, or whole layers",
-        choices=("none", "dots", "full"),
+        "what the backward pass recomputes: nothing, all but matrix products, all but attention, or whole layers",
+        choices=("none", "dots", "attention", "full"),
     )
 
 

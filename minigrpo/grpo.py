@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from minigrpo.attention import attend_on
+from minigrpo.attention import ATTENTION, attend_on
 from minigrpo.config import LossOptions
 from minigrpo.logprobs import Head, completion_logprobs
 from minigrpo.model import Params, unchanged
@@ -29,6 +29,7 @@ SMALLEST_STEP = 16
 CHECKPOINT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

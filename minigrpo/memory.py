@@ -1,42 +1,62 @@
 """How many parts an update is computed in, from counted bytes and the device's memory."""
 
+import jax
+
 from minigrpo.attention import QUERY_BLOCK
 from minigrpo.config import DataOptions, OptimizerOptions, RolloutOptions, StepOptions, UsageError
-from minigrpo.start import Setup
+from minigrpo.start import Programs
 
 CPU_BUDGET = 1 << 30
 """Bytes of activations that all virtual CPU devices may hold together."""
 
-DEVICE_SHARE = 0.5
-"""Share of an accelerator's memory given to activations; the rest is for weights, optimizer and the head."""
+DEVICE_SHARE = 0.2
+"""Share of an accelerator's memory given to activations; the rest is for weights, optimizer, gradients and the head."""
+
+DEVICE_BYTES = {"TPU v4": 32 << 30, "TPU v5 lite": 16 << 30, "TPU v5": 95 << 30, "TPU v6 lite": 32 << 30}
+"""Memory of chips that are only planned for and cannot be asked."""
 
 
-def activation_bytes(setup: Setup, length: int) -> int:
-    """Counted bytes that one sequence of `length` tokens holds during the backward pass."""
-    config, item = setup.config, setup.dtype.itemsize
+def saved_bytes(programs: Programs, length: int) -> int:
+    """Counted bytes that one sequence of `length` tokens keeps from the forward to the backward pass."""
+    config = programs.config
     heads = config.num_attention_heads * config.head_dim
     working = 6 * config.hidden_size + 4 * heads + 4 * config.intermediate_size
-    saved = {"none": working, "dots": working, "full": config.hidden_size}[setup.settings[OptimizerOptions].remat]
-    scores = 3 * config.num_attention_heads * min(QUERY_BLOCK, length) * length * 4
-    return length * item * (working + config.num_hidden_layers * saved) + scores
+    kept = {"none": working, "dots": working, "attention": config.hidden_size + heads, "full": config.hidden_size}
+    saved = kept[programs.settings[OptimizerOptions].remat]
+    return length * programs.dtype.itemsize * config.num_hidden_layers * saved
 
 
-def device_budget(setup: Setup) -> float:
-    device = setup.mesh.devices.flat[0]
-    if device.platform == "cpu":
-        return CPU_BUDGET / setup.mesh.size
-    stats = device.memory_stats() or {}
-    return DEVICE_SHARE * stats.get("bytes_limit", 16 << 30)
+def activation_bytes(programs: Programs, length: int) -> int:
+    """Counted bytes that one sequence of `length` tokens holds during the backward pass."""
+    config = programs.config
+    heads = config.num_attention_heads * config.head_dim
+    working = 6 * config.hidden_size + 4 * heads + 4 * config.intermediate_size
+    scores = 3 * config.num_attention_heads * min(QUERY_BLOCK, length) * length * 4 if programs.platform != "tpu" else 0
+    return length * programs.dtype.itemsize * working + saved_bytes(programs, length) + scores
 
 
-def choose_parts(setup: Setup, rows: int) -> int:
-    """--gradient_accumulation_steps, or for auto the fewest parts whose activations fit the device."""
-    flag = setup.settings[StepOptions].gradient_accumulation_steps
+def device_bytes(device: jax.Device) -> int:
+    """An accelerator's memory."""
+    if device.device_kind in DEVICE_BYTES:
+        return DEVICE_BYTES[device.device_kind]
+    return (device.memory_stats() or {}).get("bytes_limit", 16 << 30)
+
+
+def device_budget(programs: Programs) -> float:
+    if programs.platform == "cpu":
+        return CPU_BUDGET / programs.mesh.size
+    return DEVICE_SHARE * device_bytes(programs.mesh.devices.flat[0])
+
+
+def choose_parts(programs: Programs, rows: int) -> int:
+    """--gradient_accumulation_steps, or for auto the fewest equal parts whose activations fit the device."""
+    flag = programs.settings[StepOptions].gradient_accumulation_steps
     if flag != "auto":
         if not flag.isdigit() or int(flag) < 1:
             raise UsageError(f"--gradient_accumulation_steps={flag}: must be auto or a whole number of at least 1")
         return int(flag)
-    length = setup.settings[DataOptions].max_prompt_length + setup.settings[RolloutOptions].max_completion_length
-    own = -(-rows // setup.mesh.size)
-    fitting = max(1, int(device_budget(setup) // activation_bytes(setup, length)))
-    return next(parts for parts in range(1, own + 1) if -(-own // parts) <= fitting or parts == own)
+    length = programs.settings[DataOptions].max_prompt_length
+    length += programs.settings[RolloutOptions].max_completion_length
+    own = -(-rows // programs.mesh.size)
+    fitting = max(1, int(device_budget(programs) // activation_bytes(programs, length)))
+    return next(parts for parts in range(1, own + 1) if own % parts == 0 and own // parts <= fitting)

@@ -47,6 +47,9 @@ Params = dict[str, Any]
 Attend = Callable[..., tuple[Array, Any]]
 """attend(layer, q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], carry) -> (out [B,T,N,H], carry)."""
 
+EachLayer = Callable[[Callable, Any, Any], tuple[Any, Any]]
+"""each_layer(step, carry, (indices [L], stacked weights)) -> (carry, None), as jax.lax.scan."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -266,11 +269,12 @@ class Qwen(nnx.Module):
         carry: Any = None,
         layout: Layout = ONE_DEVICE,
         remat: Callable[[Callable], Callable] = unchanged,
+        each_layer: EachLayer = jax.lax.scan,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Hidden states after the final norm, and what `attend` made of `carry`.
 
         `layout` says in which dtype and where on the mesh to compute; `remat` wraps the scanned layer, as
-        jax.checkpoint does.
+        jax.checkpoint does, and `each_layer` runs it over the layers, as jax.lax.scan does.
         """
         angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
         graph, stacked = nnx.split(self.layers)
@@ -283,7 +287,7 @@ class Qwen(nnx.Module):
 
         x = layout.activations(layout.embed(self.embed[...], tokens))
         indices = jnp.arange(self.config.num_hidden_layers)
-        (x, carry), _ = jax.lax.scan(remat(layer), (x, carry), (indices, nnx.to_pure_dict(stacked)))
+        (x, carry), _ = each_layer(remat(layer), (x, carry), (indices, nnx.to_pure_dict(stacked)))
         return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), carry
 
     def head_weights(self) -> Float[Array, "V D"]:

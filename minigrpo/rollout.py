@@ -8,6 +8,7 @@ position) alone, so neither slots, page size, pool size nor the batch around it 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from minigrpo import cache
 from minigrpo.attention import causal_attention
 from minigrpo.config import RolloutOptions, UsageError
 from minigrpo.kernels.paged_attention import append_rows, paged_attention
-from minigrpo.model import ModelConfig, Params, Qwen, unembed
+from minigrpo.model import EachLayer, ModelConfig, Params, Qwen, unembed
 from minigrpo.sampling import Sampler, sample
 from minigrpo.sharding import DATA, Layout, by_sequence, put, replicated
 
@@ -254,7 +255,9 @@ def extend(plan: RolloutPlan, state: State) -> State:
 # Decoding
 
 
-def next_tokens(plan: RolloutPlan, model: Qwen, state: State, uniforms: Array) -> tuple[Array, Array, Array]:
+def next_tokens(
+    plan: RolloutPlan, model: Qwen, each_layer: EachLayer, state: State, uniforms: Array
+) -> tuple[Array, Array, Array]:
     """Feeds every slot's token through the model -> pages, sampled tokens [S] and their log-probs [S]."""
     slots, active = state.slots, running(state)
     rows = jnp.arange(slots.token.shape[0])
@@ -265,19 +268,21 @@ def next_tokens(plan: RolloutPlan, model: Qwen, state: State, uniforms: Array) -
         pages = append_rows(pages, layer, page, slots.length % plan.page_size, k[:, 0], v[:, 0])
         return paged_attention(plan.device, q[:, 0], pages, layer, lengths, slots.table)[:, None], pages
 
-    hidden, pages = model(slots.token[:, None], slots.length[:, None], attend, state.pages, Layout(plan.dtype))
+    hidden, pages = model(
+        slots.token[:, None], slots.length[:, None], attend, state.pages, Layout(plan.dtype), each_layer=each_layer
+    )
     logits = unembed(hidden[:, 0], model.head_weights())
     logits = jnp.where(jnp.arange(logits.shape[1]) < plan.num_tokens, logits, -jnp.inf)
     return pages, *sample(plan.sampler, logits, uniforms)
 
 
-def decode(plan: RolloutPlan, model: Qwen, prompts: Prompts, keys: Array, state: State) -> State:
+def decode(plan: RolloutPlan, model: Qwen, each_layer: EachLayer, prompts: Prompts, keys: Array, state: State) -> State:
     """One token for every running slot; completions that end leave their slots."""
     slots, active = state.slots, running(state)
     index = jnp.where(active, slots.completion, 0)
     count = slots.length + 1 - prompts.lengths[index // plan.group]
     uniforms = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(keys[index], count)
-    pages, tokens, logprobs = next_tokens(plan, model, state, uniforms)
+    pages, tokens, logprobs = next_tokens(plan, model, each_layer, state, uniforms)
     at = (slots.completion, count)
     state = update(
         state,
@@ -311,12 +316,33 @@ def more_left_than(count: int, state: State) -> Bool[Array, ""]:
     return (state.status != DONE).sum() > count
 
 
+def one_by_one(layers: list[tuple[Array, Params]], step: Callable, carry: Any, _: Any) -> tuple[Any, None]:
+    """`each_layer` over weights that are apart already, as they are read without a copy; the stacked ones go unused."""
+    for layer in layers:
+        carry = step(carry, layer)[0]
+    return carry, None
+
+
+def layer_runner(plan: RolloutPlan, model: Qwen) -> EachLayer:
+    """How decoding runs the layers: a scan, but on the CPU, where a scan would copy every layer's weights, unrolled."""
+    if plan.device.platform != "cpu":
+        return jax.lax.scan
+    stacked = nnx.to_pure_dict(nnx.split(model.layers)[1])
+    layers = [
+        (jnp.int32(index), jax.tree.map(lambda w, index=index: w[index], stacked))
+        for index in range(plan.model.num_hidden_layers)
+    ]
+    return functools.partial(one_by_one, jax.lax.optimization_barrier(layers))
+
+
 def decode_all(plan: RolloutPlan, model: Qwen, prompts: Prompts, keys: Array, table: Array, state: State) -> State:
     """Decodes until every completion is done, in a batch that shrinks once fewer are left than it holds."""
 
+    each_layer = layer_runner(plan, model)
+
     def step(state):
         state = jax.lax.while_loop(can_admit, functools.partial(admit, plan, prompts, table), state)
-        return decode(plan, model, prompts, keys, extend(plan, state))
+        return decode(plan, model, each_layer, prompts, keys, extend(plan, state))
 
     sizes = batch_sizes(state.slots.token.shape[0])
     for size, following in zip(sizes, sizes[1:] + [0], strict=True):

@@ -83,7 +83,7 @@ def read_data(setup: Setup) -> tuple[Prompts, list[list[int]]]:
     settings = setup.settings
     data = tokenize(load_rows(settings), setup.tokenizer, settings[DataOptions])
     texts = setup.tokenizer.encode([row["completion"] for row in data.rows])
-    completions = [row + [setup.tokenizer.stop_tokens[-1]] for row in texts]
+    completions = [row + [setup.stop_tokens[-1]] for row in texts]
     limit = settings[SftOptions].max_completion_length
     kept = [i for i, row in enumerate(completions) if len(row) <= limit]
     if not kept:
@@ -134,7 +134,7 @@ def main(settings: Settings) -> int:
     check_writable(folder)
     setup = set_up(settings, settings[SftOptions].mesh)
     state = train(setup)
-    export(folder, setup.folder, state.params, setup.config, setup.tokenizer.stop_tokens)
+    export(folder, setup.folder, state.params, setup.config, setup.stop_tokens)
     sys.stderr.write(f"model written to {folder}\n")
     return 0
 

@@ -75,7 +75,7 @@ def check_divisible(sizes: dict[str, int], mesh: Mesh) -> None:
             shape = f"{mesh.shape[FSDP]},{mesh.shape[TP]}"
             raise UsageError(
                 f"--mesh={shape}: {axis}={mesh.shape[axis]} does not divide the model's "
-                f"{sizes[letter]} {names[letter]}; choose an {axis} that does"
+                f"{sizes[letter]} {names[letter]}; choose another {axis}"
             )
 
 

@@ -1,6 +1,7 @@
 """From settings to a model on a mesh: what every command does first."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,9 +12,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from minigrpo.config import DataOptions, ModelOptions, RolloutOptions, Settings, UsageError
+from minigrpo import grpo
+from minigrpo.config import (
+    DataOptions,
+    LossOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RolloutOptions,
+    Settings,
+    UsageError,
+)
 from minigrpo.logprobs import Head, Tiles
 from minigrpo.model import ModelConfig, Params, abstract_params, read_config
+from minigrpo.optimizer import make_optimizer
 from minigrpo.rollout import Roller
 from minigrpo.sharding import Layout, check_divisible, make_mesh, start_platform
 from minigrpo.tokenizer import Tokenizer, load_tokenizer
@@ -40,46 +51,67 @@ DEFAULT_MODEL = "Qwen/Qwen3-1.7B"
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-    """A model's shape, tokenizer and place on the mesh; its weights are loaded by `load`."""
+class Programs:
+    """Everything that a run's device programs are made of."""
 
     settings: Settings
-    folder: Path
     config: ModelConfig
     graph: nnx.GraphDef
-    tokenizer: Tokenizer
     mesh: Mesh
     dtype: Any
+    num_tokens: int
+    """Real tokens, of which the head may have more rows."""
+    stop_tokens: tuple[int, ...]
 
     @property
     def layout(self) -> Layout:
         return Layout(self.dtype, self.mesh)
 
     @property
-    def num_tokens(self) -> int:
-        return min(self.tokenizer.num_tokens, self.config.vocab_size)
-
-    def load(self, seed: int = 0) -> Params:
-        """The checkpoint's weights, or random ones with --init=random, as float32 on the mesh."""
-        if self.settings[ModelOptions].init == "random":
-            return random_params(self.config, self.mesh, seed)
-        return load_params(self.folder, self.config, self.mesh)
-
-    def head(self, temperature: float) -> Head:
-        return Head(self.mesh, self.num_tokens, temperature, self.tiles)
+    def platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
 
     @property
     def tiles(self) -> Tiles:
         """Sizes for an accelerator; the CPU's many virtual devices share one memory, so theirs are smaller."""
-        if self.mesh.devices.flat[0].platform != "cpu":
+        if self.platform != "cpu":
             return Tiles()
         rows = max(1, CPU_CHUNK // (4 * self.config.vocab_size))
         return Tiles(backward_rows=min(Tiles.backward_rows, 2 ** (rows.bit_length() - 1)))
 
+    def head(self, temperature: float) -> Head:
+        return Head(self.mesh, self.num_tokens, temperature, self.tiles)
+
     def roller(self, options: RolloutOptions) -> Roller:
-        return Roller(
-            self.config, self.graph, self.mesh, self.dtype, options, self.num_tokens, self.tokenizer.stop_tokens
+        return Roller(self.config, self.graph, self.mesh, self.dtype, options, self.num_tokens, self.stop_tokens)
+
+    def trainer(self, total_updates: int, parts: int) -> grpo.Trainer:
+        """GRPO's scoring and updating as the settings want it."""
+        loss, rollout = self.settings[LossOptions], self.settings[RolloutOptions]
+        return grpo.Trainer(
+            graph=self.graph,
+            head=self.head(rollout.temperature),
+            layout=self.layout,
+            remat=self.settings[OptimizerOptions].remat,
+            optimizer=make_optimizer(self.settings[OptimizerOptions], total_updates),
+            objective=functools.partial(grpo.policy_loss, loss),
+            weigh=functools.partial(grpo.token_weights, loss.loss_type, max_tokens=rollout.max_completion_length),
+            parts=parts,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup(Programs):
+    """A model's programs, checkpoint folder and tokenizer; its weights are loaded by `load`."""
+
+    folder: Path
+    tokenizer: Tokenizer
+
+    def load(self, seed: int = 0, dtype: Any = jnp.float32) -> Params:
+        """The checkpoint's weights, or random ones with --init=random, on the mesh."""
+        if self.settings[ModelOptions].init == "random":
+            return random_params(self.config, self.mesh, seed, dtype)
+        return load_params(self.folder, self.config, self.mesh, dtype)
 
 
 def resolve(settings: Settings, recipes: Recipes) -> Settings:
@@ -118,10 +150,12 @@ def set_up(settings: Settings, mesh_flag: str, recipes: Recipes = MappingProxyTy
         jax.config.update("jax_default_matmul_precision", "highest")
     return Setup(
         settings=settings,
-        folder=folder,
         config=config,
         graph=abstract_params(config)[0],
-        tokenizer=tokenizer,
         mesh=mesh,
         dtype=jnp.dtype(options.compute_dtype),
+        num_tokens=min(tokenizer.num_tokens, config.vocab_size),
+        stop_tokens=tokenizer.stop_tokens,
+        folder=folder,
+        tokenizer=tokenizer,
     )

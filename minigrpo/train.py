@@ -1,7 +1,6 @@
 """`python -m minigrpo.train`: GRPO. Each step: rollout, reward, advantage, update, log."""
 
 import dataclasses
-import functools
 import sys
 import time
 from pathlib import Path
@@ -30,7 +29,7 @@ from minigrpo.evaluate import accuracy, held_out
 from minigrpo.memory import choose_parts
 from minigrpo.metrics import RunFolder, check_empty, check_writable, completion_metrics, make_folder, reward_metrics
 from minigrpo.model import Params
-from minigrpo.optimizer import TrainState, init_state, learning_rate, make_optimizer
+from minigrpo.optimizer import TrainState, init_state, learning_rate
 from minigrpo.rewards import Reward, parse_rewards, score_completions
 from minigrpo.rollout import Roller, Rollout
 from minigrpo.sharding import by_sequence, put
@@ -236,19 +235,9 @@ def make_job(setup: Setup) -> Job:
         sys.stderr.write(
             "note: top_k, top_p and min_p sample from another distribution than is trained, which biases it\n"
         )
-    loss = settings[LossOptions]
-    limit = settings[RolloutOptions].max_completion_length
-    trainer = grpo.Trainer(
-        graph=setup.graph,
-        head=setup.head(settings[RolloutOptions].temperature),
-        layout=setup.layout,
-        remat=settings[OptimizerOptions].remat,
-        optimizer=make_optimizer(settings[OptimizerOptions], total_updates(steps, total)),
-        objective=functools.partial(grpo.policy_loss, loss),
-        weigh=functools.partial(grpo.token_weights, loss.loss_type, max_tokens=limit),
-        parts=choose_parts(setup, steps.batch_size * steps.num_generations),
-    )
-    reference = setup.load(steps.seed) if loss.beta > 0 else None
+    parts = choose_parts(setup, steps.batch_size * steps.num_generations)
+    trainer = setup.trainer(total_updates(steps, total), parts)
+    reference = setup.load(steps.seed, setup.dtype) if settings[LossOptions].beta > 0 else None
     return Job(setup, data, rewards, roller, trainer, reference, load_held_out(setup), total)
 
 
@@ -306,7 +295,7 @@ def main(settings: Settings) -> int:
     checkpoints.save(job.total_steps, state)
     checkpoints.close()
     log.close()
-    export(folder / "final", setup.folder, state.params, setup.config, setup.tokenizer.stop_tokens)
+    export(folder / "final", setup.folder, state.params, setup.config, setup.stop_tokens)
     sys.stderr.write(f"done: {job.total_steps} steps; model in {folder / 'final'}\n")
     return 0
 

@@ -10,17 +10,17 @@ import sys
 import pytest
 from conftest import ROOT
 
-from minigrpo import config, evaluate, sft, tiny, train
+from minigrpo import config, evaluate, plan, sft, tiny, train
 
 LEVELS = [
-    {"config", "arithmetic"},
+    {"config", "arithmetic", "hlo"},
     {"sharding", "rewards", "metrics", "checkpoint", "sampling", "tokenizer"},
     {"model", "logprobs", "data"},
     {"attention", "cache", "weights", "optimizer"},
     {"grpo", "rollout"},
     {"start"},
     {"memory", "evaluate"},
-    {"train", "sft", "tiny"},
+    {"train", "sft", "tiny", "plan"},
 ]
 """Modules of minigrpo from the bottom up: each imports only from levels below its own."""
 
@@ -50,13 +50,13 @@ def test_kernels_import_nothing_of_minigrpo():
 def test_every_setting_is_read_somewhere():
     source = "\n".join(path.read_text() for path in (ROOT / "minigrpo").glob("*.py") if path.stem != "config")
     source += (ROOT / "minigrpo" / "config.py").read_text().split("def field_type")[1]
-    sections = {*train.SECTIONS, *sft.SECTIONS, *evaluate.SECTIONS, tiny.TinyOptions}
+    sections = {*train.SECTIONS, *sft.SECTIONS, *evaluate.SECTIONS, *plan.SECTIONS, tiny.TinyOptions}
     names = {field.name for section in sections for field in dataclasses.fields(section)}
     unread = {name for name in names if f".{name}" not in source}
     assert not unread
 
 
-@pytest.mark.parametrize("command", [train, sft, evaluate])
+@pytest.mark.parametrize("command", [train, sft, evaluate, plan])
 def test_flag_names_are_unique(command):
     names = [field.name for section in command.SECTIONS for field in dataclasses.fields(section)]
     assert len(names) == len(set(names))

@@ -80,17 +80,33 @@ def test_logits_equal(written):
     assert np.abs(np.asarray(got) - want).max() < 2e-4
 
 
-def test_greedy_text_equal(written):
-    folder, theirs = written
-    config = read_config(folder / "config.json")
+@pytest.fixture(scope="module")
+def greedy(written):
+    """16 prompts of unequal length and 64 greedy tokens of each, by transformers."""
     rng = np.random.default_rng(1)
     prompts = [rng.integers(2, 320, length).tolist() for length in range(3, 35, 2)]
-    options = RolloutOptions(max_completion_length=64, temperature=0.0, page_size=16, slots=8)
-    roller = Roller(config, abstract_params(config)[0], mesh_of(2, 1), jnp.dtype("float32"), options, 320, (1,))
-    ours = roller(load_params(folder, config, mesh_of(2, 1)), prompts, list(range(16)), 1, (0, 0))
-    for row, prompt in enumerate(prompts):
-        want = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, pad_token_id=0)
-        assert ours.tokens[row, : ours.lengths[row]].tolist() == want[0, len(prompt) :].tolist()
+    texts = [
+        written[1].generate(torch.tensor([p]), max_new_tokens=64, do_sample=False, pad_token_id=0) for p in prompts
+    ]
+    return prompts, [text[0, len(prompt) :].tolist() for prompt, text in zip(prompts, texts, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("slots", "page_size", "pool_pages", "mesh"),
+    [(4, 8, 0, (1, 1)), (16, 64, 0, (4, 1)), (64, 16, 64, (1, 1))],
+)
+def test_greedy_text_equal(written, greedy, slots, page_size, pool_pages, mesh):
+    """Whatever the slots, pages, pool and mesh."""
+    folder, _ = written
+    config = read_config(folder / "config.json")
+    prompts, want = greedy
+    options = RolloutOptions(
+        max_completion_length=64, temperature=0.0, page_size=page_size, slots=slots, pool_pages=pool_pages
+    )
+    devices = mesh_of(*mesh)
+    roller = Roller(config, abstract_params(config)[0], devices, jnp.dtype("float32"), options, 320, (1,))
+    ours = roller(load_params(folder, config, devices), prompts, list(range(16)), 1, (0, 0))
+    assert [row[:length].tolist() for row, length in zip(ours.tokens, ours.lengths, strict=True)] == want
 
 
 def test_exported_model_loads_in_transformers_with_equal_logits(written, tmp_path):

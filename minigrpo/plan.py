@@ -1,0 +1,425 @@
+"""`python -m minigrpo.plan`: what a run needs of every chip, found without one.
+
+The very programs that `minigrpo.train` runs are compiled by the real TPU compiler for the topology; bytes are its own,
+times are only what bytes and FLOPs imply. Nothing is measured.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+
+from minigrpo import grpo, hlo, memory
+from minigrpo.config import (
+    DataOptions,
+    LossOptions,
+    ModelOptions,
+    OptimizerOptions,
+    Options,
+    RolloutOptions,
+    Settings,
+    StepOptions,
+    UsageError,
+    option,
+    parse_mesh,
+    run_command,
+)
+from minigrpo.model import DIMS, ModelConfig, abstract_params, leaf_name, parse_config, read_config
+from minigrpo.optimizer import TrainState
+from minigrpo.rollout import RolloutPlan, decode_weights, num_pages, run_mesh, spread
+from minigrpo.sharding import DATA, by_sequence, check_divisible, replicated, spec_of
+from minigrpo.start import DEFAULT_MODEL, Programs
+from minigrpo.tokenizer import load_tokenizer
+
+GIB = 1 << 30
+FAMILIES = Path(__file__).parent / "builtin" / "families.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions(Options):
+    """Plan"""
+
+    topology: str = option("v6e:2x4", "TPU generation and chips, such as v6e:2x4, v5e:4x4, v5p:2x2x1")
+    mesh: str = option("4,2", "FSDP,TP mesh")
+
+
+SECTIONS = (ModelOptions, DataOptions, RolloutOptions, LossOptions, OptimizerOptions, StepOptions, PlanOptions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip has: usable memory in GiB, memory bandwidth in GB/s, bf16 TFLOP/s."""
+
+    hbm_gib: float
+    bandwidth: float
+    tflops: float
+
+
+CHIPS = {
+    "v4": Chip(32.0, 1228.0, 275.0),
+    "v5e": Chip(15.75, 819.0, 197.0),
+    "v5p": Chip(95.0, 2765.0, 459.0),
+    "v6e": Chip(31.25, 1640.0, 918.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One program of a step on one chip."""
+
+    memory: hlo.Memory
+    resident: int
+    """Bytes that stay on the chip meanwhile and are no argument of the program."""
+    traffic: dict[str, hlo.Traffic]
+    compile_seconds: float
+    flops: float
+    bytes: float
+
+    @property
+    def total(self) -> int:
+        return self.memory.total + self.resident
+
+
+# The pieces of a plan
+
+
+def topology_mesh(name: str, mesh_flag: str) -> Mesh:
+    """A mesh of chips that are not there; UsageError for an unknown topology or a mesh of another size."""
+    if name.partition(":")[0] not in CHIPS:
+        raise UsageError(f"--topology={name}: must be one of {', '.join(CHIPS)} and its chips, such as v6e:2x4")
+    fsdp, tp = parse_mesh(mesh_flag)
+    try:
+        devices = topologies.get_topology_desc(name, platform="tpu").devices
+    except Exception as error:  # the TPU library raises its own, unnamed kinds
+        raise UsageError(f"--topology={name}: {str(error).splitlines()[0]}") from error
+    if len(devices) != fsdp * tp:
+        raise UsageError(
+            f"--mesh={mesh_flag}: {fsdp * tp} chips, but --topology={name} has {len(devices)}; "
+            f"use --mesh={len(devices)},1 or another pair whose product is {len(devices)}"
+        )
+    return jax.make_mesh((fsdp, tp), DATA, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def known_model(name: str) -> tuple[ModelConfig, int]:
+    """Config and number of real tokens of a folder's or a published model, without network."""
+    if Path(name).is_dir():
+        config = read_config(Path(name) / "config.json")
+        return config, min(load_tokenizer(Path(name)).num_tokens, config.vocab_size)
+    families = json.loads(FAMILIES.read_text())
+    base = re.sub(r"-(Base|Instruct)$", "", name)
+    if base not in families:
+        raise UsageError(f"--model={name}: neither a folder nor one of {', '.join(families)}")
+    return parse_config(families[base], str(FAMILIES)), families[base]["num_tokens"]
+
+
+def make_programs(settings: Settings) -> Programs:
+    options = settings[ModelOptions]
+    name = DEFAULT_MODEL if options.model == "auto" else options.model
+    dtype = "bfloat16" if options.compute_dtype == "auto" else options.compute_dtype
+    config, num_tokens = known_model(name)
+    mesh = topology_mesh(settings[PlanOptions].topology, settings[PlanOptions].mesh)
+    check_divisible(config.sizes, mesh)
+    graph = abstract_params(config)[0]
+    return Programs(settings, config, graph, mesh, jnp.dtype(dtype), num_tokens, (num_tokens - 1,))
+
+
+def placed_params(programs: Programs, dtype: Any) -> Any:
+    """The parameters' shapes, laid out as training keeps them."""
+
+    def place(path, leaf):
+        sharding = NamedSharding(programs.mesh, spec_of(DIMS[leaf_name(path)]))
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, abstract_params(programs.config)[1])
+
+
+def placed_state(programs: Programs, trainer: grpo.Trainer) -> TrainState:
+    def place(path, leaf):
+        name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else ""
+        sharding = NamedSharding(programs.mesh, spec_of(DIMS.get(name, "")))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def make(params):
+        return TrainState(params, trainer.optimizer.init(params), jnp.int32(0))
+
+    shapes = jax.eval_shape(make, abstract_params(programs.config)[1])
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def placed_batch(programs: Programs, rows: int) -> grpo.Batch:
+    """A full batch of `rows` sequences, all at full length, to be scored."""
+    prompt = programs.settings[DataOptions].max_prompt_length
+    completion = programs.settings[RolloutOptions].max_completion_length
+
+    def place(dtype, *sizes):
+        return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=by_sequence(programs.mesh))
+
+    return grpo.Batch(
+        tokens=place(np.int32, prompt + completion),
+        prompt_lengths=place(np.int32),
+        completions=place(np.int32, completion),
+        completion_lengths=place(np.int32),
+        advantages=place(np.float32),
+        rollout_logprobs=place(np.float32, completion),
+    )
+
+
+def bytes_on_chip(tree: Any) -> int:
+    """Bytes of one chip's share of abstract arrays."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def compile_program(mesh: Mesh, function: Any, *arguments: Any) -> tuple[Any, float]:
+    """The compiled program and the seconds it took; jax's own out-of-memory error when it cannot fit."""
+    started = time.perf_counter()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = function.lower(*arguments).compile()
+    return compiled, time.perf_counter() - started
+
+
+# Work counted by hand
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """FLOPs and bytes of a step's parts over all chips, counted from shapes."""
+
+    config: ModelConfig
+    prompts: int
+    group: int
+    prompt: int
+    completion: int
+
+    @property
+    def layer_weights(self) -> int:
+        c = self.config
+        attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
+        return c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+
+    @property
+    def head_weights(self) -> int:
+        return self.config.vocab_size * self.config.hidden_size
+
+    @property
+    def kv_row(self) -> int:
+        """Key and value numbers of one token."""
+        return 2 * self.config.num_hidden_layers * self.config.num_key_value_heads * self.config.head_dim
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.group
+
+    def attention_flops(self, tokens: int) -> float:
+        """Causal attention of one sequence."""
+        c = self.config
+        return 2.0 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * tokens * tokens
+
+    def score_flops(self) -> tuple[float, float, float]:
+        """One forward pass: matrix products of the layers, of the head, and attention."""
+        length = self.prompt + self.completion
+        return (
+            2.0 * self.layer_weights * self.rows * length,
+            2.0 * self.head_weights * self.rows * self.completion,
+            self.rows * self.attention_flops(length),
+        )
+
+    def update_flops(self, remat: str) -> float:
+        """Forward, backward (twice the forward; attention 2.5 times) and what is recomputed."""
+        layers, head, attention = self.score_flops()
+        again = {"none": 0, "dots": 0, "attention": 1, "full": 1}[remat]
+        return layers * (3 + again) + head * 4 + attention * (3.5 + (remat == "full"))
+
+    def rollout_flops(self) -> float:
+        """Prefill once per prompt; decoding token by token."""
+        before, whole = self.attention_flops(self.prompt), self.attention_flops(self.prompt + self.completion)
+        decode = 2.0 * self.rows * self.completion * (self.layer_weights + self.head_weights)
+        prefill = self.prompts * (2.0 * self.prompt * self.layer_weights + before)
+        return decode + self.rows * (whole - before) + prefill
+
+    def rollout_bytes(self, chips: int, slots: int, item: int) -> float:
+        """Of one chip: its weights once per step, and every token's context once."""
+        own = -(-self.rows // chips)
+        steps = -(-own // slots) * self.completion
+        context = own * self.completion * (self.prompt + self.completion / 2)
+        return item * (steps * (self.layer_weights + self.head_weights) + self.kv_row * context)
+
+
+# The phases
+
+
+def prompt_rows(programs: Programs) -> tuple[RolloutPlan, Any]:
+    """The rollout's plan and its prompts as `Roller` would make them, at full length."""
+    data, steps = programs.settings[DataOptions], programs.settings[StepOptions]
+    plan = programs.roller(programs.settings[RolloutOptions]).plan
+    width = -(-data.max_prompt_length // plan.page_size) * plan.page_size
+    prompts = [[0] * data.max_prompt_length] * steps.batch_size
+    rows, group = spread(prompts, list(range(len(prompts))), steps.num_generations, programs.mesh.size, width)
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_sequence(programs.mesh)), rows)
+    return dataclasses.replace(plan, group=group), placed
+
+
+def cache_bytes(programs: Programs) -> int:
+    """Bytes of one chip's page pool."""
+    plan, prompts = prompt_rows(programs)
+    own = jax.tree.map(lambda x: np.zeros(x.sharding.shard_shape(x.shape), x.dtype), prompts)
+    row = 2 * plan.model.num_key_value_heads * plan.model.head_dim * plan.model.num_hidden_layers
+    return num_pages(plan, own) * plan.page_size * row * jnp.dtype(plan.dtype).itemsize
+
+
+def plan_weights(programs: Programs, work: Work, resident: int) -> Phase:
+    """Laying the policy out for decoding."""
+    plan = prompt_rows(programs)[0]
+    compiled, seconds = compile_program(programs.mesh, decode_weights, plan, placed_params(programs, jnp.float32))
+    return Phase(hlo.memory_of(compiled), resident, hlo.collectives(compiled.as_text()), seconds, 0.0, 0.0)
+
+
+def plan_rollout(programs: Programs, work: Work, resident: int) -> Phase:
+    """Prefill and decoding of the step's completions."""
+    plan, prompts = prompt_rows(programs)
+    whole = replicated(programs.mesh)
+    params = placed_params(programs, programs.dtype)
+    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
+    seed = jax.ShapeDtypeStruct((2,), np.int32, sharding=whole)
+    compiled, seconds = compile_program(programs.mesh, run_mesh, plan, weights, prompts, seed)
+    chips = programs.mesh.size
+    moved = work.rollout_bytes(chips, min(plan.slots, -(-work.rows // chips)), programs.dtype.itemsize)
+    traffic = hlo.collectives(compiled.as_text())
+    return Phase(hlo.memory_of(compiled), resident, traffic, seconds, work.rollout_flops() / chips, moved)
+
+
+def plan_reference(programs: Programs, trainer: grpo.Trainer, work: Work, resident: int) -> Phase:
+    """Log-probs of the reference policy."""
+    batch = placed_batch(programs, work.rows)
+    params = placed_params(programs, programs.dtype)
+    compiled, seconds = compile_program(programs.mesh, grpo.batch_logprobs, trainer, params, batch)
+    moved = trainer.parts * (work.layer_weights + work.head_weights) * programs.dtype.itemsize
+    flops = sum(work.score_flops()) / programs.mesh.size
+    return Phase(hlo.memory_of(compiled), resident, hlo.collectives(compiled.as_text()), seconds, flops, moved)
+
+
+def plan_update(programs: Programs, trainer: grpo.Trainer, work: Work, resident: int) -> Phase:
+    """One optimizer step."""
+    batch = placed_batch(programs, work.rows)
+    if programs.settings[LossOptions].beta > 0:
+        batch = dataclasses.replace(batch, ref_logprobs=batch.rollout_logprobs)
+    state = placed_state(programs, trainer)
+    compiled, seconds = compile_program(programs.mesh, grpo.update, trainer, state, batch)
+    item = programs.dtype.itemsize
+    weights = (work.layer_weights + work.head_weights) * item
+    saved = work.rows / programs.mesh.size * memory.saved_bytes(programs, work.prompt + work.completion)
+    moved = 3 * trainer.parts * weights + 2 * saved + 2 * bytes_on_chip(state)
+    flops = work.update_flops(trainer.remat) / programs.mesh.size
+    return Phase(hlo.memory_of(compiled), resident, hlo.collectives(compiled.as_text()), seconds, flops, moved)
+
+
+def make_plan(programs: Programs) -> dict[str, Phase]:
+    """Every phase of a training step, each compiled."""
+    settings = programs.settings
+    steps, limits = settings[StepOptions], settings[RolloutOptions].max_completion_length
+    prompt = settings[DataOptions].max_prompt_length
+    work = Work(programs.config, steps.batch_size, steps.num_generations, prompt, limits)
+    trainer = programs.trainer(1000, memory.choose_parts(programs, work.rows))
+    state = bytes_on_chip(placed_state(programs, trainer))
+    params = bytes_on_chip(placed_params(programs, jnp.float32))
+    has_reference = settings[LossOptions].beta > 0
+    reference = bytes_on_chip(placed_params(programs, programs.dtype)) if has_reference else 0
+    phases = {
+        "weights": plan_weights(programs, work, state - params + reference),
+        "rollout": plan_rollout(programs, work, state + reference),
+    }
+    if has_reference:
+        phases["reference"] = plan_reference(programs, trainer, work, state)
+    return phases | {"update": plan_update(programs, trainer, work, reference)}
+
+
+# What is said of it
+
+
+def roofline_seconds(phase: Phase, chip: Chip) -> float:
+    return max(phase.flops / chip.tflops / 1e12, phase.bytes / chip.bandwidth / 1e9)
+
+
+def describe(name: str, phase: Phase, chip: Chip) -> str:
+    parts = phase.memory
+    moved = "; ".join(f"{kind} {t.bytes / 1e9:.2f} GB in {t.runs}" for kind, t in phase.traffic.items() if t.runs)
+    inside = sum(t.runs_in_open_loops for t in phase.traffic.values())
+    return (
+        f"{name:<10} {phase.total / GIB:6.2f} GiB of {chip.hbm_gib:g}: resident {phase.resident / GIB:.2f}, "
+        f"arguments {parts.arguments / GIB:.2f}, temporaries {parts.temporaries / GIB:.2f}, "
+        f"outputs {(parts.outputs - parts.aliased) / GIB:.2f}\n"
+        f"           {phase.flops / 1e12:.1f} TFLOP, {phase.bytes / 1e9:.1f} GB: at least "
+        f"{roofline_seconds(phase, chip):.3f} s; collectives: {moved or 'none'}"
+        f"{f', and {inside} in open loops' if inside else ''}; compiled in {phase.compile_seconds:.0f} s\n"
+    )
+
+
+def figures(phase: Phase, chip: Chip) -> dict[str, Any]:
+    return {
+        "hbm_gib": round(phase.total / GIB, 3),
+        "resident_gib": round(phase.resident / GIB, 3),
+        "arguments_gib": round(phase.memory.arguments / GIB, 3),
+        "temporaries_gib": round(phase.memory.temporaries / GIB, 3),
+        "tflop": round(phase.flops / 1e12, 2),
+        "gbytes": round(phase.bytes / 1e9, 2),
+        "roofline_seconds": round(roofline_seconds(phase, chip), 4),
+        "collective_gbytes": {kind: round(t.bytes / 1e9, 3) for kind, t in phase.traffic.items()},
+        "collectives_in_open_loops": sum(t.runs_in_open_loops for t in phase.traffic.values()),
+        "compile_seconds": round(phase.compile_seconds, 1),
+    }
+
+
+def largest_batch(programs: Programs, phases: dict[str, Phase], chip: Chip) -> int:
+    """Prompts per step whose update would fit in one part, from the compiled part and the bytes of one sequence."""
+    steps = programs.settings[StepOptions]
+    length = programs.settings[DataOptions].max_prompt_length
+    length += programs.settings[RolloutOptions].max_completion_length
+    parts = memory.choose_parts(programs, steps.batch_size * steps.num_generations)
+    own = steps.batch_size * steps.num_generations / programs.mesh.size / parts
+    spare = chip.hbm_gib * GIB - phases["update"].total
+    most = own + spare / memory.activation_bytes(programs, length)
+    return max(0, int(most * programs.mesh.size // steps.num_generations))
+
+
+def main(settings: Settings) -> int:
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    jax.config.update("jax_platforms", "cpu")
+    programs = make_programs(settings)
+    options, steps = settings[PlanOptions], settings[StepOptions]
+    chip = CHIPS[options.topology.partition(":")[0]]
+    parts = memory.choose_parts(programs, steps.batch_size * steps.num_generations)
+    sys.stderr.write(
+        f"{options.topology} as fsdp,tp={options.mesh}: {programs.mesh.size} chips of {chip.hbm_gib:g} GiB; "
+        f"{steps.batch_size} prompts x {steps.num_generations}, update in {parts} parts; "
+        f"page pool {cache_bytes(programs) / GIB:.2f} GiB per chip\n"
+    )
+    phases = make_plan(programs)
+    for name, phase in phases.items():
+        sys.stderr.write(describe(name, phase, chip))
+    fits = all(phase.total <= chip.hbm_gib * GIB for phase in phases.values())
+    sys.stderr.write(f"it {'fits' if fits else 'does NOT fit'}\n")
+    report = {
+        "topology": options.topology,
+        "mesh": options.mesh,
+        "jax": jax.__version__,
+        "fits": fits,
+        "gradient_accumulation_steps": parts,
+        "largest_batch": largest_batch(programs, phases, chip),
+        "phases": {name: figures(phase, chip) for name, phase in phases.items()},
+    }
+    sys.stdout.write(json.dumps(report) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command("python -m minigrpo.plan", __doc__ or "", SECTIONS, main)

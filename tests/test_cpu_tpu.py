@@ -1,0 +1,131 @@
+"""What is meant for TPU, compiled by the real TPU compiler: the kernel, and a run's programs through the plan."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from minigrpo import hlo
+
+CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=400)
+
+
+def report_of(*command):
+    result = run(*command)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("flags", [(), ("--heads=8", "--kv_heads=4")], ids=["tp=1", "tp=2"])
+def test_the_kernel_keeps_up_with_hbm_on_v6e(flags):
+    report = report_of("bench/kernel_cycles.py", *flags)
+    assert report["hbm_cycles_per_sequence"] == pytest.approx(
+        2304 * 2048 * 2 / (1 + len(flags) / 2) * 1.75 / 1640, rel=1e-3
+    )
+    assert report["share_of_limit"] >= 0.95
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--topology=v5e:2x2",),
+        ("--topology=v5p:2x2x1", "--page_size=16"),
+        ("--topology=v4:2x2x1", "--heads=12", "--kv_heads=2"),
+        ("--heads=14", "--kv_heads=2", "--head_dim=64", "--page_size=8"),
+        ("--dtype=float32", "--tokens=512"),
+    ],
+    ids=" ".join,
+)
+def test_the_kernel_compiles_for(flags):
+    assert report_of("bench/kernel_cycles.py", *flags)["cycles_per_full_block"] > 0
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    tokenizer = ROOT / "minigrpo" / "builtin" / "tokenizer.json"
+    (folder / "tokenizer.json").write_text(tokenizer.read_text())
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (folder / name).write_text((ROOT / "minigrpo" / "builtin" / name).read_text())
+    return folder
+
+
+SIZES = ("--batch_size=8", "--num_generations=4", "--max_prompt_length=64", "--max_completion_length=192")
+
+
+def test_the_plan_of_a_small_model(small_model):
+    report = report_of("-m", "minigrpo.plan", f"--model={small_model}", "--topology=v6e:2x2", "--mesh=2,2", *SIZES)
+    assert report["fits"] and report["gradient_accumulation_steps"] == 1 and report["largest_batch"] > 8
+    phases = report["phases"]
+    assert list(phases) == ["weights", "rollout", "reference", "update"]
+    for phase in phases.values():
+        assert 0 < phase["hbm_gib"] < 1 and phase["collectives_in_open_loops"] == 0
+    parameters = 2048 * 256 + 2 * (2 * 256 * 128 * 6 + 3 * 256 * 512)
+    state = phases["update"]["arguments_gib"] * 2**30
+    assert 3 * parameters <= state <= 3.3 * parameters  # float32 weights and two moments, over four chips
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--topology=v7x:2x2",), "--topology=v7x:2x2: must be one of v4, v5e, v5p, v6e"),
+        (("--topology=v6e:3x7",), "--topology=v6e:3x7: "),
+        (("--topology=v6e:2x2", "--mesh=4,2"), "--mesh=4,2: 8 chips, but --topology=v6e:2x2 has 4; use --mesh=4,1"),
+        (("--model=Qwen/Qwen9-1T",), "--model=Qwen/Qwen9-1T: neither a folder nor one of Qwen/Qwen3-0.6B"),
+        (
+            ("--model=Qwen/Qwen2.5-0.5B-Instruct", "--topology=v6e:2x2", "--mesh=1,4"),
+            "--mesh=1,4: tp=4 does not divide the model's 14 attention heads; choose another tp",
+        ),
+    ],
+)
+def test_a_plan_that_cannot_be_is_one_line(flags, message):
+    result = run("-m", "minigrpo.plan", *flags)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and "Traceback" not in result.stderr and message in lines[-1]
+
+
+HLO = """HloModule jit_f
+%cond (p: (s32[])) -> pred[] {
+  %three = s32[]{:T(128)} constant(3)
+  ROOT %lt = pred[] compare(%i, %three), direction=LT
+}
+%body (p: (s32[])) -> (s32[]) {
+  %g = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather(%x), dimensions={0}
+}
+%open (p: (s32[])) -> pred[] {
+  ROOT %gt = pred[] compare(%i, %n), direction=GT
+}
+%turn (p: (s32[])) -> (s32[]) {
+  %s = (f32[4]{0}, f32[2]{0}) all-reduce(%x, %y), to_apply=%add
+}
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %w = (s32[]) while(%t), condition=%cond, body=%body
+  %v = (s32[]) while(%t), condition=%open, body=%turn
+  %r = (f32[4]{0}, f32[2]{0}) all-reduce(%x, %y), to_apply=%add
+}
+"""
+
+
+def test_collectives_are_counted_with_their_loops():
+    found = hlo.collectives(HLO)
+    assert found["all-gather"] == hlo.Traffic(runs=3, bytes=3 * 8 * 128 * 2)
+    assert found["all-reduce"] == hlo.Traffic(runs=1, bytes=24, runs_in_open_loops=1)
