@@ -44,6 +44,18 @@ def memory_of(compiled: Any) -> Memory:
     )
 
 
+WANTED = re.compile(r"([\d.]+)([KMG])\b")
+UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def memory_wanted(error: Exception) -> int:
+    """Bytes that a program which does not fit would take, from the compiler's error; other errors are raised again."""
+    sizes = WANTED.findall(str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or not sizes:
+        raise error
+    return int(float(sizes[0][0]) * UNITS[sizes[0][1]])
+
+
 @dataclasses.dataclass
 class Traffic:
     """Collectives of one kind on one chip."""

@@ -180,12 +180,16 @@ def bytes_on_chip(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def compile_program(mesh: Mesh, function: Any, *arguments: Any) -> tuple[Any, float]:
-    """The compiled program and the seconds it took; jax's own out-of-memory error when it cannot fit."""
+def compile_phase(mesh: Mesh, resident: int, flops: float, moved: float, function: Any, *arguments: Any) -> Phase:
+    """Compiles a program for the mesh's chips. One that cannot fit still says how much it wanted."""
     started = time.perf_counter()
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = function.lower(*arguments).compile()
-    return compiled, time.perf_counter() - started
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            compiled = function.lower(*arguments).compile()
+        used, traffic = hlo.memory_of(compiled), hlo.collectives(compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:
+        used, traffic = hlo.Memory(0, hlo.memory_wanted(error), 0, 0), {}
+    return Phase(used, resident, traffic, time.perf_counter() - started, flops, moved)
 
 
 # Work counted by hand
@@ -210,6 +214,10 @@ class Work:
     @property
     def head_weights(self) -> int:
         return self.config.vocab_size * self.config.hidden_size
+
+    @property
+    def weights(self) -> int:
+        return self.layer_weights + self.head_weights
 
     @property
     def kv_row(self) -> int:
@@ -243,7 +251,7 @@ class Work:
     def rollout_flops(self) -> float:
         """Prefill once per prompt; decoding token by token."""
         before, whole = self.attention_flops(self.prompt), self.attention_flops(self.prompt + self.completion)
-        decode = 2.0 * self.rows * self.completion * (self.layer_weights + self.head_weights)
+        decode = 2.0 * self.rows * self.completion * self.weights
         prefill = self.prompts * (2.0 * self.prompt * self.layer_weights + before)
         return decode + self.rows * (whole - before) + prefill
 
@@ -252,7 +260,7 @@ class Work:
         own = -(-self.rows // chips)
         steps = -(-own // slots) * self.completion
         context = own * self.completion * (self.prompt + self.completion / 2)
-        return item * (steps * (self.layer_weights + self.head_weights) + self.kv_row * context)
+        return item * (steps * self.weights + self.kv_row * context)
 
 
 # The phases
@@ -280,8 +288,10 @@ def cache_bytes(programs: Programs) -> int:
 def plan_weights(programs: Programs, work: Work, resident: int) -> Phase:
     """Laying the policy out for decoding."""
     plan = prompt_rows(programs)[0]
-    compiled, seconds = compile_program(programs.mesh, decode_weights, plan, placed_params(programs, jnp.float32))
-    return Phase(hlo.memory_of(compiled), resident, hlo.collectives(compiled.as_text()), seconds, 0.0, 0.0)
+    moved = work.weights * (4 / programs.mesh.size + programs.dtype.itemsize)
+    return compile_phase(
+        programs.mesh, resident, 0.0, moved, decode_weights, plan, placed_params(programs, jnp.float32)
+    )
 
 
 def plan_rollout(programs: Programs, work: Work, resident: int) -> Phase:
@@ -291,21 +301,19 @@ def plan_rollout(programs: Programs, work: Work, resident: int) -> Phase:
     params = placed_params(programs, programs.dtype)
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
     seed = jax.ShapeDtypeStruct((2,), np.int32, sharding=whole)
-    compiled, seconds = compile_program(programs.mesh, run_mesh, plan, weights, prompts, seed)
     chips = programs.mesh.size
     moved = work.rollout_bytes(chips, min(plan.slots, -(-work.rows // chips)), programs.dtype.itemsize)
-    traffic = hlo.collectives(compiled.as_text())
-    return Phase(hlo.memory_of(compiled), resident, traffic, seconds, work.rollout_flops() / chips, moved)
+    flops = work.rollout_flops() / chips
+    return compile_phase(programs.mesh, resident, flops, moved, run_mesh, plan, weights, prompts, seed)
 
 
 def plan_reference(programs: Programs, trainer: grpo.Trainer, work: Work, resident: int) -> Phase:
     """Log-probs of the reference policy."""
     batch = placed_batch(programs, work.rows)
     params = placed_params(programs, programs.dtype)
-    compiled, seconds = compile_program(programs.mesh, grpo.batch_logprobs, trainer, params, batch)
-    moved = trainer.parts * (work.layer_weights + work.head_weights) * programs.dtype.itemsize
+    moved = trainer.parts * work.weights * programs.dtype.itemsize
     flops = sum(work.score_flops()) / programs.mesh.size
-    return Phase(hlo.memory_of(compiled), resident, hlo.collectives(compiled.as_text()), seconds, flops, moved)
+    return compile_phase(programs.mesh, resident, flops, moved, grpo.batch_logprobs, trainer, params, batch)
 
 
 def plan_update(programs: Programs, trainer: grpo.Trainer, work: Work, resident: int) -> Phase:
@@ -314,13 +322,11 @@ def plan_update(programs: Programs, trainer: grpo.Trainer, work: Work, resident:
     if programs.settings[LossOptions].beta > 0:
         batch = dataclasses.replace(batch, ref_logprobs=batch.rollout_logprobs)
     state = placed_state(programs, trainer)
-    compiled, seconds = compile_program(programs.mesh, grpo.update, trainer, state, batch)
-    item = programs.dtype.itemsize
-    weights = (work.layer_weights + work.head_weights) * item
+    weights = work.weights * programs.dtype.itemsize
     saved = work.rows / programs.mesh.size * memory.saved_bytes(programs, work.prompt + work.completion)
     moved = 3 * trainer.parts * weights + 2 * saved + 2 * bytes_on_chip(state)
     flops = work.update_flops(trainer.remat) / programs.mesh.size
-    return Phase(hlo.memory_of(compiled), resident, hlo.collectives(compiled.as_text()), seconds, flops, moved)
+    return compile_phase(programs.mesh, resident, flops, moved, grpo.update, trainer, state, batch)
 
 
 def make_plan(programs: Programs) -> dict[str, Phase]:

@@ -50,6 +50,14 @@ CPU_CHUNK = 20 << 20
 DEFAULT_MODEL = "Qwen/Qwen3-1.7B"
 
 
+def choose_tiles(mesh: Mesh, vocab: int) -> Tiles:
+    """Sizes for an accelerator; the CPU's many virtual devices share one memory, so theirs are smaller."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return Tiles()
+    rows = max(1, CPU_CHUNK // (4 * vocab))
+    return Tiles(backward_rows=min(Tiles.backward_rows, 2 ** (rows.bit_length() - 1)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """Everything that a run's device programs are made of."""
@@ -71,16 +79,8 @@ class Programs:
     def platform(self) -> str:
         return self.mesh.devices.flat[0].platform
 
-    @property
-    def tiles(self) -> Tiles:
-        """Sizes for an accelerator; the CPU's many virtual devices share one memory, so theirs are smaller."""
-        if self.platform != "cpu":
-            return Tiles()
-        rows = max(1, CPU_CHUNK // (4 * self.config.vocab_size))
-        return Tiles(backward_rows=min(Tiles.backward_rows, 2 ** (rows.bit_length() - 1)))
-
     def head(self, temperature: float) -> Head:
-        return Head(self.mesh, self.num_tokens, temperature, self.tiles)
+        return Head(self.mesh, self.num_tokens, temperature, choose_tiles(self.mesh, self.config.vocab_size))
 
     def roller(self, options: RolloutOptions) -> Roller:
         return Roller(self.config, self.graph, self.mesh, self.dtype, options, self.num_tokens, self.stop_tokens)

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from minigrpo import hlo
+from minigrpo import hlo, plan
 
 CONFIG = {
     "model_type": "qwen3",
@@ -129,3 +129,25 @@ def test_collectives_are_counted_with_their_loops():
     found = hlo.collectives(HLO)
     assert found["all-gather"] == hlo.Traffic(runs=3, bytes=3 * 8 * 128 * 2)
     assert found["all-reduce"] == hlo.Traffic(runs=1, bytes=24, runs_in_open_loops=1)
+
+
+def test_a_program_too_large_says_how_much_it_wanted():
+    error = RuntimeError("RESOURCE_EXHAUSTED: total memory required for HLO temporaries (148.00G) exceeds (31.25G).")
+    assert hlo.memory_wanted(error) == 148 << 30
+    other = RuntimeError("INTERNAL: 5.0G of something")
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        hlo.memory_wanted(other)
+
+
+def test_work_of_a_step_is_as_the_rules_of_thumb_say():
+    """6 x parameters x tokens and a third more for recomputing, less what is not scored: the prompts' part of the head."""
+    config, real = plan.known_model("Qwen/Qwen3-1.7B-Base")
+    work = plan.Work(config, prompts=32, group=8, prompt=256, completion=2048)
+    assert real == 151_669 and work.weights == pytest.approx(1.72e9, rel=2e-3)
+    tokens = 256 * 2304
+    attention = 4 * work.score_flops()[2]
+    matrices = work.update_flops("attention") - 3.5 / 4 * attention
+    assert 1.25 < matrices / (6 * work.weights * tokens) < 1.36
+    assert work.update_flops("full") - work.update_flops("attention") == pytest.approx(attention / 4)
+    assert work.kv_row * 2 == 114_688
+    assert work.rollout_flops() < work.update_flops("full") / 3

@@ -1,0 +1,172 @@
+"""Memory and time of log-probs with gradients, full logits against ours: `python bench/logprob_memory.py`.
+
+On this machine, each in processes of its own, in turn; and with --topology compiled for one TPU mesh, where bytes are
+the compiler's. Last line JSON.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from minigrpo import hlo
+from minigrpo.config import Options, Settings, option, run_command
+from minigrpo.logprobs import Head, token_logprobs
+from minigrpo.plan import topology_mesh
+from minigrpo.sharding import DATA, FSDP, TP, make_mesh, start_platform
+from minigrpo.start import choose_tiles
+
+VARIANTS = ("naive", "ours")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchOptions(Options):
+    """Log-probs"""
+
+    tokens: int = option(2048, "tokens scored per device", low=1)
+    vocab: int = option(151936, "vocabulary rows", low=16)
+    hidden: int = option(256, "embedding size", low=8)
+    repeats: int = option(3, "processes of each variant; the median counts", low=1)
+    topology: str = option("none", "TPU generation and chips to compile for instead of measuring, such as v6e:2x4")
+    mesh: str = option("1,1", "FSDP,TP mesh")
+    variant: str = option("both", "measure one variant in this process", choices=("both", *VARIANTS))
+
+
+def naive_logprobs(head: Head, hidden, weights, targets):
+    """The whole logits, as one would write it first; sequences over all devices, the vocabulary over tp."""
+    logits = jnp.einsum("MD,VD->MV", hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = jax.lax.with_sharding_constraint(logits, NamedSharding(head.mesh, PartitionSpec(FSDP, TP)))
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), targets[:, None], axis=-1)
+    return chosen[:, 0], jnp.zeros(len(targets))
+
+
+def programs(variant: str, head: Head):
+    """The variant's forward pass and its gradients, jitted."""
+    function = token_logprobs if variant == "ours" else naive_logprobs
+
+    def loss(hidden, weights, targets):
+        return function(head, hidden, weights, targets)[0].sum()
+
+    return jax.jit(lambda *args: function(head, *args)[0]), jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+
+def arguments(options: BenchOptions, mesh: Mesh, dtype):
+    """Abstract hidden states, weights and targets, laid out as in training."""
+    rows = NamedSharding(mesh, PartitionSpec(DATA))
+    count = options.tokens * mesh.size
+    return (
+        jax.ShapeDtypeStruct((count, options.hidden), dtype, sharding=rows),
+        jax.ShapeDtypeStruct(
+            (options.vocab, options.hidden), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(TP, FSDP))
+        ),
+        jax.ShapeDtypeStruct((count,), jnp.int32, sharding=rows),
+    )
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(options: BenchOptions) -> dict:
+    """Seconds of forward plus backward, and the bytes that the process grew by, in this process."""
+    start_platform(options.mesh)
+    mesh = make_mesh(options.mesh)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    tiles = choose_tiles(mesh, options.vocab)
+    gradients = programs(options.variant, Head(mesh, options.vocab, 1.0, tiles))[1]
+    shapes = arguments(options, mesh, jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    values = (
+        jax.device_put(jax.random.normal(keys[0], shapes[0].shape), shapes[0].sharding),
+        jax.device_put(jax.random.normal(keys[1], shapes[1].shape) * 0.02, shapes[1].sharding),
+        jax.device_put(jax.random.randint(keys[2], shapes[2].shape, 0, options.vocab), shapes[2].sharding),
+    )
+    compiled = gradients.lower(*values).compile()
+    before = peak_bytes()
+    jax.block_until_ready(compiled(*values))
+    started = time.perf_counter()
+    jax.block_until_ready(compiled(*values))
+    return {
+        "seconds": time.perf_counter() - started,
+        "grown_bytes": peak_bytes() - before,
+        "temporaries": hlo.memory_of(compiled).temporaries,
+    }
+
+
+def in_turn(options: BenchOptions) -> dict:
+    """Medians of both variants, each process after one of the other."""
+    found: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
+    given = {name: value for name, value in dataclasses.asdict(options).items() if name != "variant"}
+    for _ in range(options.repeats):
+        for variant in VARIANTS:
+            flags = [f"--{name}={value}" for name, value in given.items()]
+            command = [sys.executable, __file__, f"--variant={variant}", *flags]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            found[variant].append(json.loads(output.splitlines()[-1]))
+    return {
+        variant: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for variant, runs in found.items()
+    }
+
+
+def scratch(mesh: Mesh, program, shapes) -> int:
+    """Bytes of temporaries per chip, also where they are more than the chip has."""
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return hlo.memory_of(program.lower(*shapes).compile()).temporaries
+    except jax.errors.JaxRuntimeError as error:
+        return hlo.memory_wanted(error)
+
+
+def compiled_for(options: BenchOptions) -> dict:
+    """Scratch bytes per chip of forward and of gradients, for both variants."""
+    mesh = topology_mesh(options.topology, options.mesh)
+    head = Head(mesh, options.vocab, 1.0, choose_tiles(mesh, options.vocab))
+    shapes = arguments(options, mesh, jnp.bfloat16)
+    report: dict[str, dict] = {}
+    for variant in VARIANTS:
+        report[variant] = {}
+        for name, program in zip(("forward_gib", "gradients_gib"), programs(variant, head), strict=True):
+            report[variant][name] = round(scratch(mesh, program, shapes) / 2**30, 3)
+    return report
+
+
+def main(settings: Settings) -> int:
+    options: BenchOptions = settings[BenchOptions]
+    if options.variant != "both":
+        sys.stdout.write(json.dumps(measure(options)) + "\n")
+        return 0
+    report: dict = {"bench": "logprob_memory", "jax": jax.__version__, **dataclasses.asdict(options)}
+    least = 4 * options.tokens * options.vocab
+    sys.stderr.write(f"full logits of {options.tokens} tokens: {least / 1e9:.2f} GB in float32 on each device\n")
+    if options.topology != "none":
+        os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        jax.config.update("jax_platforms", "cpu")
+        report |= compiled_for(options)
+    else:
+        found = in_turn(options)
+        ratio = {
+            "memory_ratio": found["naive"]["grown_bytes"] / found["ours"]["grown_bytes"],
+            "time_ratio": found["ours"]["seconds"] / found["naive"]["seconds"],
+        }
+        report |= found | {name: round(value, 3) for name, value in ratio.items()}
+        sys.stderr.write(
+            f"ours takes 1/{report['memory_ratio']:.1f} of the memory and {report['time_ratio']:.2f} of the time\n"
+        )
+    sys.stdout.write(json.dumps(report) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command("python bench/logprob_memory.py", __doc__ or "", (BenchOptions,), main)
