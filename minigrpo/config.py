@@ -124,16 +124,54 @@ class RewardOptions(Options):
     scale_rewards: str = option(
         "group", "divide advantages by the std of the group, of the batch, or not", choices=("group", "batch", "none")
     )
+    baseline: str = option(
+        "group", "subtract the group's mean, or that of its other members (RLOO)", choices=("group", "rloo")
+    )
+    normalize_rewards: str = option(
+        "sum",
+        "advantages of the summed rewards, or each reward function's own, then summed (GDPO)",
+        choices=("sum", "each"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions(Options):
     """Loss"""
 
-    loss_type: str = option("grpo", "how tokens are averaged", choices=("grpo", "bnpo", "dr_grpo", "dapo"))
-    beta: float = option(0.08, "weight of the KL penalty to the reference; 0 loads no reference", low=0.0)
+    loss_type: str = option(
+        "grpo",
+        "how tokens are averaged (cispo: as dapo, and ratios are capped instead of clipped)",
+        choices=("grpo", "bnpo", "dr_grpo", "dapo", "cispo"),
+    )
+    importance_sampling_level: str = option(
+        "token", "ratios of single tokens, or of whole completions (GSPO)", choices=("token", "sequence")
+    )
     epsilon: float = option(0.2, "lower clipping range of the probability ratio", above=0.0)
-    epsilon_high: float | None = option(None, "upper clipping range; unset means --epsilon", above=0.0)
+    epsilon_high: float | None = option(
+        None, "upper clipping range; unset means --epsilon. For cispo the cap of the ratio itself, such as 5", above=0.0
+    )
+    delta: float | None = option(None, "upper bound of the unclipped ratio too (two-sided clipping)", above=1.0)
+    beta: float = option(0.08, "weight of the KL penalty to the reference; 0 loads no reference", low=0.0)
+    kl_estimator: str = option("k3", "estimate of the KL in the loss", choices=("k1", "k2", "k3"))
+    kl_bias_correction: bool = option(False, "weight the KL estimate by the probability ratio")
+    rollout_correction: str = option(
+        "none",
+        "truncated importance sampling from the sampler's to the trainer's log-probs",
+        choices=("none", "token", "sequence"),
+    )
+    rollout_correction_cap: float = option(2.0, "largest weight of that correction", above=0.0)
+    mask_truncated_completions: bool = option(False, "completions cut at the length limit teach nothing")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kl_estimator == "k1":
+            raise UsageError("--kl_estimator=k1: as a loss its expected gradient is zero; use k3 or k2")
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise UsageError("--loss_type=cispo: needs --epsilon_high, the cap of the ratio itself, such as 5")
+
+    @property
+    def upper(self) -> float:
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
 
 @dataclasses.dataclass(frozen=True)

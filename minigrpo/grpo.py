@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from minigrpo import losses
 from minigrpo.attention import ATTENTION, attend_on
 from minigrpo.config import LossOptions
 from minigrpo.logprobs import Head, completion_logprobs
@@ -53,28 +54,63 @@ class Batch:
     old_logprobs: Any = None  # float [B, C] or None
     """Of the policy that sampled, recomputed by the trainer; None when this update is the first on these samples."""
     ref_logprobs: Any = None  # float [B, C] or None
+    left_out: Any = None  # bool [B] or None
+    """Completions that count in the loss's denominators but teach nothing."""
 
     @property
     def completion_mask(self) -> Bool[Array, "B C"]:
         return jnp.arange(self.completions.shape[1]) < self.completion_lengths[:, None]
 
+    @property
+    def loss_mask(self) -> Float[Array, "B C"]:
+        """1 for every token that is trained on."""
+        kept = True if self.left_out is None else ~self.left_out[:, None]
+        return (self.completion_mask & kept).astype(jnp.float32)
+
 
 # Advantages
 
 
-def group_advantages(rewards: Float[np.ndarray, "B"], group: int, scale: str) -> Float[np.ndarray, "B"]:
-    """Rewards minus their group's mean, divided by the std of the group, of the batch, or by 1.
+def group_mean(rewards: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G"]:
+    """The group's mean (arXiv:2402.03300)."""
+    return np.broadcast_to(rewards.mean(axis=1, keepdims=True), rewards.shape)
+
+
+def mean_of_others(rewards: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G"]:
+    """The mean of the group's other members: leave-one-out (RLOO, arXiv:2402.14740)."""
+    return (rewards.sum(axis=1, keepdims=True) - rewards) / (rewards.shape[1] - 1)
+
+
+BASELINES = {"group": group_mean, "rloo": mean_of_others}
+
+
+def group_advantages(
+    rewards: Float[np.ndarray, "B"], group: int, scale: str, baseline: str = "group"
+) -> Float[np.ndarray, "B"]:
+    """Rewards minus their baseline, divided by the std of the group, of the batch, or by 1.
 
     The std is the unbiased one plus 1e-4. Rows of one group are adjacent.
     """
     grouped = rewards.reshape(-1, group)
-    centred = (grouped - grouped.mean(axis=1, keepdims=True)).reshape(-1)
+    centred = (grouped - BASELINES[baseline](grouped)).reshape(-1)
     spread = {
         "group": lambda: np.repeat(grouped.std(axis=1, ddof=1), group) + ADVANTAGE_EPSILON,
         "batch": lambda: rewards.std(ddof=1) + ADVANTAGE_EPSILON,
         "none": lambda: 1.0,
     }[scale]()
     return (centred / spread).astype(np.float32)
+
+
+def normalised_apart(
+    parts: dict[str, Float[np.ndarray, "B"]], weights: dict[str, float], group: int
+) -> Float[np.ndarray, "B"]:
+    """Weighted sum of every reward function's own advantages, so that none drowns another (GDPO, arXiv:2601.05242).
+
+    The sum is normalised once more over the batch.
+    """
+    own = [weights[name] * group_advantages(scores, group, "group") for name, scores in parts.items()]
+    total = np.sum(own, axis=0, dtype=np.float64)
+    return ((total - total.mean()) / (total.std(ddof=1) + ADVANTAGE_EPSILON)).astype(np.float32)
 
 
 # Batches
@@ -124,45 +160,21 @@ def pad_rows(batch: Batch, multiple: int) -> Batch:
     return padded
 
 
-# Losses: pure functions of arrays. The loss is the sum of token weight times token loss.
+# The loss
 
 
-def weights_grpo(mask: Float[Array, "B C"]) -> Float[Array, "B C"]:
-    """Mean over a completion's tokens, then over completions (arXiv:2402.03300, eq. 3)."""
-    lengths = mask.sum(axis=1, keepdims=True)
-    return mask / jnp.maximum(lengths, 1) / jnp.maximum((lengths > 0).sum(), 1)
+def surrogate(options: LossOptions, ratio: Array, advantages: Array, logprobs: Array) -> Float[Array, "B C"]:
+    """Every token's loss before weights, correction and KL penalty."""
+    if options.loss_type == "cispo":
+        return losses.cispo_loss(ratio, advantages, logprobs, options.upper)
+    return losses.clipped_loss(ratio, advantages, options.epsilon, options.upper, options.delta)
 
 
-def weights_bnpo(mask: Float[Array, "B C"]) -> Float[Array, "B C"]:
-    """Mean over all tokens of the batch; also DAPO's (arXiv:2503.14476, eq. 8) with the batch global."""
-    return mask / jnp.maximum(mask.sum(), 1)
-
-
-def weights_dr_grpo(mask: Float[Array, "B C"], max_tokens: int) -> Float[Array, "B C"]:
-    """Sum over tokens divided by completions times the length limit, length having no weight (arXiv:2503.20783)."""
-    return mask / (jnp.maximum((mask.sum(axis=1) > 0).sum(), 1) * max_tokens)
-
-
-def token_weights(loss_type: str, mask: Bool[Array, "B C"], max_tokens: int) -> Float[Array, "B C"]:
-    functions: dict[str, Callable[[Array], Array]] = {
-        "grpo": weights_grpo,
-        "bnpo": weights_bnpo,
-        "dapo": weights_bnpo,
-        "dr_grpo": functools.partial(weights_dr_grpo, max_tokens=max_tokens),
-    }
-    return functions[loss_type](mask.astype(jnp.float32))
-
-
-def clipped_objective(ratio: Array, advantages: Array, low: float, high: float) -> Float[Array, "B C"]:
-    """-min(r A, clip(r, 1-low, 1+high) A) per token (arXiv:1707.06347, eq. 7)."""
-    clipped = jnp.clip(ratio, 1 - low, 1 + high)
-    return -jnp.minimum(ratio * advantages, clipped * advantages)
-
-
-def kl_k3(logprobs: Float[Array, "B C"], ref_logprobs: Float[Array, "B C"]) -> Float[Array, "B C"]:
-    """The k3 estimate of KL(policy || reference): r - 1 - log r with r = ref / policy (arXiv:2402.03300, eq. 4)."""
-    log_ratio = ref_logprobs - logprobs
-    return jnp.expm1(log_ratio) - log_ratio
+def clipped_tokens(options: LossOptions, ratio: Array, advantages: Array) -> tuple[Array, Array]:
+    """Where the clip, below and above, takes the token's gradient away; for cispo, where its cap holds."""
+    if options.loss_type == "cispo":
+        return jnp.zeros(ratio.shape, bool), (ratio > options.upper) & (advantages > 0)
+    return (ratio < 1 - options.epsilon) & (advantages < 0), (ratio > 1 + options.upper) & (advantages > 0)
 
 
 def policy_loss(
@@ -170,28 +182,29 @@ def policy_loss(
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """The batch's share of the loss, and sums over its completion tokens of what the metrics report."""
     mask = batch.completion_mask
+    counted = mask.astype(jnp.float32)
     old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs
-    high = options.epsilon if options.epsilon_high is None else options.epsilon_high
-    ratio = jnp.exp(jnp.where(mask, logprobs - old, 0))
+    log_ratio = losses.LOG_RATIOS[options.importance_sampling_level](jnp.where(mask, logprobs - old, 0), counted)
+    ratio = jnp.exp(log_ratio)
     advantages = batch.advantages[:, None]
-    loss = clipped_objective(ratio, advantages, options.epsilon, high)
+    mismatch = jnp.where(mask, old - batch.rollout_logprobs, 0)
+    correct = losses.CORRECTIONS[options.rollout_correction]
+    loss = surrogate(options, ratio, advantages, logprobs) * correct(mismatch, counted, options.rollout_correction_cap)
     ref = logprobs if batch.ref_logprobs is None else jnp.where(mask, batch.ref_logprobs, logprobs)
-    kl = kl_k3(logprobs, ref)
-    loss = jnp.where(mask, loss + options.beta * kl, 0)
-    low_clipped = (ratio < 1 - options.epsilon) & (advantages < 0)
-    high_clipped = (ratio > 1 + high) & (advantages > 0)
-    difference = jnp.abs(old - batch.rollout_logprobs)
+    kl = losses.KL_ESTIMATORS[options.kl_estimator](logprobs, ref)
+    loss = loss + options.beta * (kl * ratio if options.kl_bias_correction else kl)
+    low_clipped, high_clipped = clipped_tokens(options, ratio, advantages)
     per_token = {
         "kl": kl,
         "entropy": entropy,
         "clip_ratio/low_mean": low_clipped,
         "clip_ratio/high_mean": high_clipped,
         "clip_ratio/region_mean": low_clipped | high_clipped,
-        "sampling/sampling_logp_difference/mean": difference,
+        "sampling/sampling_logp_difference/mean": jnp.abs(mismatch),
     }
     sums = {name: jnp.where(mask, value, 0).sum() for name, value in per_token.items()}
-    largest = {"sampling/sampling_logp_difference/max": jnp.where(mask, difference, 0).max()}
-    return (loss * weights).sum(), {"sums": sums, "largest": largest}
+    largest = {"sampling/sampling_logp_difference/max": jnp.abs(mismatch).max()}
+    return (jnp.where(mask, loss, 0) * weights).sum(), {"sums": sums, "largest": largest}
 
 
 # The device programs
@@ -210,8 +223,8 @@ class Trainer:
     remat: str
     optimizer: optax.GradientTransformation
     objective: Objective
-    weigh: Callable[[Bool[Array, "B C"]], Float[Array, "B C"]]
-    """Completion mask of the whole batch -> weight of every token in the loss."""
+    weigh: Callable[[Float[Array, "B C"], Int[Array, ""]], Float[Array, "B C"]]
+    """Loss mask of the whole batch and its number of completions -> weight of every token in the loss."""
     parts: int
     """gradient_accumulation_steps: the batch is computed in this many parts, which changes no number."""
 
@@ -253,7 +266,7 @@ def batch_logprobs(trainer: Trainer, params: Params, batch: Batch) -> Float[Arra
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def update(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step on the batch's loss -> new state, metrics. Denominators are those of the whole batch."""
-    weights = trainer.weigh(batch.completion_mask)
+    weights = trainer.weigh(batch.loss_mask, (batch.completion_lengths > 0).sum())
 
     def part_loss(params, part):
         batch, weights = part

@@ -1,14 +1,13 @@
 """`python -m minigrpo.sft`: supervised warm start on prompt/completion rows, to teach the answer format."""
 
 import dataclasses
-import functools
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-from minigrpo import arithmetic, grpo
+from minigrpo import arithmetic, grpo, losses
 from minigrpo.config import (
     LARGEST_SEED,
     DataOptions,
@@ -109,7 +108,7 @@ def train(setup: Setup) -> TrainState:
         remat=setup.settings[OptimizerOptions].remat,
         optimizer=optimizer,
         objective=negative_log_likelihood,
-        weigh=functools.partial(grpo.token_weights, "bnpo", max_tokens=0),
+        weigh=losses.weights_bnpo,
         parts=1,
     )
     state = init_state(optimizer, setup.load(options.seed), setup.mesh)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from minigrpo import grpo
+from minigrpo import grpo, losses
 from minigrpo.config import (
     DataOptions,
     LossOptions,
@@ -95,7 +95,7 @@ class Programs:
             remat=self.settings[OptimizerOptions].remat,
             optimizer=make_optimizer(self.settings[OptimizerOptions], total_updates),
             objective=functools.partial(grpo.policy_loss, loss),
-            weigh=functools.partial(grpo.token_weights, loss.loss_type, max_tokens=rollout.max_completion_length),
+            weigh=functools.partial(losses.token_weights, loss.loss_type, max_tokens=rollout.max_completion_length),
             parts=parts,
         )
 

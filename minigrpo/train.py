@@ -75,7 +75,7 @@ def train(job: Job, state: TrainState, first_step: int, folder: RunFolder, check
         clock.mark("time/rollout")
         rewards, parts, texts = reward(job, rollout, indices)
         clock.mark("time/reward")
-        batch = make_batch(job, rollout, rewards, indices, state)
+        batch = make_batch(job, rollout, advantages(job, rewards, parts), indices, state)
         clock.mark("time/logprobs")
         state, metrics = improve(job, state, batch)
         clock.mark("time/update")
@@ -106,7 +106,15 @@ def reward(job: Job, rollout: Rollout, indices: list[int]) -> tuple[np.ndarray, 
     return *score_completions(job.rewards, job.options(RewardOptions).reward_timeout, arguments), texts
 
 
-def make_batch(job: Job, rollout: Rollout, rewards: np.ndarray, indices: list[int], state: TrainState) -> grpo.Batch:
+def advantages(job: Job, rewards: np.ndarray, parts: dict[str, np.ndarray]) -> np.ndarray:
+    """How much better than its group every completion is [B]."""
+    options, group = job.options(RewardOptions), job.options(StepOptions).num_generations
+    if options.normalize_rewards == "each":
+        return grpo.normalised_apart(parts, {reward.name: reward.weight for reward in job.rewards}, group)
+    return grpo.group_advantages(rewards, group, options.scale_rewards, options.baseline)
+
+
+def make_batch(job: Job, rollout: Rollout, advantages: np.ndarray, indices: list[int], state: TrainState) -> grpo.Batch:
     """The update's input on the mesh: advantages, and old and reference log-probs where the loss needs them."""
     options = job.options(StepOptions)
     group = options.num_generations
@@ -115,8 +123,9 @@ def make_batch(job: Job, rollout: Rollout, rewards: np.ndarray, indices: list[in
     batch = grpo.assemble(prompts, rollout.tokens, rollout.lengths, limits)
     batch = dataclasses.replace(
         batch,
-        advantages=grpo.group_advantages(rewards, group, job.options(RewardOptions).scale_rewards),
+        advantages=advantages,
         rollout_logprobs=rollout.logprobs[:, : batch.completions.shape[1]],
+        left_out=~rollout.stopped if job.options(LossOptions).mask_truncated_completions else None,
     )
     mesh = job.setup.mesh
     batch = put(mesh, grpo.pad_rows(batch, mesh.size * job.trainer.parts), by_sequence(mesh))
@@ -217,6 +226,28 @@ def load_held_out(setup: Setup) -> Prompts | None:
         raise UsageError(f"--eval_dataset={run.eval_dataset}: {error}") from error
 
 
+def check_loss(loss: LossOptions, rollout: RolloutOptions) -> None:
+    """UsageError for a loss that cannot mean what it says; one line for what is merely doubtful."""
+    if rollout.temperature == 0:
+        raise UsageError(
+            "--temperature=0: greedy completions of a group are all equal and teach nothing; use 0.9 or so"
+        )
+    if rollout.top_k or rollout.top_p < 1 or rollout.min_p:
+        if loss.rollout_correction != "none":
+            raise UsageError(
+                f"--rollout_correction={loss.rollout_correction}: recorded log-probs are those before --top_k, --top_p "
+                "and --min_p, so it would not correct what these do; turn one of them off"
+            )
+        sys.stderr.write(
+            "note: top_k, top_p and min_p sample from another distribution than is trained, which biases it\n"
+        )
+    if loss.importance_sampling_level == "sequence" and loss.loss_type != "grpo":
+        sys.stderr.write(
+            f"note: --importance_sampling_level=sequence with --loss_type={loss.loss_type} weighs whole completions by "
+            "their length; GSPO's own loss is --loss_type=grpo\n"
+        )
+
+
 def make_job(setup: Setup) -> Job:
     settings = setup.settings
     steps = settings[StepOptions]
@@ -227,14 +258,7 @@ def make_job(setup: Setup) -> Job:
     flag = settings[RewardOptions].reward
     rewards = parse_rewards(dataset.reward if flag == "auto" else flag)
     roller = setup.roller(settings[RolloutOptions])
-    if settings[RolloutOptions].temperature == 0:
-        raise UsageError(
-            "--temperature=0: greedy completions of a group are all equal and teach nothing; use 0.9 or so"
-        )
-    if settings[RolloutOptions].top_k or settings[RolloutOptions].top_p < 1 or settings[RolloutOptions].min_p:
-        sys.stderr.write(
-            "note: top_k, top_p and min_p sample from another distribution than is trained, which biases it\n"
-        )
+    check_loss(settings[LossOptions], settings[RolloutOptions])
     parts = choose_parts(setup, steps.batch_size * steps.num_generations)
     trainer = setup.trainer(total_updates(steps, total), parts)
     reference = setup.load(steps.seed, setup.dtype) if settings[LossOptions].beta > 0 else None

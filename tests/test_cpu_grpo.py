@@ -10,8 +10,8 @@ import optax
 import pytest
 from conftest import mesh_of, place
 
-from minigrpo import grpo
-from minigrpo.config import LossOptions, OptimizerOptions
+from minigrpo import grpo, losses
+from minigrpo.config import LossOptions, OptimizerOptions, UsageError
 from minigrpo.logprobs import Head
 from minigrpo.model import abstract_params
 from minigrpo.optimizer import decayed, init_state, learning_rate, make_optimizer
@@ -44,7 +44,7 @@ def make_trainer(config, mesh, parts=1, optimizer=None, remat="full", loss=None)
         remat=remat,
         optimizer=optimizer or optax.sgd(1.0),
         objective=functools.partial(grpo.policy_loss, loss),
-        weigh=functools.partial(grpo.token_weights, loss.loss_type, max_tokens=16),
+        weigh=functools.partial(losses.token_weights, loss.loss_type, max_tokens=16),
         parts=parts,
     )
 
@@ -78,50 +78,160 @@ def test_advantages_by_group_batch_and_none():
     assert (grpo.group_advantages(np.ones(4), 4, "group") == 0).all()
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "cispo", "dr_grpo"])
 def test_token_weights(loss_type):
     mask = np.arange(8) < np.append(LENGTHS[:7], 0)[:, None]
-    got = np.asarray(grpo.token_weights(loss_type, jnp.asarray(mask), max_tokens=16), np.float64)
+    counted = jnp.asarray(mask, jnp.float32)
+    got = np.asarray(losses.token_weights(loss_type, counted, jnp.int32(7), max_tokens=16), np.float64)
     lengths = mask.sum(axis=1, keepdims=True)
     want = {
         "grpo": mask / np.maximum(lengths, 1) / 7,
         "bnpo": mask / mask.sum(),
         "dapo": mask / mask.sum(),
+        "cispo": mask / mask.sum(),
         "dr_grpo": mask / (7 * 16),
     }[loss_type]
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def oracle_loss(batch, logprobs, low, high, beta, weights):
-    """Loss and its gradient with respect to the log-probs, in float64."""
-    logprobs, old, ref = (np.asarray(x, np.float64) for x in (logprobs, batch.old_logprobs, batch.ref_logprobs))
-    advantages = np.asarray(batch.advantages, np.float64)[:, None]
-    ratio = np.exp(logprobs - old)
-    inside = np.where(advantages >= 0, ratio <= 1 + high, ratio >= 1 - low)
-    objective = np.where(inside, ratio * advantages, np.where(advantages >= 0, 1 + high, 1 - low) * advantages)
-    kl = np.exp(ref - logprobs) - (ref - logprobs) - 1
-    gradient = -np.where(inside, ratio * advantages, 0) + beta * (1 - np.exp(ref - logprobs))
-    return (weights * (-objective + beta * kl)).sum(), weights * gradient
+def oracle_loss(batch, logprobs, frozen, options, weights):
+    """The loss in float64, a completion at a time; what has no gradient is taken at `frozen` instead of `logprobs`."""
+    total = 0.0
+    for b, length in enumerate(batch.completion_lengths):
+        now, base, old, ref, sampled, weight = (
+            np.asarray(x[b, :length], np.float64)
+            for x in (logprobs, frozen, batch.old_logprobs, batch.ref_logprobs, batch.rollout_logprobs, weights)
+        )
+        advantage = float(batch.advantages[b])
+        gain, constant, mismatch = now - old, base - old, old - sampled
+        if options.get("importance_sampling_level") == "sequence":
+            gain, constant = np.full(length, gain.mean()), np.full(length, constant.mean())
+        ratio, low = np.exp(gain), options.get("epsilon", 0.2)
+        high = options.get("epsilon_high") or low
+        if options.get("loss_type") == "cispo":
+            loss = -np.minimum(np.exp(constant), high) * advantage * now
+        else:
+            bounded = np.minimum(ratio, options.get("delta") or np.inf)
+            loss = -np.minimum(bounded * advantage, np.clip(ratio, 1 - low, 1 + high) * advantage)
+        cap = options.get("rollout_correction_cap", 2.0)
+        loss = (
+            loss
+            * {
+                "none": 1.0,
+                "token": np.minimum(np.exp(mismatch), cap),
+                "sequence": np.minimum(np.exp(mismatch.sum()), cap),
+            }[options.get("rollout_correction", "none")]
+        )
+        kl = (now - ref) ** 2 / 2 if options.get("kl_estimator") == "k2" else np.exp(ref - now) - (ref - now) - 1
+        kl = kl * ratio if options.get("kl_bias_correction") else kl
+        total += (weight * (loss + options["beta"] * kl)).sum()
+    return total
 
 
-@pytest.mark.parametrize(("high", "beta"), [(None, 0.0), (0.28, 0.04)])
-def test_policy_loss_and_gradient_equal_the_formulas(high, beta):
+def slopes(function, at, step=1e-6):
+    """Central differences of a scalar function of an array."""
+    out = np.zeros_like(at)
+    for index in np.ndindex(at.shape):
+        shift = np.zeros_like(at)
+        shift[index] = step
+        out[index] = (function(at + shift) - function(at - shift)) / (2 * step)
+    return out
+
+
+VARIANTS = [
+    {"beta": 0.0},
+    {"beta": 0.04, "epsilon_high": 0.28},
+    {"beta": 0.04, "delta": 1.5},
+    {"beta": 0.0, "loss_type": "cispo", "epsilon_high": 1.3},
+    {"beta": 0.04, "loss_type": "dr_grpo", "kl_estimator": "k2"},
+    {"beta": 0.04, "loss_type": "dapo", "kl_bias_correction": True},
+    {"beta": 0.04, "importance_sampling_level": "sequence", "epsilon": 0.1, "kl_bias_correction": True},
+    {"beta": 0.0, "importance_sampling_level": "sequence", "loss_type": "cispo", "epsilon_high": 1.1},
+    {"beta": 0.02, "rollout_correction": "token", "rollout_correction_cap": 1.5},
+    {"beta": 0.02, "rollout_correction": "sequence"},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_policy_loss_and_gradient_equal_the_formulas(variant):
     batch = host_batch(1, old=True, ref=True)
-    options = LossOptions(beta=beta, epsilon=0.2, epsilon_high=high)
+    rng = np.random.default_rng(5)
+    start = batch.old_logprobs + rng.normal(0, 0.4, batch.old_logprobs.shape)
+    batch = dataclasses.replace(
+        batch, rollout_logprobs=batch.old_logprobs + rng.normal(0, 0.3, start.shape).astype(np.float32)
+    )
+    options = LossOptions(**variant)
+    logprobs = jnp.asarray(start, jnp.float32)
+    weights = losses.token_weights(options.loss_type, jnp.asarray(batch.loss_mask), jnp.int32(8), 16)
+    device_batch = jax.tree.map(jnp.asarray, batch)
+
+    def ours(x):
+        return grpo.policy_loss(options, device_batch, weights, x, jnp.zeros_like(x))[0]
+
+    at = np.asarray(logprobs, np.float64)
+    loss, grad = jax.value_and_grad(ours)(logprobs)
+    np.testing.assert_allclose(loss, oracle_loss(batch, at, at, variant, weights), rtol=1e-5, atol=1e-7)
+    want = slopes(lambda x: oracle_loss(batch, x, at, variant, weights), at)
+    assert np.abs(want).max() > 1e-3
+    np.testing.assert_allclose(grad, want, rtol=1e-5, atol=1e-7)
+
+
+def test_clipped_tokens_are_counted():
+    batch = host_batch(1, old=True, ref=True)
     rng = np.random.default_rng(5)
     logprobs = jnp.asarray(batch.old_logprobs + rng.normal(0, 0.4, batch.old_logprobs.shape), jnp.float32)
-    weights = grpo.token_weights("grpo", jnp.asarray(batch.completion_mask), 16)
+    ratio, mask = np.exp(np.asarray(logprobs) - batch.old_logprobs), np.asarray(batch.completion_mask)
+    positive = batch.advantages[:, None] > 0
     device_batch = jax.tree.map(jnp.asarray, batch)
-    entropy = jnp.zeros_like(logprobs)
-    loss, grad = jax.value_and_grad(lambda x: grpo.policy_loss(options, device_batch, weights, x, entropy)[0])(logprobs)
-    want_loss, want_grad = oracle_loss(batch, logprobs, 0.2, high or 0.2, beta, np.asarray(weights, np.float64))
-    np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
-    np.testing.assert_allclose(grad, want_grad, rtol=1e-5, atol=1e-7)
-    ratio = np.exp(np.asarray(logprobs) - batch.old_logprobs)
-    mask = np.asarray(batch.completion_mask)
-    clipped = ((ratio > 1 + (high or 0.2)) & (batch.advantages[:, None] > 0) & mask).sum()
-    sums = grpo.policy_loss(options, device_batch, weights, logprobs, entropy)[1]["sums"]
-    assert clipped > 0 and int(sums["clip_ratio/high_mean"]) == clipped
+    for variant, low, high in [({}, 0.8, 1.2), ({"loss_type": "cispo", "epsilon_high": 1.3}, 0.0, 1.3)]:
+        sums = grpo.policy_loss(LossOptions(**variant), device_batch, jnp.asarray(mask / 8), logprobs, logprobs)[1][
+            "sums"
+        ]
+        assert int(sums["clip_ratio/high_mean"]) == ((ratio > high) & positive & mask).sum() > 0
+        assert int(sums["clip_ratio/low_mean"]) == ((ratio < low) & ~positive & mask).sum()
+
+
+def test_left_out_completions_stay_in_the_denominator():
+    batch = dataclasses.replace(host_batch(), left_out=np.arange(8) == 2)
+    got = losses.token_weights("grpo", jnp.asarray(batch.loss_mask), jnp.int32(8), 16)
+    want = np.asarray(batch.completion_mask) / LENGTHS[:, None] / 8
+    want[2] = 0
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_rloo_advantages_leave_each_completion_out_of_its_own_baseline():
+    rewards = np.array([1.0, 0.0, 0.0, 1.0, 2.0, 5.0, 2.0, 2.0])
+    want = [1 - 1 / 3, -2 / 3, -2 / 3, 1 - 1 / 3, -1, 3, -1, -1]
+    np.testing.assert_allclose(grpo.group_advantages(rewards, 4, "none", "rloo"), want, rtol=1e-6)
+
+
+def test_rewards_normalised_apart_weigh_alike_whatever_their_scale():
+    right = np.array([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    brief = np.array([1.0, 2.0, 3.0, 4.0, 4.0, 3.0, 2.0, 1.0])
+    weights = {"right": 1.0, "brief": 0.5}
+    got = grpo.normalised_apart({"right": right, "brief": brief}, weights, 4)
+    large = grpo.normalised_apart({"right": right, "brief": 1000 * brief}, weights, 4)
+    np.testing.assert_allclose(got, large, atol=2e-4)
+    own = [
+        w
+        * (x.reshape(2, 4) - x.reshape(2, 4).mean(1, keepdims=True))
+        / (x.reshape(2, 4).std(1, ddof=1)[:, None] + 1e-4)
+        for x, w in ((right, 1.0), (brief, 0.5))
+    ]
+    total = sum(own).reshape(-1)
+    np.testing.assert_allclose(got, (total - total.mean()) / (total.std(ddof=1) + 1e-4), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ({"kl_estimator": "k1"}, "--kl_estimator=k1: as a loss its expected gradient is zero"),
+        ({"loss_type": "cispo"}, "--loss_type=cispo: needs --epsilon_high"),
+    ],
+)
+def test_losses_that_mean_nothing_are_refused(variant, message):
+    with pytest.raises(UsageError, match=message):
+        LossOptions(**variant)
 
 
 def test_first_update_has_ratio_one_and_clips_nothing(tiny_config, tiny_params):
@@ -154,7 +264,7 @@ def test_accumulation_gives_the_same_update(tiny_config, tiny_params, single, pa
     assert_close(grads, single[1])
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", ["none", "dots", "attention"])
 def test_remat_policies_change_memory_not_numbers(tiny_config, tiny_params, single, remat):
     assert_close(
         one_update(tiny_config, tiny_params, batch=host_batch(2, old=True, ref=True), remat=remat)[1], single[1]

@@ -140,7 +140,7 @@ def test_a_program_too_large_says_how_much_it_wanted():
 
 
 def test_work_of_a_step_is_as_the_rules_of_thumb_say():
-    """6 x parameters x tokens and a third more for recomputing, less what is not scored: the prompts' part of the head."""
+    """6 x parameters x tokens and a third more for recomputing, less the head of the prompts, which is not scored."""
     config, real = plan.known_model("Qwen/Qwen3-1.7B-Base")
     work = plan.Work(config, prompts=32, group=8, prompt=256, completion=2048)
     assert real == 151_669 and work.weights == pytest.approx(1.72e9, rel=2e-3)

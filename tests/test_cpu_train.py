@@ -172,6 +172,12 @@ def bad_inputs(tmp_path):
         ),
         "zero length": (["--max_completion_length=0"], "--max_completion_length=0: must be at least 1"),
         "greedy": (["--temperature=0"], "--temperature=0: greedy completions"),
+        "k1": (["--kl_estimator=k1"], "--kl_estimator=k1: as a loss its expected gradient is zero"),
+        "cispo": (["--loss_type=cispo"], "--loss_type=cispo: needs --epsilon_high"),
+        "correction": (
+            ["--rollout_correction=token", "--top_k=5"],
+            "--rollout_correction=token: recorded log-probs are those before --top_k",
+        ),
         "bad mesh": (["--mesh=4x2"], "--mesh=4x2: must be two positive whole numbers"),
         "heads": (["--mesh=1,8"], "tp=8 does not divide the model's 4 attention heads"),
         "fsdp": (["--mesh=3,1"], "fsdp=3 does not divide the model's 128 hidden_size"),
@@ -218,6 +224,25 @@ def test_another_run_is_not_resumed_or_overwritten(finished):
     result = run(*flags, f"--output_dir={folder}")
     assert result.returncode == 2 and "holds a run already" in result.stderr
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_loss_trains_too(tmp_path):
+    loss = ("--loss_type=cispo", "--epsilon_high=5", "--rollout_correction=token", "--mask_truncated_completions")
+    rewards = ("--baseline=rloo", "--normalize_rewards=each", "--reward=answer,tag_count*0.5")
+    flags = (
+        *SMALL,
+        "--max_completion_length=96",
+        *loss,
+        *rewards,
+        "--num_iterations=2",
+        "--remat=attention",
+        "--max_steps=2",
+        "--mesh=2,1",
+    )
+    result = run(*flags, f"--output_dir={tmp_path}/run")
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = metrics(tmp_path / "run")
+    assert len(rows) == 2 and all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
 
 
 def test_killed_before_the_first_checkpoint_starts_over(tmp_path):
