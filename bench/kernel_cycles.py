@@ -17,15 +17,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from minigrpo.config import Options, Settings, option, run_command
+from minigrpo.chips import CHIPS
+from minigrpo.config import Options, Settings, UsageError, option, run_command
 from minigrpo.kernels.paged_attention import tpu
-
-CLOCK_GHZ = {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75}
-BANDWIDTH = {"v4": 1228, "v5e": 819, "v5p": 2765, "v6e": 1640}
-"""GB/s of one chip."""
+from minigrpo.plan import topology_devices
 
 BUNDLE = re.compile(r"^\s*0x[0-9a-f]+\s+([A-Z]{2})?\s*:\s*(>*)\s*(\{\})?", re.MULTILINE)
 """A line of the schedule: LB where a loop's body starts, a mark for each loop around it, {} if empty and unmarked."""
@@ -46,8 +43,7 @@ class BenchOptions(Options):
 
 
 def compile_kernel(options: BenchOptions, tuning: tpu.Tuning) -> None:
-    device = topologies.get_topology_desc(options.topology, platform="tpu").devices[0]
-    mesh = Mesh(np.array([device]), ("x",))
+    mesh = Mesh(np.array(topology_devices(options.topology)[:1]), ("x",))
 
     def shape(sizes, dtype):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -99,17 +95,20 @@ def length_of_loop(depths: list[int], start: int) -> int:
 
 def counted_cycles(options: BenchOptions, tuning: tpu.Tuning, cycles: Cycles, row_bytes: int) -> tuple[float, float]:
     """Cycles of computing one sequence, and of one block that is full."""
-    pages = min(tuning.block_bytes // row_bytes, options.tokens) // options.page_size
-    blocks = -(-options.tokens // (pages * options.page_size))
+    entries = -(-options.tokens // options.page_size)
+    pages = tpu.pages_per_block(tuning, row_bytes * options.page_size, entries)
+    blocks = -(-entries // pages)
     full = cycles.block + pages * (cycles.fetch + cycles.wait)
+    whole = cycles.sequence + blocks * cycles.block + entries * (cycles.fetch + cycles.wait)
     cleared = blocks * pages - options.tokens // options.page_size
-    return cycles.sequence + blocks * full + cleared * cycles.clear, full
+    return whole + cleared * cycles.clear, full
 
 
 def main(settings: Settings) -> int:
     options: BenchOptions = settings[BenchOptions]
     jax.config.update("jax_platforms", "cpu")
-    generation = options.topology.partition(":")[0]
+    if options.heads % options.kv_heads:
+        raise UsageError(f"--heads={options.heads}: must be a multiple of --kv_heads={options.kv_heads}")
     with tempfile.TemporaryDirectory() as folder:
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         regex = "--xla_jf_dump_llo_pass_label_regex=.*packed-bundles-post-ra.*"
@@ -118,14 +117,15 @@ def main(settings: Settings) -> int:
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "LIBTPU_INIT_ARGS": f"{dump} {regex}",
         }
-        kinds = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
-        tuning = tpu.read_tuning(kinds[generation])
+        devices = topology_devices(options.topology)
+        chip = CHIPS[options.topology.partition(":")[0]]
+        tuning = tpu.read_tuning(devices[0].device_kind)
         compile_kernel(options, tuning)
         schedule = next(pathlib.Path(folder).glob("*paged_attention*-01-packed-bundles-post-ra.txt"))
         cycles = read_schedule(schedule.read_text())
     row_bytes = 2 * options.kv_heads * options.head_dim * jnp.dtype(options.dtype).itemsize
     computed, full = counted_cycles(options, tuning, cycles, row_bytes)
-    per_byte = CLOCK_GHZ[generation] / BANDWIDTH[generation]
+    per_byte = chip.clock / chip.bandwidth
     sequence_bytes = options.tokens * row_bytes
     arriving, first = sequence_bytes * per_byte, min(sequence_bytes, tuning.block_bytes) * per_byte
     limit = options.sequences * arriving
@@ -139,12 +139,12 @@ def main(settings: Settings) -> int:
         "hbm_cycles_per_full_block": round(tuning.block_bytes * per_byte),
         "cycles_per_sequence": computed,
         "hbm_cycles_per_sequence": round(arriving),
-        "limit_microseconds": round(limit / CLOCK_GHZ[generation] / 1e3, 1),
-        "counted_microseconds": round(counted / CLOCK_GHZ[generation] / 1e3, 1),
+        "limit_microseconds": round(limit / chip.clock / 1e3, 1),
+        "counted_microseconds": round(counted / chip.clock / 1e3, 1),
         "share_of_limit": round(limit / counted, 4),
     }
     sys.stderr.write(
-        f"limit: {limit / CLOCK_GHZ[generation] / 1e3:.0f} us to read the cache at {BANDWIDTH[generation]} GB/s\n"
+        f"limit: {limit / chip.clock / 1e3:.0f} us to read the cache at {chip.bandwidth:g} GB/s\n"
         f"ours:  a full block is {full} cycles of work while {report['hbm_cycles_per_full_block']} pass as it arrives; "
         f"counted {report['counted_microseconds']} us, {report['share_of_limit']:.1%} of the limit\n"
     )

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from minigrpo import hlo
-from minigrpo.config import Options, Settings, option, run_command
+from minigrpo.config import Options, Settings, option, parse_mesh, run_command
 from minigrpo.logprobs import Head, token_logprobs
 from minigrpo.plan import topology_mesh
 from minigrpo.sharding import DATA, FSDP, TP, make_mesh, start_platform
@@ -74,8 +73,15 @@ def arguments(options: BenchOptions, mesh: Mesh, dtype):
     )
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def forget_peak() -> None:
+    """Makes the kernel's record of this process's peak start over (proc(5))."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def status_bytes(name: str) -> int:
+    """A size from /proc/self/status: VmRSS now, VmHWM the peak."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def measure(options: BenchOptions) -> dict:
@@ -93,13 +99,14 @@ def measure(options: BenchOptions) -> dict:
         jax.device_put(jax.random.randint(keys[2], shapes[2].shape, 0, options.vocab), shapes[2].sharding),
     )
     compiled = gradients.lower(*values).compile()
-    before = peak_bytes()
+    forget_peak()
+    before = status_bytes("VmRSS")
     jax.block_until_ready(compiled(*values))
     started = time.perf_counter()
     jax.block_until_ready(compiled(*values))
     return {
         "seconds": time.perf_counter() - started,
-        "grown_bytes": peak_bytes() - before,
+        "grown_bytes": status_bytes("VmHWM") - before,
         "temporaries": hlo.memory_of(compiled).temporaries,
     }
 
@@ -121,7 +128,7 @@ def in_turn(options: BenchOptions) -> dict:
 
 
 def scratch(mesh: Mesh, program, shapes) -> int:
-    """Bytes of temporaries per chip, also where they are more than the chip has."""
+    """Bytes of temporaries per chip; where the program does not fit, all that the compiler wanted."""
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return hlo.memory_of(program.lower(*shapes).compile()).temporaries
@@ -130,7 +137,7 @@ def scratch(mesh: Mesh, program, shapes) -> int:
 
 
 def compiled_for(options: BenchOptions) -> dict:
-    """Scratch bytes per chip of forward and of gradients, for both variants."""
+    """Scratch per chip of forward and of gradients, for both variants."""
     mesh = topology_mesh(options.topology, options.mesh)
     head = Head(mesh, options.vocab, 1.0, choose_tiles(mesh, options.vocab))
     shapes = arguments(options, mesh, jnp.bfloat16)
@@ -147,6 +154,7 @@ def main(settings: Settings) -> int:
     if options.variant != "both":
         sys.stdout.write(json.dumps(measure(options)) + "\n")
         return 0
+    parse_mesh(options.mesh)
     report: dict = {"bench": "logprob_memory", "jax": jax.__version__, **dataclasses.asdict(options)}
     least = 4 * options.tokens * options.vocab
     sys.stderr.write(f"full logits of {options.tokens} tokens: {least / 1e9:.2f} GB in float32 on each device\n")

@@ -57,9 +57,12 @@ def splash_block(length: int) -> int:
 
 
 def splash_attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], interpret: bool = False
 ) -> Float[Array, "B T N H"]:
-    """Causal attention by JAX's own TPU kernel, padded at the end to a whole number of tiles."""
+    """Causal attention by JAX's own TPU kernel, padded at the end to a whole number of tiles.
+
+    `interpret` runs it elsewhere.
+    """
     length, heads = q.shape[1:3]
     padded = -(-length // TPU_TILE) * TPU_TILE
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((padded, padded))] * heads)
@@ -74,7 +77,12 @@ def splash_attention(
         use_fused_bwd_kernel=True,
     )
     kernel = splash_attention_kernel.make_splash_mha(
-        mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=ATTENTION
+        mask=mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=ATTENTION,
+        interpret=interpret,
     )
 
     def heads_first(x):

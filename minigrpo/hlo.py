@@ -6,11 +6,16 @@ import math
 import re
 from typing import Any
 
-ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+ITEM_BYTES = {
+    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
+    **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
+    **dict.fromkeys(("f32", "s32", "u32"), 4),
+    **dict.fromkeys(("f64", "s64", "u64"), 8),
+}
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 
 COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(", re.MULTILINE)
-COLLECTIVE = re.compile(rf" = (\S.*?) ({KINDS})(?:-start)?\(")
+COLLECTIVE = re.compile(rf" = (\S.*?) ({KINDS})(-start)?\(")
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 WHILE = re.compile(r"while\([^\n]*condition=%([\w.\-]+), body=%([\w.\-]+)")
 CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%([\w.\-]+)")
@@ -44,16 +49,19 @@ def memory_of(compiled: Any) -> Memory:
     )
 
 
-WANTED = re.compile(r"([\d.]+)([KMG])\b")
+WANTED = re.compile(r"(?:Used|\() ?([\d.]+)([KMG])")
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def memory_wanted(error: Exception) -> int:
-    """Bytes that a program which does not fit would take, from the compiler's error; other errors are raised again."""
-    sizes = WANTED.findall(str(error))
-    if "RESOURCE_EXHAUSTED" not in str(error) or not sizes:
+    """Bytes of HBM that a program which does not fit would take, from the compiler's error.
+
+    Errors about anything else, a kernel's own memory included, are raised again.
+    """
+    wanted = WANTED.search(str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower() or not wanted:
         raise error
-    return int(float(sizes[0][0]) * UNITS[sizes[0][1]])
+    return int(float(wanted[1]) * UNITS[wanted[2]])
 
 
 @dataclasses.dataclass
@@ -67,13 +75,14 @@ class Traffic:
     """Collectives inside loops whose length is decided at run time."""
 
 
-def result_bytes(shapes: str) -> int:
-    """Bytes of the arrays in a result type such as '(bf16[8,128]{1,0}, f32[])'; the largest for a started operation."""
-    return sum(
-        ITEM_BYTES[kind] * math.prod(int(size) for size in sizes.split(",") if size)
-        for kind, sizes in ARRAY.findall(re.sub(r"\{[^}]*\}", "", shapes))
-        if kind in ITEM_BYTES
-    )
+def result_bytes(shapes: str, started: bool = False) -> int:
+    """Bytes of the arrays in a result type such as '(bf16[8,128]{1,0}, f32[])'.
+
+    A started operation's type holds its operands too, so of that the largest array counts.
+    """
+    arrays = ARRAY.findall(re.sub(r"\{[^}]*\}", "", shapes))
+    sizes = [ITEM_BYTES[kind] * math.prod(int(size) for size in dims.split(",") if size) for kind, dims in arrays]
+    return max(sizes) if started else sum(sizes)
 
 
 def loop_length(condition: str) -> int | None:
@@ -93,15 +102,15 @@ def collectives(text: str) -> dict[str, Traffic]:
 
     def walk(name: str, times: int, is_open: bool) -> None:
         body = bodies.get(name, "")
-        for shapes, kind in COLLECTIVE.findall(body):
+        for shapes, kind, started in COLLECTIVE.findall(body):
             if is_open:
                 found[kind].runs_in_open_loops += 1
             else:
                 found[kind].runs += times
-                found[kind].bytes += times * result_bytes(shapes)
+                found[kind].bytes += times * result_bytes(shapes, bool(started))
         for condition, inner in WHILE.findall(body):
             length = loop_length(bodies.get(condition, ""))
-            walk(inner, times * (length or 1), is_open or length is None)
+            walk(inner, times * (1 if length is None else length), is_open or length is None)
         branches = [part.strip().lstrip("%") for group in BRANCHES.findall(body) for part in group.split(",")]
         for called in [*CALLED.findall(body), *branches]:
             walk(called, times, is_open)

@@ -3,7 +3,9 @@
 import jax
 
 from minigrpo.attention import QUERY_BLOCK
+from minigrpo.chips import GIB, memory_of_kind
 from minigrpo.config import DataOptions, OptimizerOptions, RolloutOptions, StepOptions, UsageError
+from minigrpo.model import ModelConfig
 from minigrpo.start import Programs
 
 CPU_BUDGET = 1 << 30
@@ -12,16 +14,19 @@ CPU_BUDGET = 1 << 30
 DEVICE_SHARE = 0.2
 """Share of an accelerator's memory given to activations; the rest is for weights, optimizer, gradients and the head."""
 
-DEVICE_BYTES = {"TPU v4": 32 << 30, "TPU v5 lite": 16 << 30, "TPU v5": 95 << 30, "TPU v6 lite": 32 << 30}
-"""Memory of chips that are only planned for and cannot be asked."""
+
+def working_numbers(config: ModelConfig) -> int:
+    """Numbers per token that one layer's backward pass works on."""
+    heads = config.num_attention_heads * config.head_dim
+    return 6 * config.hidden_size + 4 * heads + 4 * config.intermediate_size
 
 
 def saved_bytes(programs: Programs, length: int) -> int:
     """Counted bytes that one sequence of `length` tokens keeps from the forward to the backward pass."""
     config = programs.config
-    heads = config.num_attention_heads * config.head_dim
-    working = 6 * config.hidden_size + 4 * heads + 4 * config.intermediate_size
-    kept = {"none": working, "dots": working, "attention": config.hidden_size + heads, "full": config.hidden_size}
+    working = working_numbers(config)
+    with_attention = config.hidden_size + config.num_attention_heads * config.head_dim
+    kept = {"none": working, "dots": working, "attention": with_attention, "full": config.hidden_size}
     saved = kept[programs.settings[OptimizerOptions].remat]
     return length * programs.dtype.itemsize * config.num_hidden_layers * saved
 
@@ -29,17 +34,14 @@ def saved_bytes(programs: Programs, length: int) -> int:
 def activation_bytes(programs: Programs, length: int) -> int:
     """Counted bytes that one sequence of `length` tokens holds during the backward pass."""
     config = programs.config
-    heads = config.num_attention_heads * config.head_dim
-    working = 6 * config.hidden_size + 4 * heads + 4 * config.intermediate_size
     scores = 3 * config.num_attention_heads * min(QUERY_BLOCK, length) * length * 4 if programs.platform != "tpu" else 0
-    return length * programs.dtype.itemsize * working + saved_bytes(programs, length) + scores
+    return length * programs.dtype.itemsize * working_numbers(config) + saved_bytes(programs, length) + scores
 
 
 def device_bytes(device: jax.Device) -> int:
-    """An accelerator's memory."""
-    if device.device_kind in DEVICE_BYTES:
-        return DEVICE_BYTES[device.device_kind]
-    return (device.memory_stats() or {}).get("bytes_limit", 16 << 30)
+    """An accelerator's memory; the table's where it is there, so that a run decides as its plan did."""
+    known = memory_of_kind(device.device_kind)
+    return known or (device.memory_stats() or {}).get("bytes_limit", 16 * GIB)
 
 
 def device_budget(programs: Programs) -> float:

@@ -311,16 +311,16 @@ def leaf_name(path: tuple) -> str:
     return path[-1].key
 
 
-def init_params(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
-    """Random weights: norms 1, biases 0, the rest normal(0, 0.02), residual outputs scaled by 1/sqrt(2L)."""
+def init_params(config: ModelConfig, key: Array) -> Params:
+    """Random float32 weights: norms 1, biases 0, the rest normal(0, 0.02), residual outputs scaled by 1/sqrt(2L)."""
 
     def init(path, leaf):
         name = leaf_name(path)
         if name.endswith("norm"):
-            return jnp.ones(leaf.shape, dtype)
+            return jnp.ones(leaf.shape)
         if name.endswith("bias"):
-            return jnp.zeros(leaf.shape, dtype)
+            return jnp.zeros(leaf.shape)
         scale = 0.02 / math.sqrt(2 * config.num_hidden_layers) if name in ("o", "down") else 0.02
-        return scale * jax.random.normal(jax.random.fold_in(key, list(DIMS).index(name)), leaf.shape, dtype)
+        return scale * jax.random.normal(jax.random.fold_in(key, list(DIMS).index(name)), leaf.shape)
 
     return jax.tree_util.tree_map_with_path(init, abstract_params(config)[1])

@@ -1,7 +1,7 @@
 """`python -m minigrpo.plan`: what a run needs of every chip, found without one.
 
 The very programs that `minigrpo.train` runs are compiled by the real TPU compiler for the topology; bytes are its own,
-times are only what bytes and FLOPs imply. Nothing is measured.
+times are only what counted bytes and FLOPs imply. Nothing is measured. The exit code is 0 whether or not it fits.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from minigrpo import grpo, hlo, memory
+from minigrpo.chips import CHIPS, GIB, Chip
 from minigrpo.config import (
     DataOptions,
     LossOptions,
@@ -39,10 +40,9 @@ from minigrpo.model import DIMS, ModelConfig, abstract_params, leaf_name, parse_
 from minigrpo.optimizer import TrainState
 from minigrpo.rollout import RolloutPlan, decode_weights, num_pages, run_mesh, spread
 from minigrpo.sharding import DATA, by_sequence, check_divisible, replicated, spec_of
-from minigrpo.start import DEFAULT_MODEL, Programs
+from minigrpo.start import DEFAULT_MODEL, Programs, check_loss
 from minigrpo.tokenizer import load_tokenizer
 
-GIB = 1 << 30
 FAMILIES = Path(__file__).parent / "builtin" / "families.json"
 
 
@@ -55,23 +55,6 @@ class PlanOptions(Options):
 
 
 SECTIONS = (ModelOptions, DataOptions, RolloutOptions, LossOptions, OptimizerOptions, StepOptions, PlanOptions)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a chip has: usable memory in GiB, memory bandwidth in GB/s, bf16 TFLOP/s."""
-
-    hbm_gib: float
-    bandwidth: float
-    tflops: float
-
-
-CHIPS = {
-    "v4": Chip(32.0, 1228.0, 275.0),
-    "v5e": Chip(15.75, 819.0, 197.0),
-    "v5p": Chip(95.0, 2765.0, 459.0),
-    "v6e": Chip(31.25, 1640.0, 918.0),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +77,21 @@ class Phase:
 # The pieces of a plan
 
 
-def topology_mesh(name: str, mesh_flag: str) -> Mesh:
-    """A mesh of chips that are not there; UsageError for an unknown topology or a mesh of another size."""
+def topology_devices(name: str) -> list[Any]:
+    """Chips that are not there, for the compiler; UsageError for an unknown topology."""
     if name.partition(":")[0] not in CHIPS:
         raise UsageError(f"--topology={name}: must be one of {', '.join(CHIPS)} and its chips, such as v6e:2x4")
-    fsdp, tp = parse_mesh(mesh_flag)
+    whole_chips = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
-        devices = topologies.get_topology_desc(name, platform="tpu").devices
+        return topologies.get_topology_desc(name, platform="tpu", **whole_chips).devices
     except Exception as error:  # the TPU library raises its own, unnamed kinds
         raise UsageError(f"--topology={name}: {str(error).splitlines()[0]}") from error
+
+
+def topology_mesh(name: str, mesh_flag: str) -> Mesh:
+    """A mesh of chips that are not there; UsageError for a mesh of another size."""
+    fsdp, tp = parse_mesh(mesh_flag)
+    devices = topology_devices(name)
     if len(devices) != fsdp * tp:
         raise UsageError(
             f"--mesh={mesh_flag}: {fsdp * tp} chips, but --topology={name} has {len(devices)}; "
@@ -130,6 +119,9 @@ def make_programs(settings: Settings) -> Programs:
     config, num_tokens = known_model(name)
     mesh = topology_mesh(settings[PlanOptions].topology, settings[PlanOptions].mesh)
     check_divisible(config.sizes, mesh)
+    check_loss(settings[LossOptions], settings[RolloutOptions])
+    if dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")
     graph = abstract_params(config)[0]
     return Programs(settings, config, graph, mesh, jnp.dtype(dtype), num_tokens, (num_tokens - 1,))
 
@@ -157,8 +149,9 @@ def placed_state(programs: Programs, trainer: grpo.Trainer) -> TrainState:
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-def placed_batch(programs: Programs, rows: int) -> grpo.Batch:
-    """A full batch of `rows` sequences, all at full length, to be scored."""
+def placed_batch(programs: Programs, trainer: grpo.Trainer, rows: int) -> grpo.Batch:
+    """A full batch of `rows` sequences and the padding that training adds, all at full length, to be scored."""
+    rows += -rows % (programs.mesh.size * trainer.parts)
     prompt = programs.settings[DataOptions].max_prompt_length
     completion = programs.settings[RolloutOptions].max_completion_length
 
@@ -246,7 +239,7 @@ class Work:
         """Forward, backward (twice the forward; attention 2.5 times) and what is recomputed."""
         layers, head, attention = self.score_flops()
         again = {"none": 0, "dots": 0, "attention": 1, "full": 1}[remat]
-        return layers * (3 + again) + head * 4 + attention * (3.5 + (remat == "full"))
+        return layers * (3 + again) + head * 4 + attention * (3.5 + (remat in ("dots", "full")))
 
     def rollout_flops(self) -> float:
         """Prefill once per prompt; decoding token by token."""
@@ -307,10 +300,10 @@ def plan_rollout(programs: Programs, work: Work, resident: int) -> Phase:
     return compile_phase(programs.mesh, resident, flops, moved, run_mesh, plan, weights, prompts, seed)
 
 
-def plan_reference(programs: Programs, trainer: grpo.Trainer, work: Work, resident: int) -> Phase:
-    """Log-probs of the reference policy."""
-    batch = placed_batch(programs, work.rows)
-    params = placed_params(programs, programs.dtype)
+def plan_scoring(programs: Programs, trainer: grpo.Trainer, work: Work, resident: int, dtype: Any) -> Phase:
+    """Log-probs of a policy kept as `dtype`: of the reference, or of the one that sampled."""
+    batch = placed_batch(programs, trainer, work.rows)
+    params = placed_params(programs, dtype)
     moved = trainer.parts * work.weights * programs.dtype.itemsize
     flops = sum(work.score_flops()) / programs.mesh.size
     return compile_phase(programs.mesh, resident, flops, moved, grpo.batch_logprobs, trainer, params, batch)
@@ -318,9 +311,12 @@ def plan_reference(programs: Programs, trainer: grpo.Trainer, work: Work, reside
 
 def plan_update(programs: Programs, trainer: grpo.Trainer, work: Work, resident: int) -> Phase:
     """One optimizer step."""
-    batch = placed_batch(programs, work.rows)
+    batch = placed_batch(programs, trainer, work.rows)
+    scored = batch.rollout_logprobs
     if programs.settings[LossOptions].beta > 0:
-        batch = dataclasses.replace(batch, ref_logprobs=batch.rollout_logprobs)
+        batch = dataclasses.replace(batch, ref_logprobs=scored)
+    if programs.settings[StepOptions].num_iterations > 1:
+        batch = dataclasses.replace(batch, old_logprobs=scored)
     state = placed_state(programs, trainer)
     weights = work.weights * programs.dtype.itemsize
     saved = work.rows / programs.mesh.size * memory.saved_bytes(programs, work.prompt + work.completion)
@@ -332,10 +328,10 @@ def plan_update(programs: Programs, trainer: grpo.Trainer, work: Work, resident:
 def make_plan(programs: Programs) -> dict[str, Phase]:
     """Every phase of a training step, each compiled."""
     settings = programs.settings
-    steps, limits = settings[StepOptions], settings[RolloutOptions].max_completion_length
-    prompt = settings[DataOptions].max_prompt_length
-    work = Work(programs.config, steps.batch_size, steps.num_generations, prompt, limits)
-    trainer = programs.trainer(1000, memory.choose_parts(programs, work.rows))
+    steps = settings[StepOptions]
+    prompt, completion = settings[DataOptions].max_prompt_length, settings[RolloutOptions].max_completion_length
+    work = Work(programs.config, steps.batch_size, steps.num_generations, prompt, completion)
+    trainer = programs.trainer(max(1, steps.max_steps), memory.choose_parts(programs, work.rows))
     state = bytes_on_chip(placed_state(programs, trainer))
     params = bytes_on_chip(placed_params(programs, jnp.float32))
     has_reference = settings[LossOptions].beta > 0
@@ -344,8 +340,10 @@ def make_plan(programs: Programs) -> dict[str, Phase]:
         "weights": plan_weights(programs, work, state - params + reference),
         "rollout": plan_rollout(programs, work, state + reference),
     }
+    if steps.num_iterations > 1:
+        phases["old_policy"] = plan_scoring(programs, trainer, work, state - params + reference, jnp.float32)
     if has_reference:
-        phases["reference"] = plan_reference(programs, trainer, work, state)
+        phases["reference"] = plan_scoring(programs, trainer, work, state, programs.dtype)
     return phases | {"update": plan_update(programs, trainer, work, reference)}
 
 
@@ -358,14 +356,16 @@ def roofline_seconds(phase: Phase, chip: Chip) -> float:
 
 def describe(name: str, phase: Phase, chip: Chip) -> str:
     parts = phase.memory
+    if not parts.arguments:
+        return f"{name:<10} {phase.total / GIB:6.2f} GiB of {chip.hbm_gib:g}: the compiler refuses it\n"
     moved = "; ".join(f"{kind} {t.bytes / 1e9:.2f} GB in {t.runs}" for kind, t in phase.traffic.items() if t.runs)
     inside = sum(t.runs_in_open_loops for t in phase.traffic.values())
     return (
         f"{name:<10} {phase.total / GIB:6.2f} GiB of {chip.hbm_gib:g}: resident {phase.resident / GIB:.2f}, "
         f"arguments {parts.arguments / GIB:.2f}, temporaries {parts.temporaries / GIB:.2f}, "
         f"outputs {(parts.outputs - parts.aliased) / GIB:.2f}\n"
-        f"           {phase.flops / 1e12:.1f} TFLOP, {phase.bytes / 1e9:.1f} GB: at least "
-        f"{roofline_seconds(phase, chip):.3f} s; collectives: {moved or 'none'}"
+        f"           {phase.flops / 1e12:.1f} TFLOP, {phase.bytes / 1e9:.1f} GB: about "
+        f"{roofline_seconds(phase, chip):.3f} s at the chip's limits; collectives: {moved or 'none'}"
         f"{f', and {inside} in open loops' if inside else ''}; compiled in {phase.compile_seconds:.0f} s\n"
     )
 
@@ -386,7 +386,10 @@ def figures(phase: Phase, chip: Chip) -> dict[str, Any]:
 
 
 def largest_batch(programs: Programs, phases: dict[str, Phase], chip: Chip) -> int:
-    """Prompts per step whose update would fit in one part, from the compiled part and the bytes of one sequence."""
+    """Prompts per step whose update would fit in one part, extrapolated from the compiled one by `activation_bytes`.
+
+    In more parts the update takes more prompts; the rollout's memory does not grow past --slots completions per chip.
+    """
     steps = programs.settings[StepOptions]
     length = programs.settings[DataOptions].max_prompt_length
     length += programs.settings[RolloutOptions].max_completion_length

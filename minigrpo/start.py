@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -48,6 +49,28 @@ CPU_CHUNK = 20 << 20
 """Bytes of logits that one virtual CPU device holds in the backward pass."""
 
 DEFAULT_MODEL = "Qwen/Qwen3-1.7B"
+
+
+def check_loss(loss: LossOptions, rollout: RolloutOptions) -> None:
+    """UsageError for a loss that cannot mean what it says; one line for what is merely doubtful."""
+    if rollout.temperature == 0:
+        raise UsageError(
+            "--temperature=0: greedy completions of a group are all equal and teach nothing; use 0.9 or so"
+        )
+    if rollout.top_k or rollout.top_p < 1 or rollout.min_p:
+        if loss.rollout_correction != "none":
+            raise UsageError(
+                f"--rollout_correction={loss.rollout_correction}: recorded log-probs are those before --top_k, --top_p "
+                "and --min_p, so it would not correct what these do; turn one of them off"
+            )
+        sys.stderr.write(
+            "note: top_k, top_p and min_p sample from another distribution than is trained, which biases it\n"
+        )
+    if loss.importance_sampling_level == "sequence" and loss.loss_type != "grpo":
+        sys.stderr.write(
+            f"note: --importance_sampling_level=sequence with --loss_type={loss.loss_type} weighs whole completions by "
+            "their length; GSPO's own loss is --loss_type=grpo\n"
+        )
 
 
 def choose_tiles(mesh: Mesh, vocab: int) -> Tiles:

@@ -33,7 +33,7 @@ from minigrpo.optimizer import TrainState, init_state, learning_rate
 from minigrpo.rewards import Reward, parse_rewards, score_completions
 from minigrpo.rollout import Roller, Rollout
 from minigrpo.sharding import by_sequence, put
-from minigrpo.start import TINY, Setup, set_up
+from minigrpo.start import TINY, Setup, check_loss, set_up
 from minigrpo.weights import export
 
 SECTIONS = (
@@ -224,28 +224,6 @@ def load_held_out(setup: Setup) -> Prompts | None:
         return held_out(setup, dataclasses.replace(data, dataset=source), run.eval_size)
     except UsageError as error:
         raise UsageError(f"--eval_dataset={run.eval_dataset}: {error}") from error
-
-
-def check_loss(loss: LossOptions, rollout: RolloutOptions) -> None:
-    """UsageError for a loss that cannot mean what it says; one line for what is merely doubtful."""
-    if rollout.temperature == 0:
-        raise UsageError(
-            "--temperature=0: greedy completions of a group are all equal and teach nothing; use 0.9 or so"
-        )
-    if rollout.top_k or rollout.top_p < 1 or rollout.min_p:
-        if loss.rollout_correction != "none":
-            raise UsageError(
-                f"--rollout_correction={loss.rollout_correction}: recorded log-probs are those before --top_k, --top_p "
-                "and --min_p, so it would not correct what these do; turn one of them off"
-            )
-        sys.stderr.write(
-            "note: top_k, top_p and min_p sample from another distribution than is trained, which biases it\n"
-        )
-    if loss.importance_sampling_level == "sequence" and loss.loss_type != "grpo":
-        sys.stderr.write(
-            f"note: --importance_sampling_level=sequence with --loss_type={loss.loss_type} weighs whole completions by "
-            "their length; GSPO's own loss is --loss_type=grpo\n"
-        )
 
 
 def make_job(setup: Setup) -> Job:

@@ -210,8 +210,12 @@ def random_params(config: ModelConfig, mesh: Mesh, seed: int, dtype: Any = np.fl
         return NamedSharding(mesh, spec_of(DIMS[leaf_name(path)]))
 
     shardings = jax.tree_util.tree_map_with_path(sharding, abstract_params(config)[1])
-    make = jax.jit(lambda: init_params(config, jax.random.key(seed), dtype), out_shardings=shardings)
-    return make()
+
+    def make():
+        drawn = init_params(config, jax.random.key(seed))
+        return jax.tree.map(lambda w: w.astype(dtype), drawn)  # the same numbers whatever the dtype
+
+    return jax.jit(make, out_shardings=shardings)()
 
 
 # Writing

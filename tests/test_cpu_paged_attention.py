@@ -65,7 +65,7 @@ def test_xla_equals_oracle(dtype, heads, kv_heads, dim, page_size):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "page_size"), [(16, 8, 128, 64), (14, 2, 64, 8), (12, 2, 128, 16), (4, 4, 64, 64)]
+    ("heads", "kv_heads", "dim", "page_size"), [(16, 8, 128, 64), (14, 2, 64, 8), (12, 2, 128, 16), (4, 2, 128, 16)]
 )
 @pytest.mark.parametrize("attend", [attend_pallas, attend_emulated])
 def test_the_tpu_kernel_equals_oracle(attend, heads, kv_heads, dim, page_size, dtype):
@@ -98,7 +98,7 @@ FAULTS = {
 def test_a_fault_in_the_kernel_is_seen(fault, monkeypatch):
     """The check above fails when the kernel is broken: in emulation, a copy not waited for has not arrived."""
     monkeypatch.setattr(tpu, *FAULTS[fault])
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
         check(attend_emulated, 4, 2, 128, 16, np.float32)
 
 

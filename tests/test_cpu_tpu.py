@@ -1,6 +1,7 @@
 """What is meant for TPU, compiled by the real TPU compiler: the kernel, and a run's programs through the plan."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -69,7 +70,8 @@ def small_model(tmp_path_factory):
     return folder
 
 
-SIZES = ("--batch_size=8", "--num_generations=4", "--max_prompt_length=64", "--max_completion_length=192")
+SIZES = ("--batch_size=3", "--num_generations=5", "--max_prompt_length=64", "--max_completion_length=192")
+"""15 completions on 4 chips: training pads them, and so must the plan."""
 
 
 def test_the_plan_of_a_small_model(small_model):
@@ -82,6 +84,8 @@ def test_the_plan_of_a_small_model(small_model):
     parameters = 2048 * 256 + 2 * (2 * 256 * 128 * 6 + 3 * 256 * 512)
     state = phases["update"]["arguments_gib"] * 2**30
     assert 3 * parameters <= state <= 3.3 * parameters  # float32 weights and two moments, over four chips
+    layers = 2 * (2 * 256 * 128 * 6 + 3 * 256 * 512) * 2
+    assert phases["update"]["collective_gbytes"]["all-gather"] >= 2 * layers / 1e9  # forward, and again backward
 
 
 @pytest.mark.parametrize(
@@ -125,6 +129,21 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 """
 
 
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5p:2x2x1", "v5e:2x2", "v6e:2x2"])
+def test_every_generation_has_whole_chips(name):
+    program = f"from minigrpo import plan; print(plan.topology_mesh('{name}', '2,2').devices.size)"
+    environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "4", result.stderr[-1000:]
+
+
+def test_a_started_collective_counts_its_result_once():
+    assert hlo.result_bytes("(bf16[8,128]{1,0}, bf16[16,128]{1,0}, u32[]{:S(2)})", started=True) == 16 * 128 * 2
+    assert hlo.result_bytes("(f32[4]{0}, f32[2]{0})") == 24
+    with pytest.raises(KeyError, match="c64"):
+        hlo.result_bytes("c64[4]")
+
+
 def test_collectives_are_counted_with_their_loops():
     found = hlo.collectives(HLO)
     assert found["all-gather"] == hlo.Traffic(runs=3, bytes=3 * 8 * 128 * 2)
@@ -132,11 +151,18 @@ def test_collectives_are_counted_with_their_loops():
 
 
 def test_a_program_too_large_says_how_much_it_wanted():
-    error = RuntimeError("RESOURCE_EXHAUSTED: total memory required for HLO temporaries (148.00G) exceeds (31.25G).")
-    assert hlo.memory_wanted(error) == 148 << 30
-    other = RuntimeError("INTERNAL: 5.0G of something")
-    with pytest.raises(RuntimeError, match="INTERNAL"):
-        hlo.memory_wanted(other)
+    """The compiler's own messages; those about anything but HBM are no answer."""
+    ran_out = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries"
+    assert hlo.memory_wanted(RuntimeError(f"{ran_out} (148.00G) exceeds available HBM (31.25G).")) == 148 << 30
+    used = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 60.50G of 31.25G hbm."
+    assert hlo.memory_wanted(RuntimeError(used)) == 121 << 29
+    others = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 129.04M of 128M.",
+        "INTERNAL: (5.0G) of HBM",
+    )
+    for other in others:
+        with pytest.raises(RuntimeError, match=other[:10]):
+            hlo.memory_wanted(RuntimeError(other))
 
 
 def test_work_of_a_step_is_as_the_rules_of_thumb_say():

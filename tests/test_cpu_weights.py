@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from minigrpo import weights
 from minigrpo.config import UsageError
 from minigrpo.model import init_params, read_config
-from minigrpo.weights import export, find_checkpoint, load_params
+from minigrpo.weights import export, find_checkpoint, load_params, random_params
 
 BUILTIN = ROOT / "minigrpo" / "builtin"
 
@@ -151,3 +152,10 @@ def test_missing_config_fields_are_named(folder):
 def test_checkpoints_that_cannot_be_found(name, message):
     with pytest.raises(UsageError, match=message):
         find_checkpoint(name)
+
+
+def test_random_weights_are_the_same_numbers_in_every_dtype(tiny_config):
+    mesh = mesh_of(2, 1)
+    whole, half = (random_params(tiny_config, mesh, 3, dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(half), strict=True):
+        np.testing.assert_array_equal(a.astype(jnp.bfloat16), b)

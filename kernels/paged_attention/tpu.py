@@ -36,9 +36,13 @@ class Tuning:
 
 
 def read_tuning(device_kind: str) -> Tuning:
-    """The values measured best for this device in tuned.json, or the defaults."""
+    """The values counted best for this device (bench/kernel_cycles.py), from tuned.json, or the defaults."""
     values = json.loads(Path(__file__).with_name("tuned.json").read_text())
     return Tuning(**values.get(device_kind, {}))
+
+
+def pages_per_block(tuning: Tuning, page_bytes: int, max_pages: int) -> int:
+    return max(1, min(tuning.block_bytes // page_bytes, max_pages))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +244,7 @@ def paged_attention(
     page_size, width = pages.shape[2:]
     kv_heads = width // (2 * dim)
     row_bytes = width * pages.dtype.itemsize
-    block_pages = max(1, min(tuning.block_bytes // (row_bytes * page_size), page_table.shape[1]))
+    block_pages = pages_per_block(tuning, row_bytes * page_size, page_table.shape[1])
     shape = Shape(batch, heads, kv_heads, dim, page_size, page_table.shape[1], block_pages, tuning.buffers)
     one = pl.BlockSpec((1, heads, dim), lambda sequence, *_: (sequence, 0, 0))
     call = pl.pallas_call(

@@ -1,0 +1,30 @@
+"""What chips have: the one table of the figures that plans and benches count with."""
+
+import dataclasses
+
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU chip: usable memory in GiB, its bandwidth in GB/s, bf16 TFLOP/s, clock in GHz (public data sheets)."""
+
+    kind: str
+    """jax's device_kind."""
+    hbm_gib: float
+    bandwidth: float
+    tflops: float
+    clock: float
+
+
+CHIPS = {
+    "v4": Chip("TPU v4", 32.0, 1228.0, 275.0, 1.05),
+    "v5e": Chip("TPU v5 lite", 15.75, 819.0, 197.0, 1.5),
+    "v5p": Chip("TPU v5", 95.0, 2765.0, 459.0, 1.75),
+    "v6e": Chip("TPU v6 lite", 31.25, 1640.0, 918.0, 1.75),
+}
+
+
+def memory_of_kind(device_kind: str) -> int | None:
+    """Bytes of memory of a chip of this device_kind; None for one that is not in the table."""
+    return next((int(chip.hbm_gib * GIB) for chip in CHIPS.values() if chip.kind == device_kind), None)

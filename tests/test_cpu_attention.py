@@ -1,0 +1,58 @@
+"""Causal attention for training, every path against a float64 oracle: values and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minigrpo.attention import causal_attention, splash_attention
+
+
+def oracle(q, k, v):
+    """Softmax attention of one query and head at a time."""
+    out = np.zeros(q.shape)
+    group = q.shape[2] // k.shape[2]
+    for b, t, n in np.ndindex(q.shape[:3]):
+        scores = k[b, : t + 1, n // group] @ q[b, t, n] / np.sqrt(q.shape[3])
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights @ v[b, : t + 1, n // group] / weights.sum()
+    return out
+
+
+def oracle_gradients(q, k, v, cotangent):
+    """The same, differentiated by hand."""
+    grads = [np.zeros(x.shape) for x in (q, k, v)]
+    group, scale = q.shape[2] // k.shape[2], 1 / np.sqrt(q.shape[3])
+    for b, t, n in np.ndindex(q.shape[:3]):
+        keys, values, g = k[b, : t + 1, n // group], v[b, : t + 1, n // group], cotangent[b, t, n]
+        scores = keys @ q[b, t, n] * scale
+        probs = np.exp(scores - scores.max())
+        probs /= probs.sum()
+        into_scores = probs * (values @ g - probs @ (values @ g)) * scale
+        grads[0][b, t, n] = into_scores @ keys
+        grads[1][b, : t + 1, n // group] += np.outer(into_scores, q[b, t, n])
+        grads[2][b, : t + 1, n // group] += np.outer(probs, g)
+    return grads
+
+
+PATHS = {
+    "cpu": functools.partial(causal_attention, "cpu"),
+    "gpu": functools.partial(causal_attention, "gpu"),
+    "tpu": functools.partial(splash_attention, interpret=True),
+}
+
+
+@pytest.mark.parametrize(("length", "heads", "kv_heads", "dim"), [(128, 4, 2, 64), (100, 6, 2, 32), (300, 2, 1, 16)])
+@pytest.mark.parametrize("path", PATHS)
+def test_attention_and_its_gradients(path, length, heads, kv_heads, dim):
+    rng = np.random.default_rng(length)
+    shapes = (2, length, heads, dim), (2, length, kv_heads, dim), (2, length, kv_heads, dim)
+    q, k, v = (rng.normal(size=shape) for shape in shapes)
+    cotangent = rng.normal(size=shapes[0])
+    arguments = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+    got, pull = jax.vjp(PATHS[path], *arguments)
+    np.testing.assert_allclose(got, oracle(q, k, v), atol=2e-5)
+    for ours, want in zip(pull(jnp.asarray(cotangent, jnp.float32)), oracle_gradients(q, k, v, cotangent), strict=True):
+        np.testing.assert_allclose(ours, want, atol=1e-4)
