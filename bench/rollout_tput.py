@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import statistics
+import subprocess
 import sys
 import time
 
@@ -13,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minigrpo.config import Options, RolloutOptions, Settings, option, parse_mesh, run_command
+from minigrpo.config import Options, RolloutOptions, Settings, UsageError, option, parse_mesh, run_command
 from minigrpo.model import ModelConfig, abstract_params
 from minigrpo.rollout import Roller
 from minigrpo.sharding import make_mesh, start_platform
 from minigrpo.weights import random_params
+
+PEERS = pathlib.Path(__file__).resolve().parent / "peers"
 
 COPY_BYTES = 1 << 28
 """Size of the array copied to measure the memory's bandwidth: far above any cache."""
@@ -42,6 +45,10 @@ class BenchOptions(Options):
     page_size: int = option(64, "tokens per page", low=1)
     slots: int = option(64, "completions decoded at once per device", low=1)
     repeats: int = option(5, "timed repeats after one warm-up; the median counts", low=1)
+    baseline: str = option(
+        "none", "a peer to run in turn with ours, each in its own process", choices=("none", "transformers")
+    )
+    rounds: int = option(2, "turns of each with --baseline", low=1)
 
 
 def model_config(options: BenchOptions) -> ModelConfig:
@@ -83,8 +90,45 @@ def decode_bytes(config: ModelConfig, item: int, steps: int, lengths: np.ndarray
     return steps * weights + row * float(context.sum())
 
 
+def child(*command: str) -> dict:
+    """The JSON line that a process of its own ends with."""
+    result = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def compare(options: BenchOptions) -> int:
+    """Ours and the peer in turn on the same shapes; medians, and their ratio."""
+    if options.mean_length:
+        raise UsageError(f"--mean_length={options.mean_length}: transformers decodes fixed lengths here; leave it at 0")
+    given = {name: value for name, value in dataclasses.asdict(options).items() if name not in ("baseline", "rounds")}
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    ours, theirs = [], []
+    for _ in range(options.rounds):
+        ours += child(__file__, *flags)["rates"]
+        theirs += child(str(PEERS / "transformers_generate.py"), json.dumps(given))["rates"]
+    report = {
+        "bench": "rollout_tput",
+        "jax": jax.__version__,
+        **dataclasses.asdict(options),
+        "ours_tokens_per_second": round(statistics.median(ours), 1),
+        "baseline_tokens_per_second": round(statistics.median(theirs), 1),
+        "ratio": round(statistics.median(ours) / statistics.median(theirs), 3),
+    }
+    sys.stderr.write(
+        f"ours {report['ours_tokens_per_second']:.0f}, {options.baseline} "
+        f"{report['baseline_tokens_per_second']:.0f} tokens/s: {report['ratio']:.2f} times\n"
+    )
+    sys.stdout.write(json.dumps(report) + "\n")
+    return 0
+
+
 def main(settings: Settings) -> int:
     options: BenchOptions = settings[BenchOptions]
+    return measure(options) if options.baseline == "none" else compare(options)
+
+
+def measure(options: BenchOptions) -> int:
+    """Ours in this process: the machine's limit, then the rate and its share of it."""
     parse_mesh(options.mesh)
     start_platform(options.mesh)
     mesh = make_mesh(options.mesh)
@@ -121,6 +165,7 @@ def main(settings: Settings) -> int:
         "copy_gb_per_s": round(bandwidth / 1e9, 2),
         "limit_seconds": round(needed / bandwidth, 4),
         "first_call_seconds": round(compile_seconds, 2),
+        "rates": [round(rate, 1) for rate in rates],
         "tokens_per_second": round(statistics.median(rates), 1),
         "tokens_per_second_min": round(min(rates), 1),
         "tokens_per_second_max": round(max(rates), 1),

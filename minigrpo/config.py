@@ -169,10 +169,6 @@ class LossOptions(Options):
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise UsageError("--loss_type=cispo: needs --epsilon_high, the cap of the ratio itself, such as 5")
 
-    @property
-    def upper(self) -> float:
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
-
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions(Options):
@@ -218,6 +214,9 @@ class RunOptions(Options):
     resume: bool = option(False, "continue the run in --output_dir from its newest complete checkpoint")
     save_steps: int = option(50, "steps between checkpoints; 0 keeps only the final one", low=0)
     save_total_limit: int = option(2, "checkpoints kept", low=1)
+    max_skipped_steps: int = option(
+        5, "the run ends, and saves the batch, after so many steps in a row without a finite loss and gradient", low=1
+    )
     eval_steps: int = option(0, "steps between greedy evaluations on held-out prompts; 0 means never", low=0)
     eval_size: int = option(500, "held-out prompts per evaluation", low=1)
     eval_dataset: str = option("auto", "dataset of those prompts; auto is the test split of --dataset, if it has one")

@@ -163,18 +163,22 @@ def pad_rows(batch: Batch, multiple: int) -> Batch:
 # The loss
 
 
+def upper_clip(options: LossOptions) -> float:
+    return options.epsilon if options.epsilon_high is None else options.epsilon_high
+
+
 def surrogate(options: LossOptions, ratio: Array, advantages: Array, logprobs: Array) -> Float[Array, "B C"]:
     """Every token's loss before weights, correction and KL penalty."""
     if options.loss_type == "cispo":
-        return losses.cispo_loss(ratio, advantages, logprobs, options.upper)
-    return losses.clipped_loss(ratio, advantages, options.epsilon, options.upper, options.delta)
+        return losses.cispo_loss(ratio, advantages, logprobs, upper_clip(options))
+    return losses.clipped_loss(ratio, advantages, options.epsilon, upper_clip(options), options.delta)
 
 
 def clipped_tokens(options: LossOptions, ratio: Array, advantages: Array) -> tuple[Array, Array]:
     """Where the clip, below and above, takes the token's gradient away; for cispo, where its cap holds."""
     if options.loss_type == "cispo":
-        return jnp.zeros(ratio.shape, bool), (ratio > options.upper) & (advantages > 0)
-    return (ratio < 1 - options.epsilon) & (advantages < 0), (ratio > 1 + options.upper) & (advantages > 0)
+        return jnp.zeros(ratio.shape, bool), (ratio > upper_clip(options)) & (advantages > 0)
+    return (ratio < 1 - options.epsilon) & (advantages < 0), (ratio > 1 + upper_clip(options)) & (advantages > 0)
 
 
 def policy_loss(

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from minigrpo import grpo, start
 from minigrpo.checkpoint import Checkpoints, check_same_run
@@ -67,6 +68,7 @@ class Job:
 def train(job: Job, state: TrainState, first_step: int, folder: RunFolder, checkpoints: Checkpoints) -> TrainState:
     """The loop."""
     run, seed = job.options(RunOptions), job.options(StepOptions).seed
+    skipped_in_a_row = 0
     for step in range(first_step, job.total_steps):
         clock = Clock()
         numbers = batch_numbers(len(job.data), job.options(StepOptions).batch_size, step, seed)
@@ -82,6 +84,9 @@ def train(job: Job, state: TrainState, first_step: int, folder: RunFolder, check
         metrics |= summary(job, rollout, rewards, parts, step, clock)
         folder.log(step + 1, metrics)
         folder.append("completions.jsonl", samples(job, step, indices, texts, rewards))
+        skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped_updates"] else 0
+        if skipped_in_a_row == run.max_skipped_steps:
+            give_up(folder, step + 1, batch, run.max_skipped_steps)
         if job.held_out and (step + 1) % run.eval_steps == 0:
             evaluate(job, state, step + 1, folder)
         if run.save_steps and (step + 1) % run.save_steps == 0:
@@ -144,6 +149,21 @@ def improve(job: Job, state: TrainState, batch: grpo.Batch) -> tuple[TrainState,
         skipped += float(metrics["skipped_updates"])
     own = {"learning_rate": rate, "skipped_updates": skipped}
     return state, {name: float(value) for name, value in metrics.items()} | own
+
+
+def give_up(folder: RunFolder, step: int, batch: grpo.Batch, count: int) -> None:
+    """Saves the batch whose loss or gradient is not finite, and ends the run."""
+    path = folder.folder / f"not-finite-step-{step}.npz"
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    whole: dict[str, Any] = multihost_utils.process_allgather(
+        {name: value for name, value in fields.items() if value is not None}, tiled=True
+    )
+    if folder.writes:
+        np.savez(path, **whole)
+    raise UsageError(
+        f"--max_skipped_steps={count}: the loss or gradient of {count} steps in a row was not finite, so nothing was "
+        f"learned from them; the last one's batch is {path}. Lower --learning_rate and resume from a checkpoint"
+    )
 
 
 class Clock:

@@ -10,7 +10,7 @@ import optax
 import pytest
 from conftest import mesh_of
 
-from minigrpo import grpo
+from minigrpo import grpo, losses
 from minigrpo.attention import attend_on
 from minigrpo.config import LossOptions, RolloutOptions, UsageError
 from minigrpo.logprobs import Head
@@ -117,7 +117,7 @@ def test_rollout_logprobs_equal_the_trainers(tiny_config, tiny_params, mesh):
         remat="full",
         optimizer=optax.sgd(1.0),
         objective=functools.partial(grpo.policy_loss, LossOptions()),
-        weigh=grpo.weights_grpo,
+        weigh=losses.weights_grpo,
         parts=1,
     )
     device_batch = put(device_mesh, grpo.pad_rows(batch, device_mesh.size), by_sequence(device_mesh))

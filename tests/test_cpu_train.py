@@ -245,6 +245,18 @@ def test_another_loss_trains_too(tmp_path):
     assert len(rows) == 2 and all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
 
 
+def test_a_run_that_blew_up_saves_its_batch_and_ends(tmp_path):
+    """A step of 1e30 leaves weights whose gradients overflow: the next step that has any is skipped and ends the run."""
+    flags = (*SMALL, "--learning_rate=1e30", "--max_steps=9", "--max_skipped_steps=1", "--mesh=2,1")
+    result = run(*flags, f"--output_dir={tmp_path}/run")
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-2000:]
+    assert "--max_skipped_steps=1: the loss or gradient of 1 steps in a row was not finite" in result.stderr
+    rows = metrics(tmp_path / "run")
+    assert 1 < len(rows) < 9 and [row["skipped_updates"] for row in rows] == [0] * (len(rows) - 1) + [1]
+    saved = np.load(tmp_path / "run" / f"not-finite-step-{len(rows)}.npz")
+    assert saved["tokens"].shape[0] == 16 and "ref_logprobs" not in saved
+
+
 def test_killed_before_the_first_checkpoint_starts_over(tmp_path):
     flags = (*SMALL, "--num_epochs=0.0008", "--mesh=1,1", f"--output_dir={tmp_path}/run")
     first = run(*flags)
