@@ -39,6 +39,7 @@ class BenchOptions(Options):
     page_size: int = option(64, "tokens per page", low=1)
     tokens: int = option(2304, "tokens of every sequence", low=1)
     sequences: int = option(64, "sequences", low=1)
+    block_bytes: int = option(0, "keys and values per block; 0 is what tuned.json has for the chip", low=0)
     dtype: str = option("bfloat16", "of queries and pages", choices=("bfloat16", "float32"))
 
 
@@ -93,10 +94,9 @@ def length_of_loop(depths: list[int], start: int) -> int:
     return next(length for length in range(len(depths)) if depths[start + length] < depths[start])
 
 
-def counted_cycles(options: BenchOptions, tuning: tpu.Tuning, cycles: Cycles, row_bytes: int) -> tuple[float, float]:
-    """Cycles of computing one sequence, and of one block that is full."""
+def counted_cycles(options: BenchOptions, pages: int, cycles: Cycles) -> tuple[int, int]:
+    """Cycles of computing one sequence, and of one block that is full, of so many pages."""
     entries = -(-options.tokens // options.page_size)
-    pages = tpu.pages_per_block(tuning, row_bytes * options.page_size, entries)
     blocks = -(-entries // pages)
     full = cycles.block + pages * (cycles.fetch + cycles.wait)
     whole = cycles.sequence + blocks * cycles.block + entries * (cycles.fetch + cycles.wait)
@@ -120,14 +120,18 @@ def main(settings: Settings) -> int:
         devices = topology_devices(options.topology)
         chip = CHIPS[options.topology.partition(":")[0]]
         tuning = tpu.read_tuning(devices[0].device_kind)
+        if options.block_bytes:
+            tuning = dataclasses.replace(tuning, block_bytes=options.block_bytes)
         compile_kernel(options, tuning)
         schedule = next(pathlib.Path(folder).glob("*paged_attention*-01-packed-bundles-post-ra.txt"))
         cycles = read_schedule(schedule.read_text())
     row_bytes = 2 * options.kv_heads * options.head_dim * jnp.dtype(options.dtype).itemsize
-    computed, full = counted_cycles(options, tuning, cycles, row_bytes)
+    page_bytes = options.page_size * row_bytes
+    pages = tpu.pages_per_block(tuning, page_bytes, -(-options.tokens // options.page_size))
+    computed, full = counted_cycles(options, pages, cycles)
     per_byte = chip.clock / chip.bandwidth
     sequence_bytes = options.tokens * row_bytes
-    arriving, first = sequence_bytes * per_byte, min(sequence_bytes, tuning.block_bytes) * per_byte
+    arriving, first = sequence_bytes * per_byte, min(sequence_bytes, pages * page_bytes) * per_byte
     limit = options.sequences * arriving
     counted = options.sequences * max(arriving, computed) + first
     report = {
@@ -136,7 +140,7 @@ def main(settings: Settings) -> int:
         **dataclasses.asdict(options),
         "tuning": dataclasses.asdict(tuning),
         "cycles_per_full_block": full,
-        "hbm_cycles_per_full_block": round(tuning.block_bytes * per_byte),
+        "hbm_cycles_per_full_block": round(pages * page_bytes * per_byte),
         "cycles_per_sequence": computed,
         "hbm_cycles_per_sequence": round(arriving),
         "limit_microseconds": round(limit / chip.clock / 1e3, 1),

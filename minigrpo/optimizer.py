@@ -58,17 +58,20 @@ def make_optimizer(options: OptimizerOptions, total: int) -> optax.GradientTrans
     return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), adamw)
 
 
+def leaf_sharding(mesh: Mesh, path: tuple) -> NamedSharding:
+    """Where a leaf of parameters or state lives: as the parameter that its path ends in, or else on every device."""
+    name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else ""
+    return NamedSharding(mesh, spec_of(DIMS.get(name, "")))
+
+
 def init_state(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> TrainState:
     """A fresh state; the moments are laid out on the mesh like the parameters, counters are replicated."""
 
     def start(params):
         return optimizer.init(params), jnp.int32(0)
 
-    def sharding(path, _):
-        name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else ""
-        return NamedSharding(mesh, spec_of(DIMS.get(name, "")))
-
-    shardings = jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(start, params))
+    shapes = jax.eval_shape(start, params)
+    shardings = jax.tree_util.tree_map_with_path(lambda path, _: leaf_sharding(mesh, path), shapes)
     return TrainState(params, *jax.jit(start, out_shardings=shardings)(params))
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from minigrpo import grpo, hlo, memory
 from minigrpo.chips import CHIPS, GIB, Chip
@@ -36,10 +36,10 @@ from minigrpo.config import (
     parse_mesh,
     run_command,
 )
-from minigrpo.model import DIMS, ModelConfig, abstract_params, leaf_name, parse_config, read_config
-from minigrpo.optimizer import TrainState
+from minigrpo.model import ModelConfig, abstract_params, parse_config, read_config
+from minigrpo.optimizer import TrainState, leaf_sharding
 from minigrpo.rollout import RolloutPlan, decode_weights, num_pages, run_mesh, spread
-from minigrpo.sharding import DATA, by_sequence, check_divisible, replicated, spec_of
+from minigrpo.sharding import DATA, by_sequence, check_divisible, replicated
 from minigrpo.start import DEFAULT_MODEL, Programs, check_loss
 from minigrpo.tokenizer import load_tokenizer
 
@@ -126,27 +126,24 @@ def make_programs(settings: Settings) -> Programs:
     return Programs(settings, config, graph, mesh, jnp.dtype(dtype), num_tokens, (num_tokens - 1,))
 
 
-def placed_params(programs: Programs, dtype: Any) -> Any:
-    """The parameters' shapes, laid out as training keeps them."""
+def placed(mesh: Mesh, shapes: Any) -> Any:
+    """Shapes of parameters or state, laid out as training keeps them."""
 
     def place(path, leaf):
-        sharding = NamedSharding(programs.mesh, spec_of(DIMS[leaf_name(path)]))
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf_sharding(mesh, path))
 
-    return jax.tree_util.tree_map_with_path(place, abstract_params(programs.config)[1])
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def placed_params(programs: Programs, dtype: Any) -> Any:
+    return placed(programs.mesh, abstract_params(programs.config, dtype)[1])
 
 
 def placed_state(programs: Programs, trainer: grpo.Trainer) -> TrainState:
-    def place(path, leaf):
-        name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else ""
-        sharding = NamedSharding(programs.mesh, spec_of(DIMS.get(name, "")))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
     def make(params):
         return TrainState(params, trainer.optimizer.init(params), jnp.int32(0))
 
-    shapes = jax.eval_shape(make, abstract_params(programs.config)[1])
-    return jax.tree_util.tree_map_with_path(place, shapes)
+    return placed(programs.mesh, jax.eval_shape(make, abstract_params(programs.config)[1]))
 
 
 def placed_batch(programs: Programs, trainer: grpo.Trainer, rows: int) -> grpo.Batch:

@@ -81,7 +81,7 @@ def train(job: Job, state: TrainState, first_step: int, folder: RunFolder, check
         clock.mark("time/logprobs")
         state, metrics = improve(job, state, batch)
         clock.mark("time/update")
-        metrics |= summary(job, rollout, rewards, parts, step, clock)
+        metrics |= summary(job, rollout, rewards, parts, indices, step, clock)
         folder.log(step + 1, metrics)
         folder.append("completions.jsonl", samples(job, step, indices, texts, rewards))
         skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped_updates"] else 0
@@ -162,7 +162,7 @@ def give_up(folder: RunFolder, step: int, batch: grpo.Batch, count: int) -> None
         np.savez(path, **whole)
     raise UsageError(
         f"--max_skipped_steps={count}: the loss or gradient of {count} steps in a row was not finite, so nothing was "
-        f"learned from them; the last one's batch is {path}. Lower --learning_rate and resume from a checkpoint"
+        f"learned from them; the last one's batch is {path}. Start again with a lower --learning_rate"
     )
 
 
@@ -181,12 +181,13 @@ class Clock:
         return self.last - self.started
 
 
-def summary(job: Job, rollout: Rollout, rewards: np.ndarray, parts: dict, step: int, clock: Clock) -> dict[str, float]:
+def summary(
+    job: Job, rollout: Rollout, rewards: np.ndarray, parts: dict, indices: list[int], step: int, clock: Clock
+) -> dict[str, float]:
     """The step's metrics besides the update's own."""
     options = job.options(StepOptions)
     memory = jax.local_devices()[0].memory_stats() or {}
-    prompts = batch_numbers(len(job.data), options.batch_size, step, options.seed)
-    asked = options.num_generations * sum(len(job.data.tokens[number % len(job.data)]) for number in prompts)
+    asked = options.num_generations * sum(len(job.data.tokens[i]) for i in indices)
     return (
         {"epoch": (step + 1) * options.batch_size / len(job.data), "num_tokens": float(rollout.lengths.sum() + asked)}
         | reward_metrics(rewards, parts, options.num_generations)

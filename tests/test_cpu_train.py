@@ -275,7 +275,7 @@ def test_sft_never_replaces_a_folder(tmp_path):
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("module", ["train", "sft", "evaluate", "tiny"])
+@pytest.mark.parametrize("module", ["train", "sft", "evaluate", "plan", "tiny"])
 def test_help_is_readable(module):
     result = run("--help", module=module)
     assert result.returncode == 0 and result.stderr == ""
