@@ -143,7 +143,7 @@ def measure(options: BenchOptions) -> int:
     rollout = RolloutOptions(
         max_completion_length=options.new_tokens, temperature=1.0, page_size=options.page_size, slots=options.slots
     )
-    roller = Roller(config, abstract_params(config)[0], mesh, dtype, rollout, options.vocab, stops)
+    roller = Roller(config, mesh, dtype, rollout, options.vocab, stops)
 
     def generate(step: int):
         return roller(params, prompts, list(range(options.prompts)), options.generations, (0, step))

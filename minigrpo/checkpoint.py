@@ -72,6 +72,19 @@ class Checkpoints:
         self.manager.close()
 
 
+def read_params(step: Path, shapes: Any) -> Any:
+    """The parameters of a checkpoint's training state, laid out as `shapes`; UsageError naming an unusable one."""
+    named = flatten({"params": shapes})
+    restore_args = ocp.checkpoint_utils.construct_restore_args(named)
+    arguments = ocp.args.PyTreeRestore(item=named, partial_restore=True, restore_args=restore_args)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            leaves = checkpointer.restore((step / "default").absolute(), args=arguments)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{step}: not a usable checkpoint ({str(error).splitlines()[0]})") from error
+    return unflatten({"params": shapes}, leaves)["params"]
+
+
 def check_same_run(folder: Path, values: dict[str, Any]) -> None:
     """UsageError when the run in `folder` was made with other settings than `values`, naming each that differs."""
     path = folder / "config.json"

@@ -78,12 +78,30 @@ class ModelOptions(Options):
         "dtype of activations and of the rollout's weights; auto is bfloat16 on TPU and GPU, float32 on CPU",
         choices=("auto", "float32", "bfloat16"),
     )
+    quantize: str = option(
+        "none", "hold the matrices of the base model in int8, rollouts included", choices=("none", "int8")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraOptions(Options):
+    """LoRA"""
+
+    lora_rank: int = option(0, "train adapters of this rank instead of the weights; 0 trains the weights", low=0)
+    lora_alpha: float = option(32.0, "adapters are scaled by alpha / rank", above=0.0)
+    lora_dropout: float = option(0.0, "share of an adapter's inputs zeroed while training", low=0.0, below=1.0)
+    lora_targets: str = option("all", "matrices that get adapters, of q,k,v,o,gate,up,down; all is every one")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions(Options):
     """Data"""
 
+    offline: bool = option(
+        False,
+        "train on the responses of the dataset, without sampling: rows {prompt, responses, scores}, "
+        "{prompt, chosen, rejected} or {messages}",
+    )
     dataset: str = option(
         "auto", "gsm8k, builtin:arithmetic, a JSONL path or a Hub id; auto follows the model (builtin:tiny: arithmetic)"
     )
@@ -127,6 +145,10 @@ class RewardOptions(Options):
     baseline: str = option(
         "group", "subtract the group's mean, or that of its other members (RLOO)", choices=("group", "rloo")
     )
+    overlong_buffer: int = option(
+        0, "completions lose reward over the last so many tokens before the length limit; 0 for none", low=0
+    )
+    overlong_penalty: float = option(1.0, "reward lost at the limit itself", above=0.0)
     normalize_rewards: str = option(
         "sum",
         "advantages of the summed rewards, or each reward function's own, then summed (GDPO)",
@@ -152,6 +174,10 @@ class LossOptions(Options):
     )
     delta: float | None = option(None, "upper bound of the unclipped ratio too (two-sided clipping)", above=1.0)
     beta: float = option(0.08, "weight of the KL penalty to the reference; 0 loads no reference", low=0.0)
+    sync_ref_steps: int = option(0, "steps between moves of the reference towards the policy; 0 never moves it", low=0)
+    ref_mixup_alpha: float = option(
+        1.0, "share of the policy in a moved reference, the rest being the old one", above=0.0, high=1.0
+    )
     kl_estimator: str = option("k3", "estimate of the KL in the loss", choices=("k1", "k2", "k3"))
     kl_bias_correction: bool = option(False, "weight the KL estimate by the probability ratio")
     rollout_correction: str = option(
@@ -161,6 +187,13 @@ class LossOptions(Options):
     )
     rollout_correction_cap: float = option(2.0, "largest weight of that correction", above=0.0)
     mask_truncated_completions: bool = option(False, "completions cut at the length limit teach nothing")
+    zero_std_groups: str = option(
+        "keep",
+        "groups whose first reward function scores all alike: trained on, left out, or replaced by other prompts' "
+        "(DAPO's dynamic sampling)",
+        choices=("keep", "skip", "resample"),
+    )
+    max_resamples: int = option(3, "most extra rollouts of one step that replace groups", low=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -168,6 +201,8 @@ class LossOptions(Options):
             raise UsageError("--kl_estimator=k1: as a loss its expected gradient is zero; use k3 or k2")
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise UsageError("--loss_type=cispo: needs --epsilon_high, the cap of the ratio itself, such as 5")
+        if self.sync_ref_steps and not self.beta:
+            raise UsageError(f"--sync_ref_steps={self.sync_ref_steps}: --beta=0 has no reference to move")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,13 +231,23 @@ class StepOptions(Options):
 
     batch_size: int = option(16, "prompts per step", low=1)
     num_generations: int = option(8, "completions per prompt: the group", low=2)
-    num_iterations: int = option(1, "optimizer updates per rollout", low=1)
+    num_iterations: int = option(1, "passes of the update over a rollout", low=1)
+    num_minibatches: int = option(1, "updates per pass, each on an equal share of the prompts", low=1)
     gradient_accumulation_steps: str = option(
         "auto", "parts the update is computed in, which changes no number; auto fits memory"
     )
     max_steps: int = option(0, "steps to train; 0 means --num_epochs over the data", low=0)
     num_epochs: float = option(1.0, "passes over the data when --max_steps is 0", above=0.0)
     seed: int = option(0, "seed of shuffling, sampling and random weights", low=0, high=LARGEST_SEED)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size % self.num_minibatches:
+            raise UsageError(f"--num_minibatches={self.num_minibatches}: must divide --batch_size={self.batch_size}")
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.num_iterations * self.num_minibatches
 
 
 @dataclasses.dataclass(frozen=True)

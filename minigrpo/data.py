@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,15 @@ def load_dataset(options: DataOptions, split: str) -> Dataset:
         return Dataset(name, arithmetic.problems(split, count), arithmetic.SYSTEM_PROMPT)
     if name.startswith("builtin:"):
         raise UsageError(f"--dataset={name}: no such built-in dataset; there is builtin:arithmetic")
-    return Dataset(name, map_columns(read_rows(name, split), options))
+    rows = read_rows(name, split)
+    refuse_recorded(name, rows[0])
+    return Dataset(name, map_columns(rows, options))
+
+
+def refuse_recorded(name: str, row: Row) -> None:
+    """UsageError for responses on file where completions are going to be sampled."""
+    if "responses" in row or "chosen" in row:
+        raise UsageError(f"--dataset={name}: holds responses; --offline trains on them without sampling")
 
 
 def is_file(name: str) -> bool:
@@ -79,6 +88,11 @@ def parse_line(path: Path, number: int, line: str) -> Row:
     return row
 
 
+def from_chat(row: Row) -> Row:
+    prompt, answer = split_messages(row.get("messages"))
+    return row | {"prompt": prompt, "answer": answer}
+
+
 def read_hub(name: str, split: str) -> list[Row]:
     """A Hub dataset's split, through the datasets library; "gsm8k" is short for openai/gsm8k."""
     import datasets  # slow to import, and only needed here
@@ -95,7 +109,11 @@ def read_hub(name: str, split: str) -> list[Row]:
 
 
 def map_columns(rows: list[Row], options: DataOptions) -> list[Row]:
-    """Rows with "prompt" and "answer" taken from the columns that the flags name or that are found."""
+    """Rows with "prompt" and "answer" taken from the columns that the flags name or that are found.
+
+    Of chat {messages} the last answer is the reference.
+    """
+    rows = [from_chat(row) for row in rows] if "messages" in rows[0] and "prompt" not in rows[0] else rows
     prompt = choose_column(rows[0], "prompt_column", options.prompt_column, PROMPT_COLUMNS)
     answer = choose_column(rows[0], "answer_column", options.answer_column, ANSWER_COLUMNS)
     mapped = []
@@ -108,6 +126,67 @@ def map_columns(rows: list[Row], options: DataOptions) -> list[Row]:
             raise UsageError(f"--dataset={options.dataset}: row {number} has {repr(row[column])[:60]} as {column!r}")
         mapped.append(row | {"prompt": row[prompt], "answer": str(row[answer])})
     return mapped
+
+
+# Responses on file
+
+
+def read_recorded(options: DataOptions) -> Dataset:
+    """Rows with "prompt", "responses" (texts) and "scores" (numbers), for training without sampling.
+
+    From {prompt, responses, scores}, {prompt, chosen, rejected} (scores 1 and 0) or chat {messages} (score 1).
+    """
+    rows = read_rows(options.dataset, "train")
+    return Dataset(options.dataset, [recorded_row(options.dataset, number, row) for number, row in enumerate(rows, 1)])
+
+
+def recorded_row(name: str, number: int, row: Row) -> Row:
+    kind = next((kind for kind in RECORDED if kind in row), None)
+    if kind is None:
+        raise UsageError(
+            f"--dataset={name}: row {number} has no responses, chosen or messages; its columns are {', '.join(row)}"
+        )
+    prompt, responses, scores = RECORDED[kind](row)
+    if not is_prompt(prompt):
+        raise UsageError(f"--dataset={name}: row {number} has no prompt before its responses")
+    texts = isinstance(responses, list) and bool(responses) and all(isinstance(text, str) for text in responses)
+    if not texts or not isinstance(scores, list) or len(scores) != len(responses):
+        raise UsageError(f"--dataset={name}: row {number} needs a list of responses and as many scores")
+    if not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
+        raise UsageError(f"--dataset={name}: row {number} has scores {str(scores)[:60]}; they must be finite numbers")
+    return row | {"prompt": prompt, "responses": responses, "scores": scores}
+
+
+def scored_row(row: Row) -> tuple[Any, Any, Any]:
+    return row.get("prompt"), row["responses"], row.get("scores")
+
+
+def preference_row(row: Row) -> tuple[Any, Any, Any]:
+    """The chosen response scores 1, the rejected one 0; each is text or messages, which may hold the prompt too."""
+    prompt, chosen = split_messages(row["chosen"])
+    return row.get("prompt") or prompt, [chosen, split_messages(row.get("rejected"))[1]], [1.0, 0.0]
+
+
+def chat_row(row: Row) -> tuple[Any, Any, Any]:
+    """The last assistant message is the response."""
+    prompt, response = split_messages(row["messages"])
+    return prompt, [response], [1.0]
+
+
+RECORDED = {"responses": scored_row, "chosen": preference_row, "messages": chat_row}
+"""Column that tells a kind of row -> how to read it, as (prompt, responses, scores)."""
+
+
+def split_messages(messages: Any) -> tuple[Any, Any]:
+    """A chat that ends with the assistant -> the messages before, and that answer; text is an answer alone.
+
+    >>> split_messages([{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}])
+    ([{'role': 'user', 'content': '2 + 2?'}], '4')
+    """
+    if not is_prompt(messages) or isinstance(messages, str):
+        return None, messages
+    answered = messages[-1]["role"] == "assistant"
+    return messages[:-1], messages[-1]["content"] if answered else None
 
 
 def is_prompt(value: Any) -> bool:

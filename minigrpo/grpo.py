@@ -16,7 +16,7 @@ from minigrpo import losses
 from minigrpo.attention import ATTENTION, attend_on
 from minigrpo.config import LossOptions
 from minigrpo.logprobs import Head, completion_logprobs
-from minigrpo.model import Params, unchanged
+from minigrpo.model import Params, join, unchanged
 from minigrpo.optimizer import TrainState, apply_gradients
 from minigrpo.sharding import Layout, by_sequence
 
@@ -49,8 +49,8 @@ class Batch:
     completions: Any  # int32 [B, C]
     completion_lengths: Any  # int32 [B]
     advantages: Any  # float [B]
-    rollout_logprobs: Any  # float [B, C]
-    """Recorded by the sampler."""
+    rollout_logprobs: Any  # float [B, C] or None
+    """Recorded by the sampler; None for responses on file."""
     old_logprobs: Any = None  # float [B, C] or None
     """Of the policy that sampled, recomputed by the trainer; None when this update is the first on these samples."""
     ref_logprobs: Any = None  # float [B, C] or None
@@ -101,6 +101,25 @@ def group_advantages(
     return (centred / spread).astype(np.float32)
 
 
+def ragged_advantages(
+    rewards: Float[np.ndarray, "B"], group: int, scale: str, baseline: str = "group"
+) -> Float[np.ndarray, "B"]:
+    """`group_advantages` of groups that are not all full: NaN stands for no completion and gives 0.
+
+    A group of one has nothing to be compared with: its advantage is its reward.
+    """
+    present = ~np.isnan(rewards)
+    if present.all():
+        return group_advantages(rewards, group, scale, baseline)
+    result = np.zeros(len(rewards), np.float32)
+    for start in range(0, len(rewards), group):
+        rows = start + np.flatnonzero(present[start : start + group])
+        own, inside = rewards[rows], "group" if scale == "group" else "none"
+        result[rows] = group_advantages(own, len(own), inside, baseline) if len(own) > 1 else own
+    spread = rewards[present].std(ddof=1) + ADVANTAGE_EPSILON if scale == "batch" else 1.0
+    return (result / spread).astype(np.float32)
+
+
 def normalised_apart(
     parts: dict[str, Float[np.ndarray, "B"]], weights: dict[str, float], group: int
 ) -> Float[np.ndarray, "B"]:
@@ -108,7 +127,7 @@ def normalised_apart(
 
     The sum is normalised once more over the batch.
     """
-    own = [weights[name] * group_advantages(scores, group, "group") for name, scores in parts.items()]
+    own = [weights[name] * ragged_advantages(scores, group, "group") for name, scores in parts.items()]
     total = np.sum(own, axis=0, dtype=np.float64)
     return ((total - total.mean()) / (total.std(ddof=1) + ADVANTAGE_EPSILON)).astype(np.float32)
 
@@ -144,7 +163,7 @@ def assemble(
         completions=kept,
         completion_lengths=lengths.astype(np.int32),
         advantages=np.zeros(len(prompts), np.float32),
-        rollout_logprobs=np.zeros(kept.shape, np.float32),
+        rollout_logprobs=None,
     )
 
 
@@ -191,7 +210,8 @@ def policy_loss(
     log_ratio = losses.LOG_RATIOS[options.importance_sampling_level](jnp.where(mask, logprobs - old, 0), counted)
     ratio = jnp.exp(log_ratio)
     advantages = batch.advantages[:, None]
-    mismatch = jnp.where(mask, old - batch.rollout_logprobs, 0)
+    recorded = old if batch.rollout_logprobs is None else batch.rollout_logprobs
+    mismatch = jnp.where(mask, old - recorded, 0)
     correct = losses.CORRECTIONS[options.rollout_correction]
     loss = surrogate(options, ratio, advantages, logprobs) * correct(mismatch, counted, options.rollout_correction_cap)
     ref = logprobs if batch.ref_logprobs is None else jnp.where(mask, batch.ref_logprobs, logprobs)
@@ -231,15 +251,20 @@ class Trainer:
     """Loss mask of the whole batch and its number of completions -> weight of every token in the loss."""
     parts: int
     """gradient_accumulation_steps: the batch is computed in this many parts, which changes no number."""
+    dropout_seed: int | None = None
+    """Seed of the adapters' dropout; None is no dropout."""
 
 
-def score(trainer: Trainer, params: Params, batch: Batch) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
-    """Log-probs and entropy of the completions under `params`."""
+def score(
+    trainer: Trainer, params: Params, batch: Batch, dropout: Array | None = None
+) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+    """Log-probs and entropy of the completions under `params`, with adapter dropout if it has a key per sequence."""
     model = nnx.merge(trainer.graph, params)
     policy = CHECKPOINT_POLICIES[trainer.remat]
     remat = unchanged if policy is None else functools.partial(jax.checkpoint, policy=policy)
     positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
-    hidden, _ = model(batch.tokens, positions, attend_on(trainer.head.mesh), None, trainer.layout, remat)
+    attend = attend_on(trainer.head.mesh)
+    hidden, _ = model(batch.tokens, positions, attend, None, trainer.layout, remat, dropout=dropout)
     return completion_logprobs(trainer.head, hidden, model.head_weights(), batch.prompt_lengths, batch.completions)
 
 
@@ -267,14 +292,24 @@ def batch_logprobs(trainer: Trainer, params: Params, batch: Batch) -> Float[Arra
     return jax.lax.with_sharding_constraint(from_parts(trainer, parts), by_sequence(trainer.head.mesh))
 
 
+def dropout_keys(trainer: Trainer, updates: Array, rows: int) -> Array | None:
+    """A key per sequence, fixed by the seed, the update and the row."""
+    if trainer.dropout_seed is None:
+        return None
+    return jax.random.split(jax.random.fold_in(jax.random.key(trainer.dropout_seed), updates), rows)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def update(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-    """One optimizer step on the batch's loss -> new state, metrics. Denominators are those of the whole batch."""
+def update(trainer: Trainer, state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step on the batch's loss -> new state, metrics. Denominators are those of the whole batch.
+
+    `frozen` are the weights that are not trained: the base model under adapters, {} otherwise.
+    """
     weights = trainer.weigh(batch.loss_mask, (batch.completion_lengths > 0).sum())
 
     def part_loss(params, part):
-        batch, weights = part
-        logprobs, entropy = score(trainer, params, batch)
+        batch, weights, keys = part
+        logprobs, entropy = score(trainer, join(params, frozen), batch, keys)
         return trainer.objective(batch, weights, logprobs, entropy)
 
     def accumulate(total, part):
@@ -282,7 +317,8 @@ def update(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[TrainStat
         summed = jax.tree.map(jnp.add, total, (loss, aux["sums"], grads))
         return summed, aux["largest"]
 
-    parts = in_parts(trainer, (batch, weights))
+    keys = dropout_keys(trainer, state.updates, len(batch.tokens))
+    parts = in_parts(trainer, (batch, weights, keys))
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(lambda: part_loss(state.params, first))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1]["sums"], state.params))

@@ -140,13 +140,28 @@ def completion_metrics(lengths: np.ndarray, stopped: np.ndarray) -> dict[str, fl
 
 
 def reward_metrics(total: np.ndarray, parts: dict[str, np.ndarray], group: int) -> dict[str, float]:
-    """Mean reward, mean std inside groups, the share of groups without any, and each function's mean and std."""
-    spread = total.reshape(-1, group).std(axis=1, ddof=1)
+    """Mean reward, mean std inside groups, the share of groups without any, and each function's mean and std.
+
+    NaN stands for no completion, or for a function that does not apply to it.
+    """
+    spreads = np.array([spread(row) for row in total.reshape(-1, group)])
     metrics = {
-        "reward": float(total.mean()),
-        "reward_std": float(spread.mean()),
-        "frac_reward_zero_std": float((spread < 1e-8).mean()),
+        "reward": mean(total),
+        "reward_std": float(spreads.mean()),
+        "frac_reward_zero_std": float((spreads < 1e-8).mean()),
     }
     for name, scores in parts.items():
-        metrics |= {f"rewards/{name}/mean": float(scores.mean()), f"rewards/{name}/std": float(scores.std(ddof=1))}
+        metrics |= {f"rewards/{name}/mean": mean(scores), f"rewards/{name}/std": spread(scores)}
     return metrics
+
+
+def mean(values: np.ndarray) -> float:
+    """Of those that are not NaN; 0 for none."""
+    present = values[~np.isnan(values)]
+    return float(present.mean()) if len(present) else 0.0
+
+
+def spread(values: np.ndarray) -> float:
+    """Unbiased std of those that are not NaN; 0 for fewer than two."""
+    present = values[~np.isnan(values)]
+    return float(present.std(ddof=1)) if len(present) > 1 else 0.0

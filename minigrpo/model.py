@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from minigrpo.config import UsageError
-from minigrpo.sharding import ONE_DEVICE, Layout
+from minigrpo.sharding import ONE_DEVICE, Layout, spec_of
 
 DIMS = {
     "embed": "VD",
@@ -38,8 +39,24 @@ DIMS = {
     "gate": "LDF",
     "up": "LDF",
     "down": "LFD",
+    "embed_scale": "V",
+    "head_scale": "V",
 }
-"""Parameter name -> its dims, one letter each."""
+"""Parameter name -> its dims, one letter each; R is the rank of an adapter."""
+
+PROJECTIONS = {
+    "q": ("D", "NH"),
+    "k": ("D", "KH"),
+    "v": ("D", "KH"),
+    "o": ("NH", "D"),
+    "gate": ("D", "F"),
+    "up": ("D", "F"),
+    "down": ("F", "D"),
+}
+"""A layer's matrices -> dims of what goes in and of what comes out."""
+
+for matrix, (ins, outs) in PROJECTIONS.items():
+    DIMS |= {f"{matrix}_lora_a": f"L{ins}R", f"{matrix}_lora_b": f"LR{outs}", f"{matrix}_scale": f"L{outs}"}
 
 Params = dict[str, Any]
 """A nested dict of arrays, the pure form of the model's NNX state."""
@@ -52,8 +69,23 @@ EachLayer = Callable[[Callable, Any, Any], tuple[Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Adapters of rank `rank` beside the `targets`: W x + alpha/rank * B A x (arXiv:2106.09685, section 4.1)."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    """Share of A's inputs that training zeroes."""
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model, as its checkpoint's config.json states it."""
+    """The shape of a model, as its checkpoint's config.json states it, and what a run adds to it."""
 
     model_type: str
     vocab_size: int
@@ -67,6 +99,9 @@ class ModelConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     max_position_embeddings: int
+    lora: Lora | None = None
+    int8: bool = False
+    """Matrices are held as int8 with a scale per output."""
 
     @property
     def qk_norm(self) -> bool:
@@ -87,10 +122,14 @@ class ModelConfig:
             "N": self.num_attention_heads,
             "K": self.num_key_value_heads,
             "H": self.head_dim,
+            "R": self.lora.rank if self.lora else 1,
         }
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.sizes[letter] for letter in DIMS[name])
+
+    def quantized(self, name: str) -> bool:
+        return self.int8 and (name in PROJECTIONS or name in ("embed", "head"))
 
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -180,25 +219,71 @@ def apply_rope(x: Float[Array, "B T N H"], angles: tuple[Array, Array]) -> Float
 
 
 def parameter(config: ModelConfig, name: str) -> nnx.Param:
-    return nnx.Param(jnp.zeros(config.shape(name)))
+    return nnx.Param(jnp.zeros(config.shape(name), jnp.int8 if config.quantized(name) else jnp.float32))
 
 
-class Attention(nnx.Module):
+def layer_dims(name: str) -> str:
+    """Dims of one layer's parameter."""
+    return DIMS[name].replace("L", "")
+
+
+class Projections(nnx.Module):
+    """Some of a layer's matrices, with scales where they are int8 and adapters where LoRA trains them."""
+
+    def __init__(self, config: ModelConfig, names: tuple[str, ...]):
+        self.config = config
+        for name in names:
+            setattr(self, name, parameter(config, name))
+            if config.int8:
+                setattr(self, f"{name}_scale", parameter(config, f"{name}_scale"))
+            if config.lora and name in config.lora.targets:
+                setattr(self, f"{name}_lora_a", parameter(config, f"{name}_lora_a"))
+                setattr(self, f"{name}_lora_b", parameter(config, f"{name}_lora_b"))
+
+    def project(self, name: str, x: Array, dropout: Array | None) -> Array:
+        """The matrix `name` applied to x [B,T,...], scale and adapter included; `dropout` holds a key per sequence."""
+        ins, outs = PROJECTIONS[name]
+        weights = getattr(self, name)[...].astype(x.dtype)
+        out = jnp.einsum(f"BT{ins},{layer_dims(name)}->BT{outs}", x, weights)
+        if self.config.int8:
+            out = out * getattr(self, f"{name}_scale")[...]
+        if self.config.lora and name in self.config.lora.targets:
+            out = out + self.adapt(self.config.lora, name, x, dropout)
+        return out
+
+    def adapt(self, lora: Lora, name: str, x: Array, dropout: Array | None) -> Array:
+        """What the adapter of the matrix `name` adds."""
+        ins, outs = PROJECTIONS[name]
+        if dropout is not None:
+            x = drop_out(x, fold_all(dropout, list(PROJECTIONS).index(name)), lora.dropout)
+        inner = jnp.einsum(f"BT{ins},{ins}R->BTR", x, getattr(self, f"{name}_lora_a")[...])
+        return lora.scale * jnp.einsum(f"BTR,R{outs}->BT{outs}", inner, getattr(self, f"{name}_lora_b")[...])
+
+
+def fold_all(keys: Array, data: int | Array) -> Array:
+    """Every key with `data` folded in."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+
+
+def drop_out(x: Float[Array, "B T *D"], keys: Array, rate: float) -> Float[Array, "B T *D"]:
+    """Zeroes a share of each sequence's entries and scales up the others (Srivastava et al. 2014)."""
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+class Attention(Projections):
     """Grouped-query attention of all layers (stacked on L), or of one once a layer is taken out."""
 
     def __init__(self, config: ModelConfig):
-        self.config = config
-        self.q, self.k, self.v, self.o = (parameter(config, name) for name in ("q", "k", "v", "o"))
+        super().__init__(config, ("q", "k", "v", "o"))
         if config.qkv_bias:
             self.q_bias, self.k_bias, self.v_bias = (parameter(config, f"{name}_bias") for name in ("q", "k", "v"))
         if config.qk_norm:
             self.q_norm, self.k_norm = parameter(config, "q_norm"), parameter(config, "k_norm")
 
-    def project(self, x: Array) -> tuple[Array, Array, Array]:
+    def heads(self, x: Array, dropout: Array | None) -> tuple[Array, Array, Array]:
         """x [B,T,D] -> q [B,T,N,H], k [B,T,K,H], v [B,T,K,H] with bias or norm, before rope."""
-        q = jnp.einsum("BTD,NDH->BTNH", x, self.q[...])
-        k = jnp.einsum("BTD,KDH->BTKH", x, self.k[...])
-        v = jnp.einsum("BTD,KDH->BTKH", x, self.v[...])
+        q, k, v = (self.project(name, x, dropout) for name in ("q", "k", "v"))
         if self.config.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if self.config.qk_norm:
@@ -206,10 +291,12 @@ class Attention(nnx.Module):
             k = rms_norm(k, self.k_norm[...], self.config.rms_norm_eps)
         return q, k, v
 
-    def __call__(self, x: Array, angles: tuple[Array, Array], layer: Array, attend: Attend, carry: Any):
-        q, k, v = self.project(x)
+    def __call__(
+        self, x: Array, angles: tuple[Array, Array], layer: Array, attend: Attend, carry: Any, dropout: Array | None
+    ):
+        q, k, v = self.heads(x, dropout)
         out, carry = attend(layer, apply_rope(q, angles), apply_rope(k, angles), v, carry)
-        return jnp.einsum("BTNH,NHD->BTD", out, self.o[...]), carry
+        return self.project("o", out, dropout), carry
 
 
 def silu(x: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
@@ -217,16 +304,15 @@ def silu(x: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
     return x * (0.5 + 0.5 * jnp.tanh(0.5 * x))
 
 
-class Mlp(nnx.Module):
+class Mlp(Projections):
     """SwiGLU feed-forward (arXiv:2002.05202)."""
 
     def __init__(self, config: ModelConfig):
-        self.gate, self.up, self.down = (parameter(config, name) for name in ("gate", "up", "down"))
+        super().__init__(config, ("gate", "up", "down"))
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = jnp.einsum("BTD,DF->BTF", x, self.gate[...])
-        up = jnp.einsum("BTD,DF->BTF", x, self.up[...])
-        return jnp.einsum("BTF,FD->BTD", silu(gate) * up, self.down[...])
+    def __call__(self, x: Float[Array, "B T D"], dropout: Array | None) -> Float[Array, "B T D"]:
+        gated = silu(self.project("gate", x, dropout)) * self.project("up", x, dropout)
+        return self.project("down", gated, dropout)
 
 
 class Block(nnx.Module):
@@ -239,11 +325,13 @@ class Block(nnx.Module):
         self.attention = Attention(config)
         self.mlp = Mlp(config)
 
-    def __call__(self, x: Array, angles: tuple[Array, Array], layer: Array, attend: Attend, carry: Any):
+    def __call__(
+        self, x: Array, angles: tuple[Array, Array], layer: Array, attend: Attend, carry: Any, dropout: Array | None
+    ):
         eps = self.config.rms_norm_eps
-        out, carry = self.attention(rms_norm(x, self.attn_norm[...], eps), angles, layer, attend, carry)
+        out, carry = self.attention(rms_norm(x, self.attn_norm[...], eps), angles, layer, attend, carry, dropout)
         x = x + out
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], eps)), carry
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...], eps), dropout), carry
 
 
 def unchanged(x):
@@ -260,6 +348,10 @@ class Qwen(nnx.Module):
         self.final_norm = parameter(config, "final_norm")
         if not config.tie_word_embeddings:
             self.head = parameter(config, "head")
+        if config.int8:
+            self.embed_scale = parameter(config, "embed_scale")
+        if config.int8 and not config.tie_word_embeddings:
+            self.head_scale = parameter(config, "head_scale")
 
     def __call__(
         self,
@@ -270,11 +362,13 @@ class Qwen(nnx.Module):
         layout: Layout = ONE_DEVICE,
         remat: Callable[[Callable], Callable] = unchanged,
         each_layer: EachLayer = jax.lax.scan,
+        dropout: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Hidden states after the final norm, and what `attend` made of `carry`.
 
         `layout` says in which dtype and where on the mesh to compute; `remat` wraps the scanned layer, as
-        jax.checkpoint does, and `each_layer` runs it over the layers, as jax.lax.scan does.
+        jax.checkpoint does, and `each_layer` runs it over the layers, as jax.lax.scan does. `dropout` holds a key per
+        sequence for the adapters' dropout, None being no dropout.
         """
         angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
         graph, stacked = nnx.split(self.layers)
@@ -282,17 +376,26 @@ class Qwen(nnx.Module):
         def layer(state, scanned):
             (x, carry), (index, weights) = state, scanned
             block = nnx.merge(graph, layout.weights(weights))
-            x, carry = block(x, angles, index, attend, carry)
+            keys = None if dropout is None else fold_all(dropout, index)
+            x, carry = block(x, angles, index, attend, carry, keys)
             return (layout.activations(x), carry), None
 
-        x = layout.activations(layout.embed(self.embed[...], tokens))
+        x = layout.embed(self.embed[...], tokens)
+        if self.config.int8:
+            x = x * self.embed_scale[...][tokens][..., None].astype(x.dtype)
+        x = layout.activations(x)
         indices = jnp.arange(self.config.num_hidden_layers)
         (x, carry), _ = each_layer(remat(layer), (x, carry), (indices, nnx.to_pure_dict(stacked)))
         return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), carry
 
     def head_weights(self) -> Float[Array, "V D"]:
         """The output head, which is the embedding itself when the two are tied."""
-        return self.embed[...] if self.config.tie_word_embeddings else self.head[...]
+        name = "embed" if self.config.tie_word_embeddings else "head"
+        weights = getattr(self, name)[...]
+        if not self.config.int8:
+            return weights
+        scale = getattr(self, f"{name}_scale")[...]
+        return weights.astype(scale.dtype) * scale[:, None]
 
 
 def unembed(hidden: Float[Array, "*B D"], head: Float[Array, "V D"]) -> Float[Array, "*B V"]:
@@ -301,9 +404,37 @@ def unembed(hidden: Float[Array, "*B D"], head: Float[Array, "V D"]) -> Float[Ar
 
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, Params]:
-    """The model's graph and the shapes of its parameters; nothing is allocated."""
+    """The model's graph and the shapes of its parameters, `dtype` but for int8 ones; nothing is allocated."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Qwen(config)))
-    return graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nnx.to_pure_dict(state))
+
+    def shape(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype if x.dtype == jnp.int8 else dtype)
+
+    return graph, jax.tree.map(shape, nnx.to_pure_dict(state))
+
+
+def select(params: Params, keep: Callable[[str], bool]) -> Params:
+    """The part of a tree whose leaves' own names `keep` accepts."""
+    parts = {name: select(value, keep) for name, value in params.items() if isinstance(value, dict)}
+    leaves = {name: value for name, value in params.items() if not isinstance(value, dict) and keep(name)}
+    return {name: value for name, value in parts.items() if value} | leaves
+
+
+def join(params: Params, more: Params) -> Params:
+    """Two parts of a tree as one."""
+    both = {name: join(params[name], more[name]) for name in params.keys() & more.keys()}
+    return params | more | both
+
+
+def is_adapter(name: str) -> bool:
+    return name.endswith(("lora_a", "lora_b"))
+
+
+def split_trained(config: ModelConfig, params: Params) -> tuple[Params, Params]:
+    """What training changes, and what it does not: adapters and their base, or all weights and nothing."""
+    if config.lora is None:
+        return params, {}
+    return select(params, is_adapter), select(params, lambda name: not is_adapter(name))
 
 
 def leaf_name(path: tuple) -> str:
@@ -311,15 +442,28 @@ def leaf_name(path: tuple) -> str:
     return path[-1].key
 
 
+def leaf_sharding(mesh: Mesh, path: tuple) -> NamedSharding:
+    """Where a leaf of parameters or state lives: as the parameter that its path ends in, or else on every device."""
+    name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else ""
+    return NamedSharding(mesh, spec_of(DIMS.get(name, "")))
+
+
 def init_params(config: ModelConfig, key: Array) -> Params:
-    """Random float32 weights: norms 1, biases 0, the rest normal(0, 0.02), residual outputs scaled by 1/sqrt(2L)."""
+    """Random float32 weights: norms 1, biases 0, the rest normal(0, 0.02), residual outputs scaled by 1/sqrt(2L).
+
+    Adapters start as PEFT's do: A uniform within 1/sqrt(inputs), B zero.
+    """
 
     def init(path, leaf):
         name = leaf_name(path)
         if name.endswith("norm"):
             return jnp.ones(leaf.shape)
-        if name.endswith("bias"):
+        if name.endswith(("bias", "lora_b")):
             return jnp.zeros(leaf.shape)
+        if name.endswith("lora_a"):
+            bound = 1 / math.sqrt(math.prod(leaf.shape[1:-1]))
+            own = jax.random.fold_in(key, list(DIMS).index(name))
+            return jax.random.uniform(own, leaf.shape, minval=-bound, maxval=bound)
         scale = 0.02 / math.sqrt(2 * config.num_hidden_layers) if name in ("o", "down") else 0.02
         return scale * jax.random.normal(jax.random.fold_in(key, list(DIMS).index(name)), leaf.shape)
 

@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from minigrpo.config import OptimizerOptions
-from minigrpo.model import DIMS, Params, leaf_name
-from minigrpo.sharding import spec_of
+from minigrpo.model import DIMS, Params, leaf_name, leaf_sharding
 
 
 @jax.tree_util.register_dataclass
@@ -23,6 +22,8 @@ class TrainState:
     opt_state: Any
     updates: Any  # int32 scalar
     """Updates applied; the learning rate is a function of it."""
+    reference: Any = None
+    """The frozen policy of the KL penalty when --sync_ref_steps moves it; otherwise None."""
 
 
 def learning_rate(options: OptimizerOptions, total: int) -> optax.Schedule:
@@ -58,13 +59,9 @@ def make_optimizer(options: OptimizerOptions, total: int) -> optax.GradientTrans
     return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), adamw)
 
 
-def leaf_sharding(mesh: Mesh, path: tuple) -> NamedSharding:
-    """Where a leaf of parameters or state lives: as the parameter that its path ends in, or else on every device."""
-    name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else ""
-    return NamedSharding(mesh, spec_of(DIMS.get(name, "")))
-
-
-def init_state(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> TrainState:
+def init_state(
+    optimizer: optax.GradientTransformation, params: Params, mesh: Mesh, reference: Params | None = None
+) -> TrainState:
     """A fresh state; the moments are laid out on the mesh like the parameters, counters are replicated."""
 
     def start(params):
@@ -72,7 +69,8 @@ def init_state(optimizer: optax.GradientTransformation, params: Params, mesh: Me
 
     shapes = jax.eval_shape(start, params)
     shardings = jax.tree_util.tree_map_with_path(lambda path, _: leaf_sharding(mesh, path), shapes)
-    return TrainState(params, *jax.jit(start, out_shardings=shardings)(params))
+    opt_state, updates = jax.jit(start, out_shardings=shardings)(params)
+    return TrainState(params, opt_state, updates, reference)
 
 
 def apply_gradients(
@@ -82,6 +80,6 @@ def apply_gradients(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    updated = TrainState(optax.apply_updates(state.params, steps), opt_state, state.updates + 1)
+    updated = TrainState(optax.apply_updates(state.params, steps), opt_state, state.updates + 1, state.reference)
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
     return kept, {"grad_norm": norm, "skipped_updates": 1 - finite.astype(jnp.int32)}

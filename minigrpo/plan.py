@@ -5,6 +5,7 @@ times are only what counted bytes and FLOPs imply. Nothing is measured. The exit
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from minigrpo import grpo, hlo, memory
 from minigrpo.chips import CHIPS, GIB, Chip
 from minigrpo.config import (
     DataOptions,
+    LoraOptions,
     LossOptions,
     ModelOptions,
     OptimizerOptions,
@@ -36,10 +38,12 @@ from minigrpo.config import (
     parse_mesh,
     run_command,
 )
-from minigrpo.model import ModelConfig, abstract_params, parse_config, read_config
-from minigrpo.optimizer import TrainState, leaf_sharding
+from minigrpo.lora import make_lora
+from minigrpo.model import ModelConfig, abstract_params, join, parse_config, read_config, split_trained
+from minigrpo.optimizer import TrainState
 from minigrpo.rollout import RolloutPlan, decode_weights, num_pages, run_mesh, spread
 from minigrpo.sharding import DATA, by_sequence, check_divisible, replicated
+from minigrpo.sources import placed
 from minigrpo.start import DEFAULT_MODEL, Programs, check_loss
 from minigrpo.tokenizer import load_tokenizer
 
@@ -54,7 +58,9 @@ class PlanOptions(Options):
     mesh: str = option("4,2", "FSDP,TP mesh")
 
 
-SECTIONS = (ModelOptions, DataOptions, RolloutOptions, LossOptions, OptimizerOptions, StepOptions, PlanOptions)
+SECTIONS = (
+    ModelOptions, LoraOptions, DataOptions, RolloutOptions, LossOptions, OptimizerOptions, StepOptions, PlanOptions,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +123,7 @@ def make_programs(settings: Settings) -> Programs:
     name = DEFAULT_MODEL if options.model == "auto" else options.model
     dtype = "bfloat16" if options.compute_dtype == "auto" else options.compute_dtype
     config, num_tokens = known_model(name)
+    config = dataclasses.replace(config, lora=make_lora(settings[LoraOptions]), int8=options.quantize == "int8")
     mesh = topology_mesh(settings[PlanOptions].topology, settings[PlanOptions].mesh)
     check_divisible(config.sizes, mesh)
     check_loss(settings[LossOptions], settings[RolloutOptions])
@@ -126,24 +133,25 @@ def make_programs(settings: Settings) -> Programs:
     return Programs(settings, config, graph, mesh, jnp.dtype(dtype), num_tokens, (num_tokens - 1,))
 
 
-def placed(mesh: Mesh, shapes: Any) -> Any:
-    """Shapes of parameters or state, laid out as training keeps them."""
-
-    def place(path, leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf_sharding(mesh, path))
-
-    return jax.tree_util.tree_map_with_path(place, shapes)
-
-
-def placed_params(programs: Programs, dtype: Any) -> Any:
-    return placed(programs.mesh, abstract_params(programs.config, dtype)[1])
+def placed_params(programs: Programs, dtype: Any) -> tuple[Any, Any]:
+    """What is trained, in float32, and what is not, in `dtype`."""
+    trained = split_trained(programs.config, abstract_params(programs.config)[1])[0]
+    frozen = split_trained(programs.config, abstract_params(programs.config, dtype)[1])[1]
+    return placed(programs.mesh, trained), placed(programs.mesh, frozen)
 
 
 def placed_state(programs: Programs, trainer: grpo.Trainer) -> TrainState:
     def make(params):
         return TrainState(params, trainer.optimizer.init(params), jnp.int32(0))
 
-    return placed(programs.mesh, jax.eval_shape(make, abstract_params(programs.config)[1]))
+    return placed(programs.mesh, jax.eval_shape(make, placed_params(programs, programs.dtype)[0]))
+
+
+def placed_reference(programs: Programs) -> Any:
+    """The reference: the model in the compute dtype, or the base with adapters that change nothing."""
+    if programs.config.lora:
+        return join(*placed_params(programs, programs.dtype))
+    return placed(programs.mesh, abstract_params(programs.config, programs.dtype)[1])
 
 
 def placed_batch(programs: Programs, trainer: grpo.Trainer, rows: int) -> grpo.Batch:
@@ -278,17 +286,16 @@ def cache_bytes(programs: Programs) -> int:
 def plan_weights(programs: Programs, work: Work, resident: int) -> Phase:
     """Laying the policy out for decoding."""
     plan = prompt_rows(programs)[0]
-    moved = work.weights * (4 / programs.mesh.size + programs.dtype.itemsize)
-    return compile_phase(
-        programs.mesh, resident, 0.0, moved, decode_weights, plan, placed_params(programs, jnp.float32)
-    )
+    moved = work.weights * (programs.trained_dtype.itemsize / programs.mesh.size + programs.dtype.itemsize)
+    params = join(*placed_params(programs, programs.dtype))
+    return compile_phase(programs.mesh, resident, 0.0, moved, decode_weights, plan, params)
 
 
 def plan_rollout(programs: Programs, work: Work, resident: int) -> Phase:
     """Prefill and decoding of the step's completions."""
     plan, prompts = prompt_rows(programs)
     whole = replicated(programs.mesh)
-    params = placed_params(programs, programs.dtype)
+    params = jax.eval_shape(functools.partial(decode_weights, plan), join(*placed_params(programs, programs.dtype)))
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
     seed = jax.ShapeDtypeStruct((2,), np.int32, sharding=whole)
     chips = programs.mesh.size
@@ -297,10 +304,9 @@ def plan_rollout(programs: Programs, work: Work, resident: int) -> Phase:
     return compile_phase(programs.mesh, resident, flops, moved, run_mesh, plan, weights, prompts, seed)
 
 
-def plan_scoring(programs: Programs, trainer: grpo.Trainer, work: Work, resident: int, dtype: Any) -> Phase:
-    """Log-probs of a policy kept as `dtype`: of the reference, or of the one that sampled."""
+def plan_scoring(programs: Programs, trainer: grpo.Trainer, work: Work, resident: int, params: Any) -> Phase:
+    """Log-probs under `params`: of the reference, or of the policy that sampled."""
     batch = placed_batch(programs, trainer, work.rows)
-    params = placed_params(programs, dtype)
     moved = trainer.parts * work.weights * programs.dtype.itemsize
     flops = sum(work.score_flops()) / programs.mesh.size
     return compile_phase(programs.mesh, resident, flops, moved, grpo.batch_logprobs, trainer, params, batch)
@@ -312,14 +318,14 @@ def plan_update(programs: Programs, trainer: grpo.Trainer, work: Work, resident:
     scored = batch.rollout_logprobs
     if programs.settings[LossOptions].beta > 0:
         batch = dataclasses.replace(batch, ref_logprobs=scored)
-    if programs.settings[StepOptions].num_iterations > 1:
+    if programs.settings[StepOptions].updates_per_step > 1:
         batch = dataclasses.replace(batch, old_logprobs=scored)
-    state = placed_state(programs, trainer)
+    state, frozen = placed_state(programs, trainer), placed_params(programs, programs.dtype)[1]
     weights = work.weights * programs.dtype.itemsize
     saved = work.rows / programs.mesh.size * memory.saved_bytes(programs, work.prompt + work.completion)
     moved = 3 * trainer.parts * weights + 2 * saved + 2 * bytes_on_chip(state)
     flops = work.update_flops(trainer.remat) / programs.mesh.size
-    return compile_phase(programs.mesh, resident, flops, moved, grpo.update, trainer, state, batch)
+    return compile_phase(programs.mesh, resident, flops, moved, grpo.update, trainer, state, batch, frozen)
 
 
 def make_plan(programs: Programs) -> dict[str, Phase]:
@@ -329,19 +335,20 @@ def make_plan(programs: Programs) -> dict[str, Phase]:
     prompt, completion = settings[DataOptions].max_prompt_length, settings[RolloutOptions].max_completion_length
     work = Work(programs.config, steps.batch_size, steps.num_generations, prompt, completion)
     trainer = programs.trainer(max(1, steps.max_steps), memory.choose_parts(programs, work.rows))
-    state = bytes_on_chip(placed_state(programs, trainer))
-    params = bytes_on_chip(placed_params(programs, jnp.float32))
+    trained, frozen = placed_params(programs, programs.dtype)
+    state, base = bytes_on_chip(placed_state(programs, trainer)), bytes_on_chip(frozen)
+    moments = state - bytes_on_chip(trained)
     has_reference = settings[LossOptions].beta > 0
-    reference = bytes_on_chip(placed_params(programs, programs.dtype)) if has_reference else 0
+    own = bytes_on_chip(placed_reference(programs)) - base if has_reference else 0
     phases = {
-        "weights": plan_weights(programs, work, state - params + reference),
-        "rollout": plan_rollout(programs, work, state + reference),
+        "weights": plan_weights(programs, work, moments + own),
+        "rollout": plan_rollout(programs, work, state + base + own),
     }
-    if steps.num_iterations > 1:
-        phases["old_policy"] = plan_scoring(programs, trainer, work, state - params + reference, jnp.float32)
+    if steps.updates_per_step > 1:
+        phases["old_policy"] = plan_scoring(programs, trainer, work, moments + own, join(trained, frozen))
     if has_reference:
-        phases["reference"] = plan_scoring(programs, trainer, work, state, programs.dtype)
-    return phases | {"update": plan_update(programs, trainer, work, reference)}
+        phases["reference"] = plan_scoring(programs, trainer, work, state, placed_reference(programs))
+    return phases | {"update": plan_update(programs, trainer, work, own)}
 
 
 # What is said of it

@@ -4,14 +4,16 @@ A reward function has TRL's signature: it receives prompts, completions and comp
 keyword, as lists of equal length, and returns one float per completion.
 """
 
+import asyncio
 import dataclasses
 import decimal
+import functools
 import importlib.util
 import inspect
 import math
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,11 @@ def tag_count(completions: Sequence[str], **_: Any) -> list[float]:
     return [score(text) for text in completions]
 
 
+def overlong(limit: int, buffer: int, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+    """0 up to `limit` - `buffer` tokens, from there down to -1 at `limit` (DAPO, arXiv:2503.14476, eq. 13)."""
+    return [-min(1.0, max(0.0, (len(ids) - (limit - buffer)) / buffer)) for ids in completion_ids]
+
+
 BUILTIN: dict[str, RewardFunction] = {
     function.__name__: function
     for function in (answer, think_format, correctness, integer, strict_format, soft_format, tag_presence, tag_count)
@@ -210,6 +217,13 @@ def parse_rewards(flag: str) -> list[Reward]:
     if twice:
         raise UsageError(f"--reward={flag}: {twice} is given twice")
     return rewards
+
+
+def overlong_rewards(buffer: int, penalty: float, limit: int) -> list[Reward]:
+    """The reward of --overlong_buffer, if it is asked for; `limit` is that on a completion's tokens."""
+    if buffer > limit:
+        raise UsageError(f"--overlong_buffer={buffer}: must be at most --max_completion_length={limit}")
+    return [Reward("overlong", functools.partial(overlong, limit, buffer), penalty)] if buffer else []
 
 
 def parse_reward(part: str) -> Reward:
@@ -246,12 +260,16 @@ def load_function(path: Path, name: str) -> RewardFunction:
 
 
 def call_reward(reward: Reward, timeout: float, arguments: dict[str, Any]) -> Float[np.ndarray, "B"]:
-    """The function's scores; UsageError naming it when it raises, hangs, or returns anything but finite floats."""
+    """The function's scores, NaN where it returns None: it does not apply. It may be a coroutine.
+
+    UsageError naming it when it raises, hangs, or returns anything but finite floats.
+    """
     outcome: dict[str, Any] = {}
 
     def call():
         try:
-            outcome["scores"] = reward.function(**accepted(reward.function, arguments))
+            scores = reward.function(**accepted(reward.function, arguments))
+            outcome["scores"] = asyncio.run(finish(scores)) if inspect.isawaitable(scores) else scores
         except (Exception, SystemExit) as error:  # the user's own function may raise anything
             outcome["error"] = error
 
@@ -265,6 +283,10 @@ def call_reward(reward: Reward, timeout: float, arguments: dict[str, Any]) -> Fl
     return check_scores(reward.name, outcome["scores"], len(arguments["completions"]))
 
 
+async def finish(scores: Awaitable) -> Any:
+    return await scores
+
+
 def accepted(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that the function has parameters for; all of them when it takes **kwargs."""
     parameters = inspect.signature(function).parameters
@@ -275,14 +297,14 @@ def accepted(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, A
 
 def check_scores(name: str, scores: Any, count: int) -> Float[np.ndarray, "B"]:
     try:
-        values = np.asarray(scores, np.float64)
+        values = np.asarray(scores, np.float64)  # None becomes NaN
     except (TypeError, ValueError) as error:
         raise UsageError(f"reward {name}: returned {scores!r:.80}, not a list of floats") from error
     if values.shape != (count,):
         raise UsageError(
             f"reward {name}: returned shape {list(values.shape)} for {count} completions; one float each is due"
         )
-    bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
+    bad = [i for i, value in enumerate(values) if not math.isfinite(value) and scores[i] is not None]
     if bad:
         raise UsageError(f"reward {name}: returned {values[bad[0]]} for completion {bad[0]}; scores must be finite")
     return values
@@ -291,7 +313,7 @@ def check_scores(name: str, scores: Any, count: int) -> Float[np.ndarray, "B"]:
 def score_completions(
     rewards: list[Reward], timeout: float, arguments: dict[str, Any]
 ) -> tuple[Float[np.ndarray, "B"], dict[str, Float[np.ndarray, "B"]]]:
-    """Weighted sum of all rewards, and each function's own unweighted scores."""
+    """Weighted sum of all rewards that apply, NaN where none does, and each function's own unweighted scores."""
     parts = {reward.name: call_reward(reward, timeout, arguments) for reward in rewards}
-    total = sum((reward.weight * parts[reward.name] for reward in rewards), np.zeros(len(arguments["completions"])))
-    return total, parts
+    weighted = np.array([reward.weight * parts[reward.name] for reward in rewards])
+    return np.where(np.isnan(weighted).all(axis=0), np.nan, np.nansum(weighted, axis=0)), parts

@@ -22,9 +22,10 @@ from minigrpo import cache
 from minigrpo.attention import causal_attention
 from minigrpo.config import RolloutOptions, UsageError
 from minigrpo.kernels.paged_attention import append_rows, paged_attention
-from minigrpo.model import EachLayer, ModelConfig, Params, Qwen, unembed
+from minigrpo.lora import merge
+from minigrpo.model import EachLayer, ModelConfig, Params, Qwen, abstract_params, unembed
 from minigrpo.sampling import Sampler, sample
-from minigrpo.sharding import DATA, Layout, by_sequence, put, replicated
+from minigrpo.sharding import DATA, Layout, by_sequence, in_dtype, put, replicated
 
 WAITING, RUNNING, DONE = 0, 1, 2
 PREFILL_ROWS = 8
@@ -37,7 +38,10 @@ TAIL_SHRINK = 4
 class RolloutPlan:
     """Everything static about a rollout program."""
 
+    policy: ModelConfig
+    """The model that is trained."""
     model: ModelConfig
+    """The same as it is decoded."""
     graph: nnx.GraphDef
     mesh: Mesh
     dtype: Any
@@ -111,8 +115,8 @@ class Rollout:
     """Completions of P prompts, G each, on the host; row p*G+g is the g-th of prompt p. NumPy arrays."""
 
     tokens: Int[np.ndarray, "B C"]
-    logprobs: Float[np.ndarray, "B C"]
-    """As the trainer defines them: of the temperature-scaled softmax over all real tokens."""
+    logprobs: Float[np.ndarray, "B C"] | None
+    """As the trainer defines them: of the temperature-scaled softmax over all real tokens; None for those on file."""
     lengths: Int[np.ndarray, "B"]
     stopped: Bool[np.ndarray, "B"]
     """Whether the completion ended with a stop token (which is part of it) rather than at the length limit."""
@@ -386,11 +390,16 @@ def run_device(plan: RolloutPlan, params: Params, prompts: Prompts, key: Array):
     return state.tokens, state.logprobs, state.lengths, jnp.stack([state.steps, state.busy])[None]
 
 
+def decode_config(config: ModelConfig) -> ModelConfig:
+    """What is decoded: adapters are merged into their matrices, unless these are int8."""
+    return config if config.int8 else dataclasses.replace(config, lora=None)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def decode_weights(plan: RolloutPlan, params: Params) -> Params:
     """The policy laid out for decoding: in the compute dtype, whole on every device."""
-    cast = jax.tree.map(lambda w: w.astype(plan.dtype), params)
-    return jax.lax.with_sharding_constraint(cast, replicated(plan.mesh))
+    weights = params if plan.model == plan.policy else merge(plan.policy, params)
+    return jax.lax.with_sharding_constraint(in_dtype(weights, plan.dtype), replicated(plan.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -428,7 +437,6 @@ class Roller:
     def __init__(
         self,
         config: ModelConfig,
-        graph: nnx.GraphDef,
         mesh: Mesh,
         dtype: Any,
         options: RolloutOptions,
@@ -436,9 +444,11 @@ class Roller:
         stop_tokens: tuple[int, ...],
     ):
         self.mesh = mesh
+        model = decode_config(config)
         self.plan = RolloutPlan(
-            model=config,
-            graph=graph,
+            policy=config,
+            model=model,
+            graph=abstract_params(model)[0],
             mesh=mesh,
             dtype=dtype,
             sampler=Sampler(options.temperature, options.top_k, options.top_p, options.min_p),

@@ -11,6 +11,7 @@ from minigrpo import arithmetic, grpo, losses
 from minigrpo.config import (
     LARGEST_SEED,
     DataOptions,
+    LoraOptions,
     ModelOptions,
     OptimizerOptions,
     Options,
@@ -21,10 +22,10 @@ from minigrpo.config import (
 )
 from minigrpo.data import PROMPT_COLUMNS, Dataset, Prompts, batch_numbers, choose_column, is_prompt, read_rows, tokenize
 from minigrpo.metrics import check_empty, check_writable
+from minigrpo.model import Params, split_trained
 from minigrpo.optimizer import TrainState, init_state, learning_rate, make_optimizer
 from minigrpo.sharding import by_sequence, put
 from minigrpo.start import Setup, set_up
-from minigrpo.weights import export
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class SftOptions(Options):
 
 COMPLETION_COLUMNS = ("completion", "response", "answer")
 
-SECTIONS = (ModelOptions, DataOptions, OptimizerOptions, SftOptions)
+SECTIONS = (ModelOptions, LoraOptions, DataOptions, OptimizerOptions, SftOptions)
 
 
 def negative_log_likelihood(batch: grpo.Batch, weights, logprobs, entropy):
@@ -94,7 +95,7 @@ def read_data(setup: Setup) -> tuple[Prompts, list[list[int]]]:
     ]
 
 
-def train(setup: Setup) -> TrainState:
+def train(setup: Setup) -> tuple[TrainState, Params]:
     """The training loop."""
     options = setup.settings[SftOptions]
     data, completions = read_data(setup)
@@ -110,13 +111,15 @@ def train(setup: Setup) -> TrainState:
         objective=negative_log_likelihood,
         weigh=losses.weights_bnpo,
         parts=1,
+        dropout_seed=options.seed if setup.config.lora and setup.config.lora.dropout else None,
     )
-    state = init_state(optimizer, setup.load(options.seed), setup.mesh)
+    trained, frozen = split_trained(setup.config, setup.load(options.seed, setup.trained_dtype))
+    state = init_state(optimizer, trained, setup.mesh)
     started = time.perf_counter()
     for step in range(steps):
         numbers = batch_numbers(len(data), options.batch_size, step, options.seed)
         indices = [number % len(data) for number in numbers]
-        state, metrics = grpo.update(trainer, state, make_batch(setup, data, completions, indices))
+        state, metrics = grpo.update(trainer, state, make_batch(setup, data, completions, indices), frozen)
         if (step + 1) % options.log_steps == 0 or step + 1 == steps:
             loss, norm, rate = float(metrics["loss"]), float(metrics["grad_norm"]), float(schedule(step))
             seconds = (time.perf_counter() - started) / (step + 1)
@@ -124,7 +127,7 @@ def train(setup: Setup) -> TrainState:
                 f"step {step + 1}/{steps}  loss {loss:.4f}  grad_norm {norm:.3f}  lr {rate:.2e}  {seconds:.3f} s/step"
             )
             sys.stderr.write(text + "\n")
-    return state
+    return state, frozen
 
 
 def main(settings: Settings) -> int:
@@ -132,8 +135,8 @@ def main(settings: Settings) -> int:
     check_empty(folder)
     check_writable(folder)
     setup = set_up(settings, settings[SftOptions].mesh)
-    state = train(setup)
-    export(folder, setup.folder, state.params, setup.config, setup.stop_tokens)
+    state, frozen = train(setup)
+    setup.export(folder, folder / "adapter", state.params, frozen)
     sys.stderr.write(f"model written to {folder}\n")
     return 0
 

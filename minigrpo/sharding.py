@@ -112,6 +112,11 @@ def look_up(table: Float[Array, "v d"], tokens: Int[Array, "B T"]) -> Float[Arra
     return jax.lax.all_to_all(rows, FSDP, split_axis=0, concat_axis=3, tiled=True)[0]
 
 
+def in_dtype(params: Any, dtype: Any) -> Any:
+    """Weights in the dtype computed with; int8 ones stay."""
+    return jax.tree.map(lambda w: w if w.dtype == jnp.int8 else w.astype(dtype), params)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How a pass through the model computes: in which dtype, and on which mesh (None: inside one device).
@@ -125,7 +130,7 @@ class Layout:
 
     def weights(self, layer: Any) -> Any:
         """One layer's stored weights -> those computed with."""
-        cast = jax.tree.map(lambda w: w.astype(self.dtype), layer)
+        cast = in_dtype(layer, self.dtype)
         return cast if self.mesh is None else jax.lax.with_sharding_constraint(cast, replicated(self.mesh))
 
     def activations(self, x: Array) -> Array:

@@ -16,20 +16,24 @@ from jax.sharding import Mesh
 from minigrpo import grpo, losses
 from minigrpo.config import (
     DataOptions,
+    LoraOptions,
     LossOptions,
     ModelOptions,
     OptimizerOptions,
     RolloutOptions,
     Settings,
+    StepOptions,
     UsageError,
 )
 from minigrpo.logprobs import Head, Tiles
-from minigrpo.model import ModelConfig, Params, abstract_params, read_config
+from minigrpo.lora import make_lora, merge, quantize, random_adapters, save_adapter
+from minigrpo.model import Lora, ModelConfig, Params, abstract_params, join, read_config
 from minigrpo.optimizer import make_optimizer
 from minigrpo.rollout import Roller
 from minigrpo.sharding import Layout, check_divisible, make_mesh, start_platform
+from minigrpo.sources import Source, find_source, load_adapters, load_base
 from minigrpo.tokenizer import Tokenizer, load_tokenizer
-from minigrpo.weights import find_checkpoint, load_params, random_params
+from minigrpo.weights import export, random_params
 
 TINY = "builtin:tiny"
 Recipes = Mapping[str, Mapping[str, Any]]
@@ -106,7 +110,7 @@ class Programs:
         return Head(self.mesh, self.num_tokens, temperature, choose_tiles(self.mesh, self.config.vocab_size))
 
     def roller(self, options: RolloutOptions) -> Roller:
-        return Roller(self.config, self.graph, self.mesh, self.dtype, options, self.num_tokens, self.stop_tokens)
+        return Roller(self.config, self.mesh, self.dtype, options, self.num_tokens, self.stop_tokens)
 
     def trainer(self, total_updates: int, parts: int) -> grpo.Trainer:
         """GRPO's scoring and updating as the settings want it."""
@@ -120,21 +124,50 @@ class Programs:
             objective=functools.partial(grpo.policy_loss, loss),
             weigh=functools.partial(losses.token_weights, loss.loss_type, max_tokens=rollout.max_completion_length),
             parts=parts,
+            dropout_seed=self.settings[StepOptions].seed if self.config.lora and self.config.lora.dropout else None,
         )
+
+    @property
+    def trained_dtype(self) -> Any:
+        """Of the base weights in training: float32 when they are trained themselves."""
+        return self.dtype if self.config.lora else jnp.dtype("float32")
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup(Programs):
-    """A model's programs, checkpoint folder and tokenizer; its weights are loaded by `load`."""
+    """A model's programs, files and tokenizer; its weights are loaded by `load`."""
 
-    folder: Path
+    source: Source
     tokenizer: Tokenizer
 
-    def load(self, seed: int = 0, dtype: Any = jnp.float32) -> Params:
-        """The checkpoint's weights, or random ones with --init=random, on the mesh."""
+    @property
+    def plain_config(self) -> ModelConfig:
+        """The model without adapters or int8."""
+        return dataclasses.replace(self.config, lora=None, int8=False)
+
+    def load_plain(self, seed: int, dtype: Any) -> Params:
+        """The base's weights, or random ones with --init=random, on the mesh."""
         if self.settings[ModelOptions].init == "random":
-            return random_params(self.config, self.mesh, seed, dtype)
-        return load_params(self.folder, self.config, self.mesh, dtype)
+            return random_params(self.plain_config, self.mesh, seed, dtype)
+        return load_base(self.source, self.config, self.mesh, dtype)
+
+    def load(self, seed: int = 0, dtype: Any = jnp.float32) -> Params:
+        """The base's weights as `dtype`, or int8 with --quantize, and the adapters, old or new, in float32."""
+        base = self.load_plain(seed, dtype)
+        if self.config.int8:
+            base = quantize(self.config, base, self.mesh)
+        if self.config.lora is None:
+            return base
+        brought = load_adapters(self.source, self.config, self.mesh)
+        return join(base, brought or random_adapters(self.config, self.mesh, seed))
+
+    def export(self, folder: Path, adapter: Path, trained: Params, frozen: Params) -> None:
+        """The trained model as a Hub folder, and its adapters, if there are any, as one of PEFT's."""
+        if self.config.lora:
+            save_adapter(adapter, trained, self.config.lora, self.source.base)
+        base = self.load_plain(0, self.dtype) if self.config.int8 else frozen
+        whole = merge(self.config, join(trained, base))
+        export(folder, self.source.folder, whole, self.config, self.stop_tokens)
 
 
 def resolve(settings: Settings, recipes: Recipes) -> Settings:
@@ -152,6 +185,17 @@ def resolve(settings: Settings, recipes: Recipes) -> Settings:
     return settings.with_defaults(recipe).with_values(values)
 
 
+def choose_lora(settings: Settings, source: Source) -> Lora | None:
+    """The flags' adapters or those that the model comes with; UsageError when there are both."""
+    wanted = make_lora(settings[LoraOptions]) if LoraOptions in settings.sections else None
+    if wanted and source.lora:
+        raise UsageError(
+            f"--lora_rank={wanted.rank}: --model={settings[ModelOptions].model} brings adapters of rank "
+            f"{source.lora.rank}, which are trained on; leave --lora_rank out"
+        )
+    return wanted or source.lora
+
+
 def set_up(settings: Settings, mesh_flag: str, recipes: Recipes = MappingProxyType({})) -> Setup:
     """Starts the platform, finds the checkpoint and reads everything but its weights.
 
@@ -161,8 +205,10 @@ def set_up(settings: Settings, mesh_flag: str, recipes: Recipes = MappingProxyTy
     mesh = make_mesh(mesh_flag)
     settings = resolve(settings, recipes)
     options = settings[ModelOptions]
-    folder = find_checkpoint(options.model)
+    source = find_source(options.model)
+    folder = source.folder
     config = read_config(folder / "config.json")
+    config = dataclasses.replace(config, lora=choose_lora(settings, source), int8=options.quantize == "int8")
     check_divisible(config.sizes, mesh)
     thinking = DataOptions in settings.sections and settings[DataOptions].enable_thinking
     tokenizer = load_tokenizer(folder, thinking)
@@ -179,6 +225,6 @@ def set_up(settings: Settings, mesh_flag: str, recipes: Recipes = MappingProxyTy
         dtype=jnp.dtype(options.compute_dtype),
         num_tokens=min(tokenizer.num_tokens, config.vocab_size),
         stop_tokens=tokenizer.stop_tokens,
-        folder=folder,
+        source=source,
         tokenizer=tokenizer,
     )

@@ -3,10 +3,12 @@
 import dataclasses
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -14,6 +16,7 @@ from minigrpo import grpo, start
 from minigrpo.checkpoint import Checkpoints, check_same_run
 from minigrpo.config import (
     DataOptions,
+    LoraOptions,
     LossOptions,
     ModelOptions,
     OptimizerOptions,
@@ -25,20 +28,20 @@ from minigrpo.config import (
     UsageError,
     run_command,
 )
-from minigrpo.data import Prompts, batch_numbers, is_file, load_dataset, tokenize
+from minigrpo.data import Prompts, is_file, load_dataset, tokenize
 from minigrpo.evaluate import accuracy, held_out
+from minigrpo.experience import Experience, Job, advantages, make_batches, move_reference, sampled
 from minigrpo.memory import choose_parts
 from minigrpo.metrics import RunFolder, check_empty, check_writable, completion_metrics, make_folder, reward_metrics
-from minigrpo.model import Params
+from minigrpo.model import Params, split_trained
+from minigrpo.offline import load_recorded, recorded, validator
 from minigrpo.optimizer import TrainState, init_state, learning_rate
-from minigrpo.rewards import Reward, parse_rewards, score_completions
-from minigrpo.rollout import Roller, Rollout
-from minigrpo.sharding import by_sequence, put
+from minigrpo.rewards import Reward, overlong_rewards, parse_rewards
 from minigrpo.start import TINY, Setup, check_loss, set_up
-from minigrpo.weights import export
 
 SECTIONS = (
-    ModelOptions, DataOptions, RolloutOptions, RewardOptions, LossOptions, OptimizerOptions, StepOptions, RunOptions,
+    ModelOptions, LoraOptions, DataOptions, RolloutOptions, RewardOptions, LossOptions, OptimizerOptions, StepOptions,
+    RunOptions,
 )  # fmt: skip
 
 
@@ -49,103 +52,49 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """What a run is made of besides its state."""
+class Run:
+    """A job with its two choices."""
 
-    setup: Setup
-    data: Prompts
-    rewards: list[Reward]
-    roller: Roller
-    trainer: grpo.Trainer
-    reference: Params | None
-    held_out: Prompts | None
-    total_steps: int
-
-    def options(self, section: type) -> Any:
-        return self.setup.settings[section]
+    job: Job
+    gather: Callable[[Job, TrainState, int], Experience]
+    """Where a step's completions and rewards come from."""
+    check: Callable[[TrainState], dict[str, float]] | None
+    """What --eval_steps measures."""
 
 
-def train(job: Job, state: TrainState, first_step: int, folder: RunFolder, checkpoints: Checkpoints) -> TrainState:
-    """The loop."""
-    run, seed = job.options(RunOptions), job.options(StepOptions).seed
+def train(run: Run, state: TrainState, first_step: int, folder: RunFolder, checkpoints: Checkpoints) -> TrainState:
+    """The loop: rollout and reward, advantage, update, log."""
+    job, options = run.job, run.job.options(RunOptions)
     skipped_in_a_row = 0
     for step in range(first_step, job.total_steps):
         clock = Clock()
-        numbers = batch_numbers(len(job.data), job.options(StepOptions).batch_size, step, seed)
-        indices = [number % len(job.data) for number in numbers]
-        rollout = roll_out(job, state, indices, numbers, step)
+        experience = run.gather(job, state, step)
         clock.mark("time/rollout")
-        rewards, parts, texts = reward(job, rollout, indices)
-        clock.mark("time/reward")
-        batch = make_batch(job, rollout, advantages(job, rewards, parts), indices, state)
+        batches = make_batches(job, experience, advantages(job, experience), state)
         clock.mark("time/logprobs")
-        state, metrics = improve(job, state, batch)
+        state, metrics = improve(job, state, batches)
+        state = move_reference(job, state, step)
         clock.mark("time/update")
-        metrics |= summary(job, rollout, rewards, parts, indices, step, clock)
+        metrics |= summary(job, experience, step, clock)
         folder.log(step + 1, metrics)
-        folder.append("completions.jsonl", samples(job, step, indices, texts, rewards))
+        folder.append("completions.jsonl", samples(job, step, experience))
         skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped_updates"] else 0
-        if skipped_in_a_row == run.max_skipped_steps:
-            give_up(folder, step + 1, batch, run.max_skipped_steps)
-        if job.held_out and (step + 1) % run.eval_steps == 0:
-            evaluate(job, state, step + 1, folder)
-        if run.save_steps and (step + 1) % run.save_steps == 0:
+        if skipped_in_a_row == options.max_skipped_steps:
+            give_up(folder, step + 1, batches[-1], options.max_skipped_steps)
+        if run.check and (step + 1) % options.eval_steps == 0:
+            evaluate(run.check(state), step + 1, folder)
+        if options.save_steps and (step + 1) % options.save_steps == 0:
             checkpoints.save(step + 1, state)
     return state
 
 
-def roll_out(job: Job, state: TrainState, indices: list[int], numbers: list[int], step: int) -> Rollout:
-    """--num_generations completions of each of the step's prompts."""
-    options = job.options(StepOptions)
-    prompts = [job.data.tokens[i] for i in indices]
-    return job.roller(state.params, prompts, numbers, options.num_generations, (options.seed, step))
-
-
-def reward(job: Job, rollout: Rollout, indices: list[int]) -> tuple[np.ndarray, dict[str, np.ndarray], list[str]]:
-    """Weighted rewards [B], each function's scores, and the completions as text."""
-    rows = [job.data.rows[i] for i in indices for _ in range(job.options(StepOptions).num_generations)]
-    ids = [tokens[:length].tolist() for tokens, length in zip(rollout.tokens, rollout.lengths, strict=True)]
-    texts = job.setup.tokenizer.decode(ids)
-    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
-    arguments = columns | {"prompts": columns["prompt"], "completions": texts, "completion_ids": ids}
-    return *score_completions(job.rewards, job.options(RewardOptions).reward_timeout, arguments), texts
-
-
-def advantages(job: Job, rewards: np.ndarray, parts: dict[str, np.ndarray]) -> np.ndarray:
-    """How much better than its group every completion is [B]."""
-    options, group = job.options(RewardOptions), job.options(StepOptions).num_generations
-    if options.normalize_rewards == "each":
-        return grpo.normalised_apart(parts, {reward.name: reward.weight for reward in job.rewards}, group)
-    return grpo.group_advantages(rewards, group, options.scale_rewards, options.baseline)
-
-
-def make_batch(job: Job, rollout: Rollout, advantages: np.ndarray, indices: list[int], state: TrainState) -> grpo.Batch:
-    """The update's input on the mesh: advantages, and old and reference log-probs where the loss needs them."""
-    options = job.options(StepOptions)
-    group = options.num_generations
-    limits = job.options(DataOptions).max_prompt_length, job.options(RolloutOptions).max_completion_length
-    prompts = [job.data.tokens[i] for i in indices for _ in range(group)]
-    batch = grpo.assemble(prompts, rollout.tokens, rollout.lengths, limits)
-    batch = dataclasses.replace(
-        batch,
-        advantages=advantages,
-        rollout_logprobs=rollout.logprobs[:, : batch.completions.shape[1]],
-        left_out=~rollout.stopped if job.options(LossOptions).mask_truncated_completions else None,
-    )
-    mesh = job.setup.mesh
-    batch = put(mesh, grpo.pad_rows(batch, mesh.size * job.trainer.parts), by_sequence(mesh))
-    old = grpo.batch_logprobs(job.trainer, state.params, batch) if options.num_iterations > 1 else None
-    ref = None if job.reference is None else grpo.batch_logprobs(job.trainer, job.reference, batch)
-    return jax.block_until_ready(dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref))
-
-
-def improve(job: Job, state: TrainState, batch: grpo.Batch) -> tuple[TrainState, dict[str, float]]:
-    """--num_iterations updates on the batch; metrics are the last one's, with the learning rate it used."""
+def improve(job: Job, state: TrainState, batches: list[grpo.Batch]) -> tuple[TrainState, dict[str, float]]:
+    """--num_iterations passes over the minibatches; metrics are the last update's, with the learning rate it used."""
     schedule = learning_rate(job.options(OptimizerOptions), total_updates(job.options(StepOptions), job.total_steps))
     skipped = 0.0
-    for _ in range(job.options(StepOptions).num_iterations):
+    for batch in batches * job.options(StepOptions).num_iterations:
         rate = float(schedule(int(state.updates)))
-        state, metrics = grpo.update(job.trainer, state, batch)
+        state, metrics = grpo.update(job.trainer, state, batch, job.frozen)
         skipped += float(metrics["skipped_updates"])
     own = {"learning_rate": rate, "skipped_updates": skipped}
     return state, {name: float(value) for name, value in metrics.items()} | own
@@ -181,87 +130,143 @@ class Clock:
         return self.last - self.started
 
 
-def summary(
-    job: Job, rollout: Rollout, rewards: np.ndarray, parts: dict, indices: list[int], step: int, clock: Clock
-) -> dict[str, float]:
+def summary(job: Job, experience: Experience, step: int, clock: Clock) -> dict[str, float]:
     """The step's metrics besides the update's own."""
-    options = job.options(StepOptions)
+    options, rollout = job.options(StepOptions), experience.rollout
+    present = rollout.lengths > 0
+    lengths = rollout.lengths[present]
     memory = jax.local_devices()[0].memory_stats() or {}
-    asked = options.num_generations * sum(len(job.data.tokens[i]) for i in indices)
+    asked = np.repeat([len(job.data.tokens[i]) for i in experience.indices], job.group)[present].sum()
+    phases = experience.seconds | clock.phases | experience.seconds
     return (
-        {"epoch": (step + 1) * options.batch_size / len(job.data), "num_tokens": float(rollout.lengths.sum() + asked)}
-        | reward_metrics(rewards, parts, options.num_generations)
-        | completion_metrics(rollout.lengths, rollout.stopped)
+        {"epoch": (step + 1) * options.batch_size / len(job.data), "num_tokens": float(lengths.sum() + asked)}
+        | reward_metrics(experience.rewards, experience.parts, job.group)
+        | {"frac_groups_left_out": float(1 - experience.used.mean())}
+        | completion_metrics(lengths, rollout.stopped[present])
         | {"rollout/occupancy": rollout.occupancy, "step_time": clock.total()}
-        | clock.phases
-        | {"rollout/tokens_per_second": rollout.lengths.sum() / clock.phases["time/rollout"]}
+        | phases
+        | {"rollout/tokens_per_second": lengths.sum() / phases["time/rollout"]}
         | ({"device/peak_bytes": memory["peak_bytes_in_use"]} if "peak_bytes_in_use" in memory else {})
     )
 
 
-def samples(job: Job, step: int, indices: list[int], texts: list[str], rewards: np.ndarray) -> list[dict[str, Any]]:
+def samples(job: Job, step: int, experience: Experience) -> list[dict[str, Any]]:
     """The first completions of the step, one per prompt, with their rewards."""
-    group = job.options(StepOptions).num_generations
-    shown = range(min(job.options(RunOptions).log_completions, len(indices)))
+    shown = range(min(job.options(RunOptions).log_completions, len(experience.indices)))
+    rows = [(job.data.rows[experience.indices[i]], i * job.group) for i in shown]
     return [
-        {
-            "step": step + 1,
-            "prompt": job.data.rows[indices[i]]["prompt"],
-            "completion": texts[i * group],
-            "reward": float(rewards[i * group]),
-        }
-        for i in shown
+        {"step": step + 1, "prompt": row["prompt"], "completion": experience.texts[at]}
+        | {"reward": as_json(experience.rewards[at]), "length": int(experience.rollout.lengths[at])}
+        | {"rewards": {name: as_json(scores[at]) for name, scores in experience.parts.items()}}
+        for row, at in rows
     ]
 
 
-def evaluate(job: Job, state: TrainState, step: int, folder: RunFolder) -> None:
-    """Greedy accuracy on held-out prompts, to evaluations.jsonl."""
-    whole = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "pool_pages": 0}
-    greedy = dataclasses.replace(job.options(RolloutOptions), temperature=0.0, **whole)
-    assert job.held_out
-    result = accuracy(job.setup, state.params, job.held_out, greedy)
+def as_json(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def evaluate(result: dict[str, float], step: int, folder: RunFolder) -> None:
+    """Writes and prints what --eval_steps measured."""
     folder.append("evaluations.jsonl", [{"step": step} | result])
-    folder.say(f"step {step}: greedy accuracy {result['accuracy']:.1%} of {result['problems']} held-out problems")
+    folder.say(f"step {step}: held out: " + "  ".join(f"{name} {value:.4g}" for name, value in result.items()))
 
 
 # Setting up and ending
 
 
 def total_updates(options: StepOptions, steps: int) -> int:
-    return steps * options.num_iterations
+    return steps * options.updates_per_step
 
 
-def load_held_out(setup: Setup) -> Prompts | None:
-    """The problems of --eval_steps, read before training starts."""
+def held_out_options(setup: Setup) -> DataOptions:
+    """Where the prompts of --eval_steps come from; UsageError when nothing was named and there is no test split."""
     run, data = setup.settings[RunOptions], setup.settings[DataOptions]
-    if not run.eval_steps:
-        return None
-    if run.eval_dataset == "auto" and is_file(data.dataset):
+    if run.eval_dataset == "auto" and (is_file(data.dataset) or data.offline):
         raise UsageError(
             f"--eval_steps={run.eval_steps}: {data.dataset} has no test split; name one with --eval_dataset"
         )
-    source = data.dataset if run.eval_dataset == "auto" else run.eval_dataset
+    return dataclasses.replace(data, dataset=data.dataset if run.eval_dataset == "auto" else run.eval_dataset)
+
+
+def load_held_out(setup: Setup) -> Prompts | None:
+    """The rows of --eval_steps, read before training starts."""
+    run, data = setup.settings[RunOptions], setup.settings[DataOptions]
+    if not run.eval_steps:
+        return None
+    options = held_out_options(setup)
     try:
-        return held_out(setup, dataclasses.replace(data, dataset=source), run.eval_size)
+        return load_recorded(setup, options) if data.offline else held_out(setup, options, run.eval_size)
     except UsageError as error:
         raise UsageError(f"--eval_dataset={run.eval_dataset}: {error}") from error
 
 
-def make_job(setup: Setup) -> Job:
+def load_prompts(setup: Setup) -> tuple[Prompts, list[Reward]]:
+    """What is trained on, and the reward functions of what is sampled."""
+    options, flags = setup.settings[DataOptions], setup.settings[RewardOptions]
+    if options.offline:
+        if flags.reward != "auto":
+            raise UsageError(f"--reward={flags.reward}: --offline takes the scores of the file; leave --reward out")
+        return load_recorded(setup, options), []
+    dataset = load_dataset(options, "train")
+    data = tokenize(dataset, setup.tokenizer, options)
+    sys.stderr.write(f"data: {len(data)} prompts of {dataset.name}, {data.dropped} dropped as too long\n")
+    rewards = parse_rewards(dataset.reward if flags.reward == "auto" else flags.reward)
+    limit = setup.settings[RolloutOptions].max_completion_length
+    return data, rewards + overlong_rewards(flags.overlong_buffer, flags.overlong_penalty, limit)
+
+
+def load_reference(setup: Setup, trained: Params) -> Params | None:
+    """What the KL penalty holds the policy to: adapters that change nothing, or another copy of the weights."""
+    if not setup.settings[LossOptions].beta:
+        return None
+    if setup.config.lora:
+        return jax.tree.map(jnp.zeros_like, trained)
+    return setup.load(setup.settings[StepOptions].seed, setup.dtype)
+
+
+def make_run(setup: Setup) -> tuple[Run, TrainState]:
     settings = setup.settings
     steps = settings[StepOptions]
-    dataset = load_dataset(settings[DataOptions], "train")
-    data = tokenize(dataset, setup.tokenizer, settings[DataOptions])
-    sys.stderr.write(f"data: {len(data)} prompts of {dataset.name}, {data.dropped} dropped as too long\n")
-    total = steps.max_steps or max(1, round(steps.num_epochs * len(data) / steps.batch_size))
-    flag = settings[RewardOptions].reward
-    rewards = parse_rewards(dataset.reward if flag == "auto" else flag)
-    roller = setup.roller(settings[RolloutOptions])
     check_loss(settings[LossOptions], settings[RolloutOptions])
-    parts = choose_parts(setup, steps.batch_size * steps.num_generations)
+    check_quantize(setup)
+    data, rewards = load_prompts(setup)
+    held = load_held_out(setup)
+    total = steps.max_steps or max(1, round(steps.num_epochs * len(data) / steps.batch_size))
+    parts = choose_parts(setup, steps.batch_size * steps.num_generations // steps.num_minibatches)
     trainer = setup.trainer(total_updates(steps, total), parts)
-    reference = setup.load(steps.seed, setup.dtype) if settings[LossOptions].beta > 0 else None
-    return Job(setup, data, rewards, roller, trainer, reference, load_held_out(setup), total)
+    trained, frozen = split_trained(setup.config, setup.load(steps.seed, setup.trained_dtype))
+    reference = load_reference(setup, trained)
+    moving = settings[LossOptions].sync_ref_steps > 0
+    state = init_state(trainer.optimizer, trained, setup.mesh, reference if moving else None)
+    job = Job(
+        setup=setup,
+        data=data,
+        rewards=rewards,
+        roller=setup.roller(settings[RolloutOptions]),
+        trainer=trainer,
+        frozen=frozen,
+        reference=None if moving else reference,
+        total_steps=total,
+    )
+    return Run(job, recorded if settings[DataOptions].offline else sampled, make_check(job, held, trained)), state
+
+
+def make_check(job: Job, held: Prompts | None, start: Params) -> Callable[[TrainState], dict[str, float]] | None:
+    """What --eval_steps measures: greedy accuracy, or how responses on file have fared."""
+    if held is None:
+        return None
+    if job.options(DataOptions).offline:
+        validate = validator(job, held, job.whole(start))
+        return lambda state: validate(job.whole(state.params))
+    whole = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "pool_pages": 0}
+    greedy = dataclasses.replace(job.options(RolloutOptions), temperature=0.0, **whole)
+    return lambda state: accuracy(job.setup, job.whole(state.params), held, greedy)
+
+
+def check_quantize(setup: Setup) -> None:
+    if setup.config.int8 and not setup.config.lora:
+        raise UsageError("--quantize=int8: whole numbers cannot be trained; add --lora_rank=16 or leave it out")
 
 
 def choose_folder(setup: Setup) -> Path:
@@ -278,7 +283,7 @@ def choose_folder(setup: Setup) -> Path:
     return folder
 
 
-def announce(job: Job, folder: Path) -> None:
+def announce(job: Job, state: TrainState, folder: Path) -> None:
     """Every value used, once, and where things go."""
     for kind, section in job.setup.settings.sections.items():
         values = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(section).items() if value is not None)
@@ -288,13 +293,17 @@ def announce(job: Job, folder: Path) -> None:
         f"mesh: fsdp={devices.shape[0]} tp={devices.shape[1]} of {devices.flat[0].device_kind} devices; "
         f"update in {job.trainer.parts} parts; run folder {folder}\n"
     )
-    if (
-        job.options(LossOptions).loss_type == "grpo"
-        and job.reference is None
-        and job.options(StepOptions).num_iterations == 1
-    ):
+    counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, job.frozen)]
+    sys.stderr.write(f"parameters: {counts[0]:,} trained, {counts[1]:,} frozen\n")
+    loss, once = job.options(LossOptions), job.options(StepOptions).updates_per_step == 1
+    if loss.loss_type == "grpo" and not loss.beta and once:
         sys.stderr.write(
             "note: on-policy with --beta=0 the loss is about 0 by construction; watch reward and grad_norm\n"
+        )
+    if loss.sync_ref_steps == 1 and loss.ref_mixup_alpha == 1 and once:
+        sys.stderr.write(
+            "note: --sync_ref_steps=1 makes the reference equal to the policy before every update: "
+            "the KL penalty is 0 by construction\n"
         )
 
 
@@ -302,9 +311,9 @@ def main(settings: Settings) -> int:
     setup = set_up(settings, settings[RunOptions].mesh, RECIPES)
     options = setup.settings[RunOptions]
     folder = choose_folder(setup)
-    job = make_job(setup)
-    state = init_state(job.trainer.optimizer, setup.load(job.options(StepOptions).seed), setup.mesh)
-    announce(job, folder)
+    run, state = make_run(setup)
+    job = run.job
+    announce(job, state, folder)
     make_folder(folder)
     if not options.resume:
         setup.settings.save(folder)
@@ -314,11 +323,11 @@ def main(settings: Settings) -> int:
     log = RunFolder(folder, job.total_steps, options.report_to == "tensorboard", writes, first_step)
     if options.resume:
         log.say(f"resumed after step {first_step}")
-    state = train(job, state, first_step, log, checkpoints)
+    state = train(run, state, first_step, log, checkpoints)
     checkpoints.save(job.total_steps, state)
     checkpoints.close()
     log.close()
-    export(folder / "final", setup.folder, state.params, setup.config, setup.stop_tokens)
+    setup.export(folder / "final", folder / "adapter", state.params, job.frozen)
     sys.stderr.write(f"done: {job.total_steps} steps; model in {folder / 'final'}\n")
     return 0
 

@@ -16,13 +16,23 @@ import jax
 import ml_dtypes
 import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from minigrpo.config import UsageError
-from minigrpo.model import ARCHITECTURES, DIMS, ModelConfig, Params, abstract_params, init_params, leaf_name
-from minigrpo.sharding import spec_of
+from minigrpo.model import (
+    ARCHITECTURES,
+    DIMS,
+    PROJECTIONS,
+    ModelConfig,
+    Params,
+    abstract_params,
+    init_params,
+    layer_dims,
+    leaf_name,
+    leaf_sharding,
+)
 from minigrpo.tokenizer import FILES
 
 BUILTIN = {"builtin:tiny": Path(__file__).parent / "builtin"}
@@ -50,6 +60,10 @@ HUB_NAMES = {
 }
 """Parameter name -> its tensor's name in a Hugging Face checkpoint, {} being the layer."""
 
+for matrix in PROJECTIONS:
+    hub_matrix = "base_model.model." + HUB_NAMES[matrix].removesuffix(".weight")
+    HUB_NAMES |= {f"{matrix}_lora_{side.lower()}": f"{hub_matrix}.lora_{side}.weight" for side in "AB"}
+
 MATRIX_DIMS = {
     "embed": ("V", "D"),
     "head": ("V", "D"),
@@ -63,14 +77,13 @@ MATRIX_DIMS = {
 }
 """Dims of a Hub matrix [out, in], each side's dims being flattened; every other tensor is a vector."""
 
+for matrix, (ins, outs) in PROJECTIONS.items():
+    MATRIX_DIMS |= {f"{matrix}_lora_a": ("R", ins), f"{matrix}_lora_b": (outs, "R")}
+
 
 def hub_dims(name: str) -> tuple[str, ...]:
     """Our dims of one layer's parameter as the checkpoint arranges them, one string per dim of its tensor."""
     return MATRIX_DIMS.get(name, (layer_dims(name),))
-
-
-def layer_dims(name: str) -> str:
-    return DIMS[name].replace("L", "")
 
 
 # Finding a checkpoint
@@ -121,10 +134,10 @@ class Checkpoint:
         return self.handles[self.files[name][0]].get_slice(name)
 
 
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor name a checkpoint of this model must hold, with its shape."""
+def expected_tensors(shapes: Params, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor name a checkpoint of these parameters must hold, with its shape."""
     tensors = {}
-    for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(config)[1]):
+    for path, _ in jax.tree_util.tree_leaves_with_path(shapes):
         name = leaf_name(path)
         layers = range(config.num_hidden_layers) if "L" in DIMS[name] else [0]
         for layer in layers:
@@ -137,9 +150,9 @@ def hub_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
     return tuple(math.prod(config.sizes[letter] for letter in side) for side in hub_dims(name))
 
 
-def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+def check_tensors(checkpoint: Checkpoint, shapes: Params, config: ModelConfig) -> None:
     """UsageError that names every missing, unexpected, duplicate and misshapen tensor at once."""
-    expected = expected_tensors(config)
+    expected = expected_tensors(shapes, config)
     found = checkpoint.files
     tied = {HUB_NAMES["head"]} if config.tie_word_embeddings else set()
     faults = [f"missing {name}" for name in expected if name not in found]
@@ -187,29 +200,30 @@ def flat_bounds(side: str, config: ModelConfig, of_dim: dict[str, tuple[int, int
 
 def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype: Any = np.float32) -> Params:
     """The folder's weights as parameters laid out on the mesh; each device reads only its own slice."""
+    return load_tree(folder, abstract_params(config)[1], config, mesh, dtype)
+
+
+def load_tree(folder: Path, shapes: Params, config: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
+    """The parameters that `shapes` holds, from a folder that holds these and no others."""
     with contextlib.ExitStack() as stack:
         checkpoint = Checkpoint(folder, stack)
-        check_tensors(checkpoint, config)
+        check_tensors(checkpoint, shapes, config)
 
         def load(path, leaf):
             name = leaf_name(path)
-            sharding = NamedSharding(mesh, spec_of(DIMS[name]))
 
             def read(index: Any) -> np.ndarray:
                 return read_part(checkpoint, config, name, index, dtype)
 
-            return jax.make_array_from_callback(leaf.shape, sharding, read)
+            return jax.make_array_from_callback(leaf.shape, leaf_sharding(mesh, path), read)
 
-        return jax.tree_util.tree_map_with_path(load, abstract_params(config)[1])
+        return jax.tree_util.tree_map_with_path(load, shapes)
 
 
 def random_params(config: ModelConfig, mesh: Mesh, seed: int, dtype: Any = np.float32) -> Params:
     """Random weights made on the mesh, in place."""
-
-    def sharding(path, leaf):
-        return NamedSharding(mesh, spec_of(DIMS[leaf_name(path)]))
-
-    shardings = jax.tree_util.tree_map_with_path(sharding, abstract_params(config)[1])
+    shapes = abstract_params(config)[1]
+    shardings = jax.tree_util.tree_map_with_path(lambda path, _: leaf_sharding(mesh, path), shapes)
 
     def make():
         drawn = init_params(config, jax.random.key(seed))
@@ -236,7 +250,8 @@ def hub_tensors(params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 def config_json(config: ModelConfig, stop_tokens: tuple[int, ...], dtype: Any) -> dict[str, Any]:
     """The config.json that transformers, vLLM and SGLang read."""
-    return dataclasses.asdict(config) | {
+    own = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("lora", "int8")}
+    return own | {
         "architectures": [ARCHITECTURES[config.model_type]],
         "attention_bias": config.qkv_bias,
         "hidden_act": "silu",

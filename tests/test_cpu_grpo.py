@@ -56,7 +56,7 @@ def one_update(config, params, mesh=(1, 1), batch=None, **kwargs):
     batch = grpo.pad_rows(batch or host_batch(), device_mesh.size * trainer.parts)
     placed = place(params, device_mesh)
     state = init_state(trainer.optimizer, jax.tree.map(jnp.copy, placed), device_mesh)
-    new, metrics = grpo.update(trainer, state, put(device_mesh, batch, by_sequence(device_mesh)))
+    new, metrics = grpo.update(trainer, state, put(device_mesh, batch, by_sequence(device_mesh)), {})
     grads = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, new.params)
     return {name: float(value) for name, value in metrics.items()}, grads
 

@@ -17,9 +17,11 @@ LEVELS = [
     {"sharding", "rewards", "metrics", "checkpoint", "sampling", "tokenizer"},
     {"model", "logprobs", "data"},
     {"attention", "cache", "weights", "optimizer"},
-    {"grpo", "rollout"},
+    {"lora"},
+    {"sources", "grpo", "rollout"},
     {"start"},
-    {"memory", "evaluate"},
+    {"memory", "evaluate", "experience"},
+    {"offline"},
     {"train", "sft", "tiny", "plan"},
 ]
 """Modules of minigrpo from the bottom up: each imports only from levels below its own."""

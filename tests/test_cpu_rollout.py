@@ -32,7 +32,7 @@ def some_prompts(count=6):
 def roll(config, params, options=OPTIONS, mesh=(1, 1), prompts=None, ids=None, group=4, stops=STOPS, seed=(7, 0)):
     prompts = some_prompts() if prompts is None else prompts
     ids = list(range(len(prompts))) if ids is None else ids
-    roller = Roller(config, abstract_params(config)[0], mesh_of(*mesh), jnp.dtype("float32"), options, REAL, stops)
+    roller = Roller(config, mesh_of(*mesh), jnp.dtype("float32"), options, REAL, stops)
     return roller(jax.tree.map(jnp.asarray, params), prompts, ids, group, seed)
 
 

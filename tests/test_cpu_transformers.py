@@ -104,7 +104,7 @@ def test_greedy_text_equal(written, greedy, slots, page_size, pool_pages, mesh):
         max_completion_length=64, temperature=0.0, page_size=page_size, slots=slots, pool_pages=pool_pages
     )
     devices = mesh_of(*mesh)
-    roller = Roller(config, abstract_params(config)[0], devices, jnp.dtype("float32"), options, 320, (1,))
+    roller = Roller(config, devices, jnp.dtype("float32"), options, 320, (1,))
     ours = roller(load_params(folder, config, devices), prompts, list(range(16)), 1, (0, 0))
     assert [row[:length].tolist() for row, length in zip(ours.tokens, ours.lengths, strict=True)] == want
 

@@ -1,0 +1,185 @@
+"""Adapters (LoRA) and int8 matrices: making, merging, and PEFT's file format."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from safetensors.numpy import save_file
+
+from minigrpo.config import LoraOptions, UsageError
+from minigrpo.model import (
+    DIMS,
+    PROJECTIONS,
+    Lora,
+    ModelConfig,
+    Params,
+    abstract_params,
+    init_params,
+    is_adapter,
+    leaf_sharding,
+    select,
+)
+from minigrpo.tokenizer import read_json
+from minigrpo.weights import HUB_NAMES, hub_tensors, load_tree
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+HUB_MATRICES = {name: HUB_NAMES[name].split(".")[-2] for name in PROJECTIONS}
+"""Matrix -> its module's name in PEFT: q -> q_proj."""
+
+LARGEST_INT8 = 127
+
+
+def make_lora(options: LoraOptions) -> Lora | None:
+    """The flags' adapters; None when --lora_rank is 0. UsageError for a target that is no matrix."""
+    if not options.lora_rank:
+        return None
+    targets = tuple(name.strip() for name in options.lora_targets.split(","))
+    targets = tuple(PROJECTIONS) if targets == ("all",) else targets
+    wrong = [name for name in targets if name not in PROJECTIONS]
+    if wrong:
+        raise UsageError(
+            f"--lora_targets={options.lora_targets}: {wrong[0]!r} is not one of all, {', '.join(PROJECTIONS)}"
+        )
+    return Lora(options.lora_rank, options.lora_alpha, options.lora_dropout, targets)
+
+
+def adapter_shapes(config: ModelConfig) -> Params:
+    return select(abstract_params(config)[1], is_adapter)
+
+
+def random_adapters(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
+    """Fresh float32 adapters, which change nothing yet."""
+    shardings = jax.tree_util.tree_map_with_path(lambda path, _: leaf_sharding(mesh, path), adapter_shapes(config))
+    make = jax.jit(lambda: select(init_params(config, jax.random.key(seed)), is_adapter), out_shardings=shardings)
+    return make()
+
+
+def merge(config: ModelConfig, params: Params) -> Params:
+    """Weights with every adapter added into its matrix; the sum is taken in float32."""
+    merged: Params = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            merged[name] = merge(config, value)
+        elif config.lora and f"{name}_lora_a" in params:
+            ins, outs = PROJECTIONS[name]
+            a, b = (params[f"{name}_lora_{side}"].astype(jnp.float32) for side in "ab")
+            change = config.lora.scale * jnp.einsum(f"L{ins}R,LR{outs}->{DIMS[name]}", a, b)
+            merged[name] = (value + change).astype(value.dtype)
+        elif not is_adapter(name):
+            merged[name] = value
+    return merged
+
+
+# int8
+
+
+def absmax_int8(name: str, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whole numbers up to 127 and the scale of every output, by its largest weight (arXiv:2208.07339, section 2.1)."""
+    inputs = PROJECTIONS[name][0] if name in PROJECTIONS else "D"
+    axes = tuple(DIMS[name].index(letter) for letter in inputs)
+    largest = jnp.abs(weights).max(axis=axes, keepdims=True).astype(jnp.float32)
+    scale = jnp.where(largest > 0, largest, 1) / LARGEST_INT8
+    return jnp.round(weights / scale).astype(jnp.int8), jnp.squeeze(scale, axes).astype(weights.dtype)
+
+
+def to_int8(config: ModelConfig, params: Params) -> Params:
+    quantized: Params = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            quantized[name] = to_int8(config, value)
+        elif config.quantized(name):
+            quantized[name], quantized[f"{name}_scale"] = absmax_int8(name, value)
+        else:
+            quantized[name] = value
+    return quantized
+
+
+def quantize(config: ModelConfig, params: Params, mesh: Mesh) -> Params:
+    """The base's matrices as int8 with scales, laid out on the mesh."""
+    run = functools.partial(to_int8, config)
+    shapes = jax.eval_shape(run, params)
+    shardings = jax.tree_util.tree_map_with_path(lambda path, _: leaf_sharding(mesh, path), shapes)
+    return jax.jit(run, out_shardings=shardings)(params)
+
+
+# PEFT's files
+
+
+def adapter_json(lora: Lora, base: str) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": [HUB_MATRICES[name] for name in lora.targets],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def save_adapter(folder: Path, adapters: Params, lora: Lora, base: str) -> None:
+    """Writes a folder that peft loads; it appears under its name only when complete. `base` is a Hub id or path."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(dict(hub_tensors(adapters, np.float32)), partial / WEIGHTS_FILE, metadata={"format": "pt"})
+    (partial / WEIGHTS_FILE).chmod(0o644)  # safetensors writes files that only their owner can read
+    (partial / CONFIG_FILE).write_text(json.dumps(adapter_json(lora, base), indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+UNSUPPORTED = {
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layers_to_transform": None,
+    "trainable_token_indices": None,
+}
+"""Settings of PEFT that change the arithmetic -> the only value that is implemented."""
+
+
+def read_adapter_config(folder: Path) -> tuple[Lora, str]:
+    """An adapter folder's settings and its base model; UsageError for what is not supported."""
+    path = folder / CONFIG_FILE
+    raw = read_json(path)
+    if raw.get("peft_type") != "LORA":
+        raise UsageError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported; only LORA is")
+    for name, only in UNSUPPORTED.items():
+        if raw.get(name) not in (None, only):
+            raise UsageError(f"{path}: {name}={raw[name]!r} is not supported")
+    try:
+        rank, alpha, base = int(raw["r"]), float(raw["lora_alpha"]), str(raw["base_model_name_or_path"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: r, lora_alpha or base_model_name_or_path is missing or not readable") from error
+    if raw.get("use_rslora"):
+        alpha *= rank**0.5  # there, alpha is divided by the root of the rank (arXiv:2312.03732)
+    return Lora(rank, alpha, float(raw.get("lora_dropout", 0)), read_targets(path, raw.get("target_modules"))), base
+
+
+def read_targets(path: Path, modules: Any) -> tuple[str, ...]:
+    if modules == "all-linear":
+        return tuple(PROJECTIONS)
+    known = {module: name for name, module in HUB_MATRICES.items()}
+    wrong = [module for module in modules if module not in known] if isinstance(modules, list) else [modules]
+    if wrong:
+        raise UsageError(f"{path}: target module {wrong[0]!r} is not supported; there are {', '.join(known)}")
+    return tuple(sorted((known[module] for module in modules), key=list(PROJECTIONS).index))
+
+
+def load_adapter(folder: Path, config: ModelConfig, mesh: Mesh) -> Params:
+    """A PEFT folder's float32 adapters on the mesh."""
+    return load_tree(folder, adapter_shapes(config), config, mesh, np.float32)
