@@ -29,18 +29,6 @@ class CurveOptions(Options):
     picture: str = option("bench/learning_curve.png", "file the curve is drawn to")
 
 
-def command(module: str, *flags: str) -> str:
-    """Runs a minigrpo command and returns its stdout; what it says goes to stderr as usual."""
-    args = [sys.executable, "-m", f"minigrpo.{module}", *flags]
-    return subprocess.run(args, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def start_accuracy(options: CurveOptions) -> float:
-    size = f"--eval_size={options.eval_size}"
-    out = command("evaluate", "--model=builtin:tiny", "--dataset=builtin:arithmetic", size)
-    return json.loads(out.splitlines()[-1])["accuracy"]
-
-
 def train(options: CurveOptions, seed: int) -> pathlib.Path:
     """The folder of the finished run of this seed."""
     folder = pathlib.Path(options.output_dir).absolute() / f"seed{seed}"
@@ -55,14 +43,15 @@ def train(options: CurveOptions, seed: int) -> pathlib.Path:
             "eval_size": options.eval_size,
             "output_dir": folder,
         }
-        command("train", *(f"--{name}={value}" for name, value in flags.items()))
+        arguments = [f"--{name}={value}" for name, value in flags.items()]
+        subprocess.run([sys.executable, "-m", "minigrpo.train", *arguments], cwd=ROOT, check=True)
         (folder / "seconds.txt").write_text(f"{time.perf_counter() - started:.0f}\n")
     return folder
 
 
-def read_curve(folder: pathlib.Path, start: float) -> tuple[list[int], list[float]]:
+def read_curve(folder: pathlib.Path) -> tuple[list[int], list[float]]:
     rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-    return [0] + [row["step"] for row in rows], [start] + [row["accuracy"] for row in rows]
+    return [row["step"] for row in rows], [row["accuracy"] for row in rows]
 
 
 def draw(curves: dict[int, tuple[list[int], list[float]]], path: str) -> None:
@@ -78,9 +67,9 @@ def draw(curves: dict[int, tuple[list[int], list[float]]], path: str) -> None:
 
 def main(settings: Settings) -> int:
     options: CurveOptions = settings[CurveOptions]
-    start = start_accuracy(options)
     folders = {seed: train(options, seed) for seed in range(options.seeds)}
-    curves = {seed: read_curve(folder, start) for seed, folder in folders.items()}
+    curves = {seed: read_curve(folder) for seed, folder in folders.items()}
+    start = curves[0][1][0]
     draw(curves, options.picture)
     ends = [accuracies[-1] for _, accuracies in curves.values()]
     report = {

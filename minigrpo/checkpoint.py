@@ -11,8 +11,8 @@ import orbax.checkpoint as ocp
 from minigrpo.config import UsageError
 
 FREE_TO_CHANGE = {
-    "gradient_accumulation_steps", "log_completions", "mesh", "output_dir", "page_size", "pool_pages",
-    "remat", "report_to", "resume", "reward_timeout", "save_steps", "save_total_limit", "slots",
+    "gradient_accumulation_steps", "log_completions", "mesh", "output_dir", "page_size", "pool_pages", "remat",
+    "report_to", "resume", "reward_timeout", "save_steps", "save_total_limit", "slots", "wandb_mode", "wandb_project",
 }  # fmt: skip
 """Settings that a resumed run may have otherwise than the run it continues: they change no result by design."""
 

@@ -266,7 +266,23 @@ class RunOptions(Options):
     eval_size: int = option(500, "held-out prompts per evaluation", low=1)
     eval_dataset: str = option("auto", "dataset of those prompts; auto is the test split of --dataset, if it has one")
     log_completions: int = option(4, "sample completions written per step", low=0)
-    report_to: str = option("tensorboard", "extra metric sink besides metrics.jsonl", choices=("tensorboard", "none"))
+    report_to: str = option(
+        "tensorboard", "metric sinks besides metrics.jsonl, by commas: tensorboard, wandb (an extra), or none"
+    )
+    wandb_project: str = option("minigrpo", "project of Weights & Biases; its key comes from the environment")
+    wandb_mode: str = option(
+        "online", "offline keeps the run in its folder for `wandb sync`", choices=("online", "offline", "disabled")
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        unknown = [sink for sink in self.sinks if sink not in ("tensorboard", "wandb")]
+        if unknown:
+            raise UsageError(f"--report_to={self.report_to}: {unknown[0]!r} is not tensorboard, wandb or none")
+
+    @property
+    def sinks(self) -> list[str]:
+        return [] if self.report_to == "none" else [name.strip() for name in self.report_to.split(",")]
 
 
 def field_type(field: dataclasses.Field) -> type:

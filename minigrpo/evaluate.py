@@ -5,9 +5,12 @@ import json
 import math
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Int
 
 from minigrpo.config import (
     LARGEST_SEED,
@@ -20,8 +23,10 @@ from minigrpo.config import (
     run_command,
 )
 from minigrpo.data import Prompts, load_dataset, tokenize
+from minigrpo.metrics import write_lines
 from minigrpo.model import Params
-from minigrpo.rewards import same_answer
+from minigrpo.rewards import Extract, as_number, extract_answer, marked_answer, same_answer
+from minigrpo.sources import run_defaults
 from minigrpo.start import Setup, set_up
 
 QUEUE = 2
@@ -37,6 +42,9 @@ class EvalOptions(Options):
 
     mesh: str = option("auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU")
     eval_size: int = option(500, "held-out problems answered", low=1)
+    num_generations: int = option(1, "answers per problem; several give pass@k and the majority's accuracy", low=1)
+    base: str = option("", "another model to be asked the same, such as the one that training started from")
+    output: str = option("", "JSONL file that every answer is written to")
     seed: int = option(0, "seed of sampling and of random weights", low=0, high=LARGEST_SEED)
 
 
@@ -56,10 +64,10 @@ def interval(share: float, count: int) -> tuple[float, float]:
     return (centre - half) / (1 + Z95**2 / count), (centre + half) / (1 + Z95**2 / count)
 
 
-def accuracy(
-    setup: Setup, params: Params, problems: Prompts, decoding: RolloutOptions, seed: int = 0
-) -> dict[str, float]:
-    """Share of the problems that are answered rightly, one answer each; "dropped" counts those too long to ask.
+def ask(
+    setup: Setup, params: Params, problems: Prompts, decoding: RolloutOptions, samples: int, seed: int
+) -> tuple[list[str], Int[np.ndarray, "B"]]:
+    """`samples` answers to every problem, those of one problem adjacent, and their lengths in tokens.
 
     They are asked in several rollouts, so that no device holds more prompts than QUEUE times its slots.
     """
@@ -67,38 +75,119 @@ def accuracy(
     rounds = -(-len(problems) // (QUEUE * decoding.slots * setup.mesh.size))
     answers: list[list[int]] = []
     for part in np.array_split(np.arange(len(problems)), rounds):
-        rollout = roller(params, [problems.tokens[i] for i in part], part.tolist(), 1, (seed, 0))
+        rollout = roller(params, [problems.tokens[i] for i in part], part.tolist(), samples, (seed, 0))
         answers += [row[:length].tolist() for row, length in zip(rollout.tokens, rollout.lengths, strict=True)]
-    pairs = zip(setup.tokenizer.decode(answers), problems.rows, strict=True)
-    right = sum(same_answer(text, row["answer"]) for text, row in pairs)
-    return {
-        "accuracy": right / len(problems),
-        "problems": len(problems),
-        "dropped": problems.dropped,
-        "mean_length": float(np.mean([len(row) for row in answers])),
-    }
+    return setup.tokenizer.decode(answers), np.array([len(row) for row in answers])
+
+
+@dataclasses.dataclass(frozen=True)
+class Grades:
+    """Which of P problems' K answers are right."""
+
+    flexible: Bool[np.ndarray, "P K"]
+    """Wherever the answer stands."""
+    strict: Bool[np.ndarray, "P K"]
+    """In <answer> tags, after #### or in a box."""
+    majority: Bool[np.ndarray, "P"]
+    """The answer given most often, the first of several."""
+
+
+def grade(texts: list[str], problems: Prompts) -> Grades:
+    samples = len(texts) // len(problems)
+    groups = [texts[i * samples : (i + 1) * samples] for i in range(len(problems))]
+    wanted = [row["answer"] for row in problems.rows]
+
+    def marks(extract: Extract) -> np.ndarray:
+        pairs = zip(groups, wanted, strict=True)
+        return np.array([[same_answer(text, answer, extract) for text in group] for group, answer in pairs])
+
+    majority = [same_answer(most_common(group), answer) for group, answer in zip(groups, wanted, strict=True)]
+    return Grades(marks(extract_answer), marks(marked_answer), np.array(majority))
+
+
+def most_common(texts: list[str]) -> str:
+    """A completion with the answer that most completions give; numbers are compared as numbers."""
+    answers = [extract_answer(text) or "" for text in texts]
+    keys = [as_number(answer) or answer for answer in answers]
+    return texts[max(range(len(texts)), key=lambda i: (keys.count(keys[i]), -i))]
+
+
+def pass_at(right: Bool[np.ndarray, "P K"], k: int) -> float:
+    """Chance that one of k answers is right, estimated from all of them (arXiv:2107.03374, eq. 1)."""
+    total, wrong = right.shape[1], (~right).sum(axis=1)
+    return float(np.mean([1 - math.comb(int(n), k) / math.comb(total, k) for n in wrong]))
+
+
+def figures(grades: Grades) -> dict[str, float]:
+    """Accuracy of single answers; with several, pass@k for powers of two and the majority's accuracy too."""
+    samples = grades.flexible.shape[1]
+    more = [2**i for i in range(1, samples.bit_length())]
+    several = {f"pass@{k}": pass_at(grades.flexible, k) for k in more}
+    if samples > 1:
+        several[f"majority@{samples}"] = float(grades.majority.mean())
+    return {"accuracy": float(grades.flexible.mean()), "strict_accuracy": float(grades.strict.mean())} | several
+
+
+def accuracy(setup: Setup, params: Params, problems: Prompts, decoding: RolloutOptions) -> dict[str, float]:
+    """Share of the problems that are answered rightly, one answer each; "dropped" counts those too long to ask."""
+    texts, lengths = ask(setup, params, problems, decoding, 1, 0)
+    counts = {"problems": len(problems), "dropped": problems.dropped, "mean_length": float(lengths.mean())}
+    return figures(grade(texts, problems)) | counts
+
+
+def evaluate(setup: Setup, problems: Prompts, decoding: RolloutOptions) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One model's figures with their interval, and a line for every answer."""
+    options, name = setup.settings[EvalOptions], setup.settings[ModelOptions].model
+    started = time.perf_counter()
+    texts, lengths = ask(setup, setup.load(options.seed), problems, decoding, options.num_generations, options.seed)
+    grades = grade(texts, problems)
+    result: dict[str, Any] = {"model": name, **figures(grades), "problems": len(problems)}
+    result |= {"interval": interval(result["accuracy"], len(problems)), "dropped": problems.dropped}
+    result |= {"mean_length": float(lengths.mean()), "seconds": time.perf_counter() - started}
+    rows = [problems.rows[i] for i in range(len(problems)) for _ in range(options.num_generations)]
+    lines = [
+        {"model": name, "prompt": row["prompt"], "answer": row["answer"], "completion": text}
+        | {"right": bool(right), "strictly_right": bool(strict)}
+        for row, text, right, strict in zip(
+            rows, texts, grades.flexible.reshape(-1), grades.strict.reshape(-1), strict=True
+        )
+    ]
+    return result, lines
+
+
+def report(result: dict[str, Any], dataset: str) -> None:
+    """What a person reads of one model's figures."""
+    low, high = result["interval"]
+    several = "".join(f", {name} {result[name]:.1%}" for name in result if "@" in name)
+    sys.stderr.write(
+        f"{result['model']} on {dataset}: accuracy {result['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}), "
+        f"strictly {result['strict_accuracy']:.1%}{several}, of {result['problems']} problems, "
+        f"{result['dropped']} dropped as too long\n"
+    )
 
 
 def main(settings: Settings) -> int:
-    setup = set_up(settings, settings[EvalOptions].mesh)
-    started = time.perf_counter()
     options = settings[EvalOptions]
-    final = setup.settings.with_defaults({"temperature": 0.0})
-    params = setup.load(options.seed)
-    problems = held_out(setup, final[DataOptions], options.eval_size)
-    result = accuracy(setup, params, problems, final[RolloutOptions], options.seed)
-    low, high = interval(result["accuracy"], int(result["problems"]))
-    sys.stderr.write(
-        f"{setup.settings[ModelOptions].model} on {setup.settings[DataOptions].dataset}: accuracy "
-        f"{result['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) of {result['problems']} problems, "
-        f"{result['dropped']} dropped as too long\n"
-    )
-    extra = {"interval": [low, high], "seconds": time.perf_counter() - started, "platform": jax.default_backend()}
-    sys.stdout.write(json.dumps(result | extra) + "\n")
+    models = [settings[ModelOptions].model] + ([options.base] if options.base else [])
+    results, answers = [], []
+    for model in models:
+        setup = set_up(settings.with_values({"model": model}), options.mesh, {model: run_defaults(models[0])})
+        greedy = {"temperature": 0.0} if options.num_generations == 1 else {}
+        final = setup.settings.with_defaults(greedy)
+        problems = held_out(setup, final[DataOptions], options.eval_size)
+        result, lines = evaluate(setup, problems, final[RolloutOptions])
+        report(result, final[DataOptions].dataset)
+        results.append(result)
+        answers += lines
+    if options.output:
+        write_lines(Path(options.output), answers)
+    last = results[0] | ({"base": results[1]} if options.base else {}) | {"platform": jax.default_backend()}
+    sys.stdout.write(json.dumps(last) + "\n")
     return 0
 
 
+FOOTER = """Here --temperature is 0 unless given, for a single answer: greedy.
+--model and --base may also be a run folder, one of its checkpoints or an adapter; it is asked as that run asked."""
+
 if __name__ == "__main__":
-    run_command(
-        "python -m minigrpo.evaluate", __doc__ or "", SECTIONS, main, "Here --temperature is 0 unless given: greedy."
-    )
+    run_command("python -m minigrpo.evaluate", __doc__ or "", SECTIONS, main, FOOTER)

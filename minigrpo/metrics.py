@@ -1,9 +1,10 @@
 """The run folder: metrics.jsonl, sample completions, TensorBoard, and one readable line per step."""
 
+import importlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,83 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from minigrpo.config import UsageError
+from minigrpo.config import RunOptions, UsageError
 
-TIMINGS = ("step_time", "time/", "rollout/tokens_per_second", "device/")
+TIMINGS = ("step_time", "time/", "tokens_per_second", "rollout/tokens_per_second", "device/")
 """Prefixes of the metrics that measure the machine and so differ between equal runs."""
+
+
+class TensorBoard:
+    """Metrics for TensorBoard, in the run folder."""
+
+    def __init__(self, folder: Path, first_step: int):
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """Metrics for Weights & Biases; a resumed run goes on under its own id. The key stays in the environment."""
+
+    def __init__(self, folder: Path, options: RunOptions, settings: dict[str, Any]):
+        wandb = import_wandb()
+        path = folder / "wandb_id.txt"
+        if not path.exists():
+            path.write_text(wandb.util.generate_id() + "\n")
+        try:
+            self.run = wandb.init(
+                project=options.wandb_project,
+                mode=options.wandb_mode,
+                dir=str(folder),
+                id=path.read_text().strip(),
+                resume="allow",
+                name=folder.absolute().name,
+                config=settings,
+            )
+        except wandb.errors.Error as error:
+            raise UsageError(
+                f"--report_to=wandb: {str(error).splitlines()[0]}; set WANDB_API_KEY, or --wandb_mode=offline"
+            ) from error
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+Sink = TensorBoard | Wandb
+
+
+def import_wandb() -> Any:
+    """The wandb library, which is an extra; UsageError when it is not installed."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise UsageError("--report_to=wandb: not installed; pip install 'minigrpo[wandb]'") from error
+
+
+def open_sinks(folder: Path, options: RunOptions, settings: dict[str, Any], first_step: int) -> list[Sink]:
+    makers: dict[str, Callable[[], Sink]] = {
+        "tensorboard": lambda: TensorBoard(folder, first_step),
+        "wandb": lambda: Wandb(folder, options, settings),
+    }
+    return [makers[name]() for name in options.sinks]
 
 
 class RunFolder:
     """Sinks of one run. Only the first process of several writes."""
 
-    def __init__(self, folder: Path, total_steps: int, tensorboard: bool, writes: bool, first_step: int):
+    def __init__(self, folder: Path, total_steps: int, sinks: list[Sink], writes: bool, first_step: int):
         self.folder = folder
         self.writes = writes
         self.tokens = 0.0
-        self.tensorboard = None
-        if tensorboard and writes:
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self.sinks = sinks
         self.bar = tqdm(
             total=total_steps, unit="step", disable=not (writes and sys.stderr.isatty()), dynamic_ncols=True
         )
@@ -38,7 +100,8 @@ class RunFolder:
         for name in ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl"):
             path = self.folder / name
             if self.writes and path.exists():
-                kept = [line for line in path.read_text(encoding="utf-8").split("\n") if line_step(line) <= step]
+                lines = path.read_text(encoding="utf-8").split("\n") if step else []
+                kept = [line for line in lines if line_step(line) <= step]
                 partial = path.with_suffix(".partial")
                 partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
                 os.replace(partial, path)
@@ -52,17 +115,15 @@ class RunFolder:
         self.tokens += metrics["num_tokens"]
         metrics = metrics | {"num_tokens": self.tokens}
         self.append("metrics.jsonl", [{"step": step} | metrics])
-        if self.tensorboard:
-            for name, value in metrics.items():
-                self.tensorboard.add_scalar(name, value, step)
+        for sink in self.sinks:
+            sink.log(step, metrics)
         self.bar.write(step_line(step, self.bar.total, metrics), file=sys.stderr)
         self.bar.update(1)
 
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Adds one line per row to a JSONL file of the folder, on disk before it returns."""
         if self.writes:
-            with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_lines(self.folder / name, rows)
 
     def say(self, text: str) -> None:
         if self.writes:
@@ -70,8 +131,14 @@ class RunFolder:
 
     def close(self) -> None:
         self.bar.close()
-        if self.tensorboard:
-            self.tensorboard.close()
+        for sink in self.sinks:
+            sink.close()
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Appends rows to a JSONL file."""
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def line_step(line: str) -> int:
@@ -95,7 +162,7 @@ def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
     return (
         f"step {step}/{total}  reward {metrics['reward']:.3f} ({rewards})  loss {metrics['loss']:+.4f}  "
         f"kl {metrics['kl']:.4f}  grad {metrics['grad_norm']:.3f}  length {metrics['completions/mean_length']:.0f} "
-        f"(cut {metrics['completions/clipped_ratio']:.0%})  {metrics['rollout/tokens_per_second']:.0f} tok/s  "
+        f"(cut {metrics['completions/clipped_ratio']:.0%})  {metrics['tokens_per_second']:.0f} tok/s  "
         f"{metrics['step_time']:.1f} s ({phases})"
     )
 

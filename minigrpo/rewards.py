@@ -109,9 +109,13 @@ def plain_text(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".")
 
 
-def same_answer(completion: str, reference: str) -> bool:
+Extract = Callable[[str], str | None]
+"""How a final answer is found: `extract_answer`, or `marked_answer` to be strict about its form."""
+
+
+def same_answer(completion: str, reference: str, extract: Extract = extract_answer) -> bool:
     """Whether the completion's final answer equals the reference, as numbers if both are, else as text."""
-    given, wanted = extract_answer(completion), marked_answer(reference)
+    given, wanted = extract(completion), marked_answer(reference)
     wanted = reference if wanted is None else wanted
     if given is None:
         return False

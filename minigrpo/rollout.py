@@ -54,6 +54,8 @@ class RolloutPlan:
     page_size: int
     slots: int
     pool_pages: int
+    watch: Callable[[Any, Any, Any], None] | None = None
+    """Is told, while decoding: each slot's completion, position and token."""
 
     @property
     def device(self) -> jax.Device:
@@ -287,6 +289,8 @@ def decode(plan: RolloutPlan, model: Qwen, each_layer: EachLayer, prompts: Promp
     count = slots.length + 1 - prompts.lengths[index // plan.group]
     uniforms = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(keys[index], count)
     pages, tokens, logprobs = next_tokens(plan, model, each_layer, state, uniforms)
+    if plan.watch:
+        jax.debug.callback(plan.watch, slots.completion, count, tokens)
     at = (slots.completion, count)
     state = update(
         state,
@@ -442,6 +446,7 @@ class Roller:
         options: RolloutOptions,
         num_tokens: int,
         stop_tokens: tuple[int, ...],
+        watch: Callable[[Any, Any, Any], None] | None = None,
     ):
         self.mesh = mesh
         model = decode_config(config)
@@ -459,6 +464,7 @@ class Roller:
             page_size=options.page_size,
             slots=options.slots,
             pool_pages=options.pool_pages,
+            watch=watch,
         )
 
     def __call__(

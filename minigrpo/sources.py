@@ -1,7 +1,6 @@
 """What --model may name: a Hub id, a model folder, an adapter, a run folder, or one of a run's checkpoints."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from minigrpo.checkpoint import read_params
 from minigrpo.config import LoraOptions, UsageError
 from minigrpo.lora import CONFIG_FILE, load_adapter, make_lora, read_adapter_config
 from minigrpo.model import Lora, ModelConfig, Params, abstract_params, is_adapter, leaf_sharding, select
+from minigrpo.tokenizer import read_json
 from minigrpo.weights import find_checkpoint, load_params
 
 
@@ -44,6 +44,29 @@ def find_source(name: str) -> Source:
     return Source(name, find_checkpoint(name))
 
 
+INHERITED = (
+    "system_prompt", "prompt_column", "answer_column", "enable_thinking", "max_prompt_length", "max_completion_length",
+    "page_size", "eval_dataset", "dataset",
+)  # fmt: skip
+
+
+def run_defaults(name: str) -> dict[str, Any]:
+    """How the run that --model belongs to asked its questions; {} for a model of no run.
+
+    A file that was trained on is no dataset to be evaluated on.
+    """
+    folder = Path(name)
+    run = next((path for path in (folder, *list(folder.parents)[:2]) if (path / "flags.txt").is_file()), None)
+    if run is None:
+        return {}
+    settings = read_json(run / "config.json")
+    values = {field: settings[field] for field in INHERITED if field in settings}
+    trained_on, named = values.pop("dataset", "auto"), values.pop("eval_dataset", "auto")
+    if named != "auto" or not Path(trained_on).suffix:
+        values["dataset"] = trained_on if named == "auto" else named
+    return values
+
+
 def find_run(folder: Path) -> Source:
     """A finished run's model."""
     final = folder / "final"
@@ -56,7 +79,7 @@ def find_step(folder: Path) -> Source:
     if not folder.is_dir():
         there = ", ".join(sorted(path.name for path in folder.parent.glob("*"))) or "none"
         raise UsageError(f"--model={folder}: no such checkpoint; there are {there}")
-    settings = json.loads((folder.parent.parent / "config.json").read_text())
+    settings = read_json(folder.parent.parent / "config.json")
     own = {field.name: settings[field.name] for field in dataclasses.fields(LoraOptions)}
     base = find_source(settings["model"])
     return dataclasses.replace(base, lora=make_lora(LoraOptions(**own)) or base.lora, adapter=None, step=folder)

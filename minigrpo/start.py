@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -109,8 +109,8 @@ class Programs:
     def head(self, temperature: float) -> Head:
         return Head(self.mesh, self.num_tokens, temperature, choose_tiles(self.mesh, self.config.vocab_size))
 
-    def roller(self, options: RolloutOptions) -> Roller:
-        return Roller(self.config, self.mesh, self.dtype, options, self.num_tokens, self.stop_tokens)
+    def roller(self, options: RolloutOptions, watch: Callable[[Any, Any, Any], None] | None = None) -> Roller:
+        return Roller(self.config, self.mesh, self.dtype, options, self.num_tokens, self.stop_tokens, watch)
 
     def trainer(self, total_updates: int, parts: int) -> grpo.Trainer:
         """GRPO's scoring and updating as the settings want it."""
@@ -177,12 +177,13 @@ def resolve(settings: Settings, recipes: Recipes) -> Settings:
     model = (TINY if on_cpu else DEFAULT_MODEL) if model == "auto" else model
     dtype = settings[ModelOptions].compute_dtype
     values = {"model": model, "compute_dtype": ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype}
-    if DataOptions in settings.sections and settings[DataOptions].dataset == "auto":
-        values["dataset"] = "builtin:arithmetic" if model == TINY else "gsm8k"
     recipe = {**RECIPES.get(model, {}), **recipes.get(model, {})}
     if "num_epochs" in settings.explicit:
         recipe.pop("max_steps", None)
-    return settings.with_defaults(recipe).with_values(values)
+    settings = settings.with_defaults(recipe)
+    if DataOptions in settings.sections and settings[DataOptions].dataset == "auto":
+        values["dataset"] = "builtin:arithmetic" if model == TINY else "gsm8k"
+    return settings.with_values(values)
 
 
 def choose_lora(settings: Settings, source: Source) -> Lora | None:

@@ -32,11 +32,22 @@ from minigrpo.data import Prompts, is_file, load_dataset, tokenize
 from minigrpo.evaluate import accuracy, held_out
 from minigrpo.experience import Experience, Job, advantages, make_batches, move_reference, sampled
 from minigrpo.memory import choose_parts
-from minigrpo.metrics import RunFolder, check_empty, check_writable, completion_metrics, make_folder, reward_metrics
+from minigrpo.metrics import (
+    RunFolder,
+    check_empty,
+    check_writable,
+    completion_metrics,
+    import_wandb,
+    make_folder,
+    open_sinks,
+    reward_metrics,
+)
 from minigrpo.model import Params, split_trained
 from minigrpo.offline import load_recorded, recorded, validator
 from minigrpo.optimizer import TrainState, init_state, learning_rate
+from minigrpo.report import write_report
 from minigrpo.rewards import Reward, overlong_rewards, parse_rewards
+from minigrpo.rollout import Rollout
 from minigrpo.start import TINY, Setup, check_loss, set_up
 
 SECTIONS = (
@@ -143,11 +154,18 @@ def summary(job: Job, experience: Experience, step: int, clock: Clock) -> dict[s
         | reward_metrics(experience.rewards, experience.parts, job.group)
         | {"frac_groups_left_out": float(1 - experience.used.mean())}
         | completion_metrics(lengths, rollout.stopped[present])
-        | {"rollout/occupancy": rollout.occupancy, "step_time": clock.total()}
+        | {"step_time": clock.total(), "tokens_per_second": lengths.sum() / clock.total()}
         | phases
-        | {"rollout/tokens_per_second": lengths.sum() / phases["time/rollout"]}
+        | rollout_metrics(rollout, lengths, phases["time/rollout"])
         | ({"device/peak_bytes": memory["peak_bytes_in_use"]} if "peak_bytes_in_use" in memory else {})
     )
+
+
+def rollout_metrics(rollout: Rollout, lengths: np.ndarray, seconds: float) -> dict[str, float]:
+    """How well sampling went; nothing for responses on file."""
+    if not rollout.decode_steps:
+        return {}
+    return {"rollout/tokens_per_second": lengths.sum() / seconds, "rollout/occupancy": rollout.occupancy}
 
 
 def samples(job: Job, step: int, experience: Experience) -> list[dict[str, Any]]:
@@ -230,6 +248,8 @@ def make_run(setup: Setup) -> tuple[Run, TrainState]:
     steps = settings[StepOptions]
     check_loss(settings[LossOptions], settings[RolloutOptions])
     check_quantize(setup)
+    if "wandb" in settings[RunOptions].sinks:
+        import_wandb()
     data, rewards = load_prompts(setup)
     held = load_held_out(setup)
     total = steps.max_steps or max(1, round(steps.num_epochs * len(data) / steps.batch_size))
@@ -320,15 +340,19 @@ def main(settings: Settings) -> int:
     checkpoints = Checkpoints(folder / "checkpoints", options.save_total_limit)
     first_step, state = checkpoints.restore(state) if options.resume else (0, state)
     writes = jax.process_index() == 0
-    log = RunFolder(folder, job.total_steps, options.report_to == "tensorboard", writes, first_step)
+    sinks = open_sinks(folder, options, setup.settings.as_dict(), first_step) if writes else []
+    log = RunFolder(folder, job.total_steps, sinks, writes, first_step)
     if options.resume:
         log.say(f"resumed after step {first_step}")
+    if run.check and first_step == 0:
+        evaluate(run.check(state), 0, log)
     state = train(run, state, first_step, log, checkpoints)
     checkpoints.save(job.total_steps, state)
     checkpoints.close()
     log.close()
     setup.export(folder / "final", folder / "adapter", state.params, job.frozen)
-    sys.stderr.write(f"done: {job.total_steps} steps; model in {folder / 'final'}\n")
+    page = write_report(folder)
+    sys.stderr.write(f"done: {job.total_steps} steps; model in {folder / 'final'}, report in {page}\n")
     return 0
 
 

@@ -280,7 +280,7 @@ def test_remat_full_keeps_less_than_none(tiny_config, tiny_params):
         trainer = make_trainer(config, mesh, remat=remat)
         params = abstract_params(config)[1]
         state = jax.eval_shape(lambda p: grpo.TrainState(p, trainer.optimizer.init(p), jnp.int32(0)), params)
-        return grpo.update.lower(trainer, state, batch).compile().memory_analysis().temp_size_in_bytes
+        return grpo.update.lower(trainer, state, batch, {}).compile().memory_analysis().temp_size_in_bytes
 
     assert scratch("full") < 0.7 * scratch("none")
 

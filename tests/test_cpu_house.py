@@ -13,14 +13,14 @@ from conftest import ROOT
 from minigrpo import config, evaluate, plan, sft, tiny, train
 
 LEVELS = [
-    {"config", "arithmetic", "hlo", "losses", "chips"},
+    {"config", "arithmetic", "hlo", "losses", "chips", "doctor"},
     {"sharding", "rewards", "metrics", "checkpoint", "sampling", "tokenizer"},
     {"model", "logprobs", "data"},
-    {"attention", "cache", "weights", "optimizer"},
+    {"attention", "cache", "weights", "optimizer", "report"},
     {"lora"},
     {"sources", "grpo", "rollout"},
     {"start"},
-    {"memory", "evaluate", "experience"},
+    {"memory", "evaluate", "experience", "generate"},
     {"offline"},
     {"train", "sft", "tiny", "plan"},
 ]

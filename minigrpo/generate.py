@@ -1,0 +1,159 @@
+"""`python -m minigrpo.generate`: answers to a prompt, to a file of prompts, or in a chat in the terminal."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minigrpo.config import (
+    LARGEST_SEED,
+    DataOptions,
+    ModelOptions,
+    Options,
+    RolloutOptions,
+    Settings,
+    UsageError,
+    option,
+    run_command,
+)
+from minigrpo.data import PROMPT_COLUMNS, chat, choose_column, is_prompt, read_jsonl
+from minigrpo.model import Params
+from minigrpo.sources import run_defaults
+from minigrpo.start import Setup, set_up
+from minigrpo.tokenizer import Message
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions(Options):
+    """Generate"""
+
+    mesh: str = option("auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU")
+    prompt: str = option("", "one prompt, answered on stdout as it is sampled")
+    prompts: str = option("", "file of prompts, one per line or JSONL; the answers are JSONL on stdout")
+    chat: bool = option(False, "a chat: one message per line of stdin, an empty line or its end closing it")
+    num_generations: int = option(1, "answers per prompt of --prompts", low=1)
+    seed: int = option(0, "seed of sampling and of random weights", low=0, high=LARGEST_SEED)
+
+
+SECTIONS = (ModelOptions, DataOptions, RolloutOptions, GenerateOptions)
+
+
+class Stream:
+    """Writes one completion's text to stdout while its tokens come in."""
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+        self.tokens: dict[int, int] = {}
+        self.shown = ""
+
+    def __call__(self, completion: Any, position: Any, token: Any) -> None:
+        self.tokens[int(position[0])] = int(token[0])
+        self.show(final=False)
+
+    def show(self, final: bool) -> None:
+        """Adds what has become certain; a character may take several tokens, which may come out of order."""
+        known = [self.tokens[i] for i in range(len(self.tokens)) if i in self.tokens]
+        text = self.setup.tokenizer.decode([known])[0]
+        if len(known) < len(self.tokens) or not text.startswith(self.shown) or (text.endswith("\ufffd") and not final):
+            return
+        sys.stdout.write(text[len(self.shown) :])
+        sys.stdout.flush()
+        self.shown = text
+
+
+def encode(setup: Setup, prompt: str | list[Message]) -> list[int]:
+    """Tokens of a prompt in the chat template; UsageError when there are too many."""
+    data = setup.settings[DataOptions]
+    system = "" if data.system_prompt == "auto" else data.system_prompt
+    tokens = setup.tokenizer.encode([setup.tokenizer.render(chat(prompt, system))])[0]
+    if len(tokens) > data.max_prompt_length:
+        raise UsageError(f"--max_prompt_length={data.max_prompt_length}: {str(prompt)[:40]!r} has {len(tokens)} tokens")
+    return tokens
+
+
+def answer(setup: Setup, params: Params, prompt: str | list[Message], number: int) -> str:
+    """One completion, shown as it is sampled, with its speed on stderr; `number` names it for the random numbers."""
+    stream = Stream(setup)
+    roller = setup.roller(setup.settings[RolloutOptions], stream)
+    started = time.perf_counter()
+    rollout = roller(params, [encode(setup, prompt)], [number], 1, (setup.settings[GenerateOptions].seed, 0))
+    seconds = time.perf_counter() - started
+    stream.tokens = dict(enumerate(rollout.tokens[0, : rollout.lengths[0]].tolist()))
+    stream.show(final=True)
+    sys.stdout.write("\n")
+    count = int(rollout.lengths[0])
+    sys.stderr.write(f"{count} tokens in {seconds:.1f} s, compiling included: {count / seconds:.0f} tokens/s\n")
+    return stream.shown
+
+
+def talk(setup: Setup, params: Params) -> None:
+    """Answers line after line, the whole chat being the prompt."""
+    messages: list[Message] = []
+    for number, line in enumerate(sys.stdin):
+        if not line.strip():
+            break
+        messages.append({"role": "user", "content": line.strip()})
+        messages.append({"role": "assistant", "content": answer(setup, params, messages, number)})
+
+
+def read_prompts(path: Path) -> Iterator[str | list[Message]]:
+    """Prompts of a JSONL file's prompt column, or the lines of any other file."""
+    if path.suffix in (".jsonl", ".json"):
+        rows = read_jsonl(path)
+        column = choose_column(rows[0], "prompts", "auto", PROMPT_COLUMNS)
+        for number, row in enumerate(rows, 1):
+            if not is_prompt(row.get(column)):
+                raise UsageError(f"--prompts={path}: row {number} has no prompt in {column!r}")
+            yield row[column]
+        return
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompts={path}: cannot be read ({error})") from error
+    yield from (line for line in lines if line.strip())
+
+
+def answer_file(setup: Setup, params: Params, path: Path) -> None:
+    """One JSON line per prompt: {"prompt": ..., "completions": [...]}."""
+    options = setup.settings[GenerateOptions]
+    prompts = list(read_prompts(path))
+    if not prompts:
+        raise UsageError(f"--prompts={path}: the file has no prompts")
+    roller = setup.roller(setup.settings[RolloutOptions])
+    tokens = [encode(setup, prompt) for prompt in prompts]
+    started = time.perf_counter()
+    rollout = roller(params, tokens, list(range(len(prompts))), options.num_generations, (options.seed, 0))
+    seconds = time.perf_counter() - started
+    ids = [row[:length] for row, length in zip(rollout.tokens, rollout.lengths, strict=True)]
+    texts = setup.tokenizer.decode(ids)
+    for number, prompt in enumerate(prompts):
+        own = texts[number * options.num_generations : (number + 1) * options.num_generations]
+        sys.stdout.write(json.dumps({"prompt": prompt, "completions": own}, ensure_ascii=False) + "\n")
+    count = int(rollout.lengths.sum())
+    sys.stderr.write(f"{count} tokens in {seconds:.1f} s, compiling included: {count / seconds:.0f} tokens/s\n")
+
+
+def main(settings: Settings) -> int:
+    options = settings[GenerateOptions]
+    asked = [name for name in ("prompt", "prompts", "chat") if getattr(options, name)]
+    if len(asked) != 1:
+        raise UsageError("give one of --prompt=TEXT, --prompts=FILE and --chat (see --help)")
+    model = settings[ModelOptions].model
+    setup = set_up(settings, options.mesh, {model: run_defaults(model)})
+    params = setup.load(options.seed)
+    if options.prompt:
+        answer(setup, params, options.prompt, 0)
+    elif options.prompts:
+        answer_file(setup, params, Path(options.prompts))
+    else:
+        talk(setup, params)
+    return 0
+
+
+FOOTER = """--model may also be a run folder, one of its checkpoints or an adapter; it is asked as that run did."""
+
+if __name__ == "__main__":
+    run_command("python -m minigrpo.generate", __doc__ or "", SECTIONS, main, FOOTER)

@@ -1,0 +1,200 @@
+"""`python -m minigrpo.report`: a run folder's plots, summary.json, and one self-contained HTML page."""
+
+import base64
+import dataclasses
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from matplotlib.figure import Figure
+
+from minigrpo.config import Options, Settings, UsageError, option, run_command
+from minigrpo.data import read_jsonl
+from minigrpo.doctor import diagnose
+from minigrpo.tokenizer import read_json
+
+matplotlib.use("Agg")
+
+TEMPLATE = Path(__file__).parent / "builtin" / "report.html.jinja"
+SHOWN = 12
+"""Sample completions on the page, half of them the first, half the last."""
+
+Rows = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportOptions(Options):
+    """Report"""
+
+    run: str = option("", "run folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """What a run folder holds."""
+
+    folder: Path
+    settings: dict[str, Any]
+    metrics: Rows
+    evaluations: Rows
+    samples: Rows
+
+
+def read_history(folder: Path) -> History:
+    """UsageError when there is no run, or one without a finished step."""
+    if not (folder / "metrics.jsonl").is_file():
+        raise UsageError(f"--run={folder}: no metrics.jsonl there; name the folder of a run with a finished step")
+
+    def rows(name: str) -> Rows:
+        return read_jsonl(folder / name) if (folder / name).is_file() else []
+
+    files = (rows(name) for name in ("metrics.jsonl", "evaluations.jsonl", "completions.jsonl"))
+    return History(folder, read_json(folder / "config.json"), *files)
+
+
+# Pictures
+
+
+def draw(rows: Rows, names: dict[str, str], ylabel: str) -> Figure:
+    """Metrics against steps; `names` are those of metrics and of lines."""
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for name, label in names.items():
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 30 else None, markersize=3)
+    axes.set(xlabel="step", ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    if len(names) > 1:
+        axes.legend(fontsize=8)
+    return figure
+
+
+def present(rows: Rows, names: dict[str, str]) -> dict[str, str]:
+    return {name: label for name, label in names.items() if any(row.get(name) is not None for row in rows)}
+
+
+def reward_parts(rows: Rows) -> dict[str, str]:
+    names = [name for name in rows[0] if name.startswith("rewards/") and name.endswith("/mean")]
+    return {"reward": "all, weighted"} | {name: name.split("/")[1] for name in names}
+
+
+def phase_names(rows: Rows) -> dict[str, str]:
+    return {name: name.removeprefix("time/") for name in rows[0] if name.startswith("time/")}
+
+
+LENGTHS = {f"completions/{kind}_length": kind for kind in ("mean", "min", "max")}
+
+
+def figures(history: History) -> dict[str, Figure]:
+    """File name -> picture."""
+    rows, held = history.metrics, history.evaluations
+    pictures = {
+        "reward": draw(rows, reward_parts(rows), "reward"),
+        "loss": draw(rows, {"loss": "loss"}, "loss"),
+        "grad_norm": draw(rows, {"grad_norm": "gradient norm before clipping"}, "gradient norm"),
+        "kl": draw(rows, present(rows, {"kl": "KL to the reference"}), "KL to the reference (nats per token)"),
+        "entropy": draw(rows, {"entropy": "entropy"}, "entropy (nats per token)"),
+        "lengths": draw(rows, LENGTHS, "completion length (tokens)"),
+        "clipped": draw(rows, {"completions/clipped_ratio": "cut"}, "share cut at the length limit"),
+        "seconds": draw(rows, phase_names(rows), "seconds per step"),
+    }
+    measured = present(held, {"accuracy": "accuracy", "strict_accuracy": "strict accuracy", "margin": "margin"})
+    return ({"progress": draw(held, measured, "held out")} if held and measured else {}) | pictures
+
+
+def png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=130)
+    return file.getvalue()
+
+
+# Summary
+
+
+def mean(rows: Rows, name: str) -> float:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return sum(values) / len(values) if values else 0.0
+
+
+def summarize(history: History) -> dict[str, Any]:
+    """The run in figures; first and last are means over a tenth of the steps."""
+    rows = history.metrics
+    tenth = max(1, len(rows) // 10)
+    first, last = rows[:tenth], rows[-tenth:]
+    best = max(history.evaluations, key=lambda row: row.get("accuracy", 0), default={})
+    return {
+        "model": history.settings.get("model"),
+        "dataset": history.settings.get("dataset"),
+        "steps": rows[-1]["step"],
+        "tokens": rows[-1]["num_tokens"],
+        "hours": sum(row["step_time"] for row in rows) / 3600,
+        "tokens_per_second": mean(rows, "tokens_per_second"),
+        "reward": {"first": mean(first, "reward"), "last": mean(last, "reward")},
+        "mean_length": {
+            name: mean(part, "completions/mean_length") for name, part in (("first", first), ("last", last))
+        },
+        "kl": mean(last, "kl"),
+        "entropy": {"first": mean(first, "entropy"), "last": mean(last, "entropy")},
+        "skipped_updates": sum(row["skipped_updates"] for row in rows),
+        "evaluations": {
+            "first": history.evaluations[:1],
+            "best": [best] if best else [],
+            "last": history.evaluations[-1:],
+        },
+        "doctor": diagnose(history.settings, rows),
+    }
+
+
+# The page
+
+
+def chosen_samples(samples: Rows) -> Rows:
+    half = SHOWN // 2
+    return samples if len(samples) <= SHOWN else samples[:half] + samples[-half:]
+
+
+def render(history: History, summary: dict[str, Any], pictures: dict[str, bytes]) -> str:
+    """The page, pictures included; everything from the run is escaped."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    images = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        name=history.folder.absolute().name,
+        summary=summary,
+        images=images,
+        samples=chosen_samples(history.samples),
+        settings=history.settings,
+    )
+
+
+def write_report(folder: Path) -> Path:
+    """Writes FOLDER/report/*.png, FOLDER/summary.json and FOLDER/report.html, and returns the page's path."""
+    history = read_history(folder)
+    summary = summarize(history)
+    (folder / "report").mkdir(exist_ok=True)
+    pictures = {name: png(figure) for name, figure in figures(history).items()}
+    for name, data in pictures.items():
+        (folder / "report" / f"{name}.png").write_bytes(data)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    page = folder / "report.html"
+    page.write_text(render(history, summary, pictures), encoding="utf-8", errors="backslashreplace")
+    return page
+
+
+def main(settings: Settings) -> int:
+    options: ReportOptions = settings[ReportOptions]
+    if not options.run:
+        raise UsageError("--run=: name a run folder, such as --run=runs/mine")
+    page = write_report(Path(options.run))
+    sys.stderr.write(f"report written to {page}\n")
+    for line in json.loads((Path(options.run) / "summary.json").read_text())["doctor"]:
+        sys.stderr.write(f"* {line}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command("python -m minigrpo.report", __doc__ or "", (ReportOptions,), main)
