@@ -21,7 +21,7 @@ def recent(rows: Rows, name: str) -> float:
 
 
 def loss_is_zero(settings: dict[str, Any], rows: Rows) -> str | None:
-    once = settings.get("num_iterations") == 1 and settings.get("num_minibatches") == 1
+    once = settings.get("num_iterations") == 1 and settings.get("num_minibatches", 1) == 1
     on_policy = settings.get("loss_type") == "grpo" and settings.get("beta") == 0 and once
     if not on_policy or max(abs(row["loss"]) for row in rows) > 1e-3:
         return None

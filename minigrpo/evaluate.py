@@ -76,7 +76,7 @@ def ask(
     answers: list[list[int]] = []
     for part in np.array_split(np.arange(len(problems)), rounds):
         rollout = roller(params, [problems.tokens[i] for i in part], part.tolist(), samples, (seed, 0))
-        answers += [row[:length].tolist() for row, length in zip(rollout.tokens, rollout.lengths, strict=True)]
+        answers += rollout.completions
     return setup.tokenizer.decode(answers), np.array([len(row) for row in answers])
 
 

@@ -95,7 +95,7 @@ def sample_groups(job: Job, state: TrainState, indices: list[int], names: list[i
 def reward(job: Job, rollout: Rollout, indices: list[int]) -> tuple[np.ndarray, dict[str, np.ndarray], list[str]]:
     """Weighted rewards [B], each function's scores, and the completions as text."""
     rows = [job.data.rows[i] for i in indices for _ in range(job.group)]
-    ids = [tokens[:length].tolist() for tokens, length in zip(rollout.tokens, rollout.lengths, strict=True)]
+    ids = rollout.completions
     texts = job.setup.tokenizer.decode(ids)
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
     arguments = columns | {"prompts": columns["prompt"], "completions": texts, "completion_ids": ids}

@@ -81,7 +81,7 @@ def answer(setup: Setup, params: Params, prompt: str | list[Message], number: in
     started = time.perf_counter()
     rollout = roller(params, [encode(setup, prompt)], [number], 1, (setup.settings[GenerateOptions].seed, 0))
     seconds = time.perf_counter() - started
-    stream.tokens = dict(enumerate(rollout.tokens[0, : rollout.lengths[0]].tolist()))
+    stream.tokens = dict(enumerate(rollout.completions[0]))
     stream.show(final=True)
     sys.stdout.write("\n")
     count = int(rollout.lengths[0])
@@ -127,8 +127,7 @@ def answer_file(setup: Setup, params: Params, path: Path) -> None:
     started = time.perf_counter()
     rollout = roller(params, tokens, list(range(len(prompts))), options.num_generations, (options.seed, 0))
     seconds = time.perf_counter() - started
-    ids = [row[:length] for row, length in zip(rollout.tokens, rollout.lengths, strict=True)]
-    texts = setup.tokenizer.decode(ids)
+    texts = setup.tokenizer.decode(rollout.completions)
     for number, prompt in enumerate(prompts):
         own = texts[number * options.num_generations : (number + 1) * options.num_generations]
         sys.stdout.write(json.dumps({"prompt": prompt, "completions": own}, ensure_ascii=False) + "\n")

@@ -136,9 +136,9 @@ def normalised_apart(
 
 
 def bucket(size: int, limit: int) -> int:
-    """`size` rounded up to a multiple of limit/8, so that few shapes are ever compiled."""
+    """`size` rounded up to a multiple of limit/8, at least one, so that few shapes are ever compiled."""
     step = max(SMALLEST_STEP, -(-limit // BUCKETS))
-    return min(limit, -(-size // step) * step)
+    return min(limit, max(1, -(-size // step)) * step)
 
 
 def assemble(
@@ -216,7 +216,8 @@ def policy_loss(
     loss = surrogate(options, ratio, advantages, logprobs) * correct(mismatch, counted, options.rollout_correction_cap)
     ref = logprobs if batch.ref_logprobs is None else jnp.where(mask, batch.ref_logprobs, logprobs)
     kl = losses.KL_ESTIMATORS[options.kl_estimator](logprobs, ref)
-    loss = loss + options.beta * (kl * ratio if options.kl_bias_correction else kl)
+    kl = kl * ratio if options.kl_bias_correction else kl
+    loss = loss + options.beta * kl
     low_clipped, high_clipped = clipped_tokens(options, ratio, advantages)
     per_token = {
         "kl": kl,

@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from minigrpo.config import Options, Settings, UsageError, option, run_command
@@ -20,6 +21,9 @@ from minigrpo.tokenizer import read_json
 matplotlib.use("Agg")
 
 TEMPLATE = Path(__file__).parent / "builtin" / "report.html.jinja"
+SMOOTH = 20
+"""A running mean goes over one part in so many of the steps."""
+
 SHOWN = 12
 """Sample completions on the page, half of them the first, half the last."""
 
@@ -31,6 +35,9 @@ class ReportOptions(Options):
     """Report"""
 
     run: str = option("", "run folder")
+
+
+SECTIONS = (ReportOptions,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +67,16 @@ def read_history(folder: Path) -> History:
 
 
 def draw(rows: Rows, names: dict[str, str], ylabel: str) -> Figure:
-    """Metrics against steps; `names` are those of metrics and of lines."""
+    """Metrics against steps, pale, and their running means; `names` are those of metrics and of lines."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
-    for name, label in names.items():
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 30 else None, markersize=3)
+    for number, (name, label) in enumerate(names.items()):
+        steps = [row["step"] for row in rows if row.get(name) is not None]
+        values = [row[name] for row in rows if row.get(name) is not None]
+        window = max(1, len(values) // SMOOTH)
+        smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+        axes.plot(steps, values, color=f"C{number}", alpha=1 if window == 1 else 0.3, linewidth=1)
+        axes.plot(steps[window - 1 :], smooth, color=f"C{number}", label=label)
     axes.set(xlabel="step", ylabel=ylabel)
     axes.grid(alpha=0.3)
     if len(names) > 1:
@@ -86,6 +97,7 @@ def phase_names(rows: Rows) -> dict[str, str]:
     return {name: name.removeprefix("time/") for name in rows[0] if name.startswith("time/")}
 
 
+LENGTH = "completions/mean_length"
 LENGTHS = {f"completions/{kind}_length": kind for kind in ("mean", "min", "max")}
 
 
@@ -96,13 +108,15 @@ def figures(history: History) -> dict[str, Figure]:
         "reward": draw(rows, reward_parts(rows), "reward"),
         "loss": draw(rows, {"loss": "loss"}, "loss"),
         "grad_norm": draw(rows, {"grad_norm": "gradient norm before clipping"}, "gradient norm"),
-        "kl": draw(rows, present(rows, {"kl": "KL to the reference"}), "KL to the reference (nats per token)"),
+        "learning_rate": draw(rows, {"learning_rate": "learning rate"}, "learning rate"),
         "entropy": draw(rows, {"entropy": "entropy"}, "entropy (nats per token)"),
         "lengths": draw(rows, LENGTHS, "completion length (tokens)"),
         "clipped": draw(rows, {"completions/clipped_ratio": "cut"}, "share cut at the length limit"),
         "seconds": draw(rows, phase_names(rows), "seconds per step"),
     }
     measured = present(held, {"accuracy": "accuracy", "strict_accuracy": "strict accuracy", "margin": "margin"})
+    if history.settings.get("beta"):
+        pictures["kl"] = draw(rows, {"kl": "KL to the reference"}, "KL to the reference (nats per token)")
     return ({"progress": draw(held, measured, "held out")} if held and measured else {}) | pictures
 
 
@@ -125,7 +139,6 @@ def summarize(history: History) -> dict[str, Any]:
     rows = history.metrics
     tenth = max(1, len(rows) // 10)
     first, last = rows[:tenth], rows[-tenth:]
-    best = max(history.evaluations, key=lambda row: row.get("accuracy", 0), default={})
     return {
         "model": history.settings.get("model"),
         "dataset": history.settings.get("dataset"),
@@ -134,17 +147,11 @@ def summarize(history: History) -> dict[str, Any]:
         "hours": sum(row["step_time"] for row in rows) / 3600,
         "tokens_per_second": mean(rows, "tokens_per_second"),
         "reward": {"first": mean(first, "reward"), "last": mean(last, "reward")},
-        "mean_length": {
-            name: mean(part, "completions/mean_length") for name, part in (("first", first), ("last", last))
-        },
+        "mean_length": {"first": mean(first, LENGTH), "last": mean(last, LENGTH)},
         "kl": mean(last, "kl"),
         "entropy": {"first": mean(first, "entropy"), "last": mean(last, "entropy")},
         "skipped_updates": sum(row["skipped_updates"] for row in rows),
-        "evaluations": {
-            "first": history.evaluations[:1],
-            "best": [best] if best else [],
-            "last": history.evaluations[-1:],
-        },
+        "evaluations": {"first": history.evaluations[:1], "last": history.evaluations[-1:]},
         "doctor": diagnose(history.settings, rows),
     }
 
@@ -197,4 +204,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    run_command("python -m minigrpo.report", __doc__ or "", (ReportOptions,), main)
+    run_command("python -m minigrpo.report", __doc__ or "", SECTIONS, main)

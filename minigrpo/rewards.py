@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float
 
 from minigrpo.config import UsageError
+from minigrpo.mathequal import math_equal
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -141,6 +142,17 @@ def answer(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[
     return [3.0 * same_answer(text, wanted) for text, wanted in zip(completions, answer, strict=True)]
 
 
+def math_answer(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    """1.0 when the final answer equals the reference as `answer` has it, or symbolically by the math-verify library."""
+
+    def right(text: str, wanted: str) -> bool:
+        given, marked = extract_answer(text), marked_answer(wanted)
+        reference = wanted if marked is None else marked
+        return same_answer(text, wanted) or (given is not None and math_equal(given, reference))
+
+    return [float(right(text, wanted)) for text, wanted in zip(completions, answer, strict=True)]
+
+
 def think_format(completions: Sequence[str], **_: Any) -> list[float]:
     """1.0 for a closed thinking block followed by a #### answer."""
     return [float("</think>" in tail(text) and "####" in tail(text).rpartition("</think>")[2]) for text in completions]
@@ -195,10 +207,10 @@ def overlong(limit: int, buffer: int, completion_ids: Sequence[Sequence[int]], *
     return [-min(1.0, max(0.0, (len(ids) - (limit - buffer)) / buffer)) for ids in completion_ids]
 
 
-BUILTIN: dict[str, RewardFunction] = {
-    function.__name__: function
-    for function in (answer, think_format, correctness, integer, strict_format, soft_format, tag_presence, tag_count)
-}
+FUNCTIONS = (
+    answer, math_answer, think_format, correctness, integer, strict_format, soft_format, tag_presence, tag_count,
+)  # fmt: skip
+BUILTIN: dict[str, RewardFunction] = {function.__name__: function for function in FUNCTIONS}
 
 
 # Choosing and calling

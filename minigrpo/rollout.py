@@ -126,6 +126,11 @@ class Rollout:
     occupancy: float
     """Mean share of slots that were decoding."""
 
+    @property
+    def completions(self) -> list[list[int]]:
+        """Each completion's own tokens."""
+        return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
+
 
 def update(state: State, **fields: Any) -> State:
     return dataclasses.replace(state, **fields)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from minigrpo.config import UsageError, parse_mesh
 
@@ -136,7 +136,7 @@ class Layout:
     def activations(self, x: Array) -> Array:
         return x if self.mesh is None else jax.lax.with_sharding_constraint(x, by_sequence(self.mesh))
 
-    def embed(self, table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed(self, table: Num[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         if self.mesh is None:
             return table[tokens].astype(self.dtype)
         rows, split = PartitionSpec(DATA), PartitionSpec(TP, FSDP)

@@ -13,7 +13,7 @@ from conftest import ROOT
 from minigrpo import config, evaluate, plan, sft, tiny, train
 
 LEVELS = [
-    {"config", "arithmetic", "hlo", "losses", "chips", "doctor"},
+    {"config", "arithmetic", "hlo", "losses", "chips", "doctor", "mathequal"},
     {"sharding", "rewards", "metrics", "checkpoint", "sampling", "tokenizer"},
     {"model", "logprobs", "data"},
     {"attention", "cache", "weights", "optimizer", "report"},

@@ -1,5 +1,7 @@
 """Rewards: answers as people write them, hostile completions, and functions that misbehave."""
 
+import asyncio
+import functools
 import json
 import time
 
@@ -112,6 +114,84 @@ def test_hostile_completions_cost_bounded_time():
         scores = function(completions=hostile, answer=["42"] * len(hostile))
         assert np.isfinite(scores).all()
     assert time.perf_counter() - started < 5
+
+
+def hostile_text(rng):
+    """One of many kinds of text meant to hurt a parser."""
+    size = int(10 ** rng.uniform(1, 6))
+    kinds = (
+        lambda: "9" * size,
+        lambda: "{" * size + "}" * size,
+        lambda: "<answer>" * (size // 8) + "4" + "</answer>" * (size // 9),
+        lambda: "\\boxed{" * (size // 7) + "1",
+        lambda: "".join(map(chr, rng.integers(0xD000, 0xE000, min(size, 500)))),
+        lambda: "\u202e\u2066" * (size // 2) + "#### -$1," + "0" * 40,
+        lambda: "<reasoning>\n" * (size // 12) + "</reasoning>\n<answer>\n" * (size // 25),
+        lambda: "1e" + "9" * min(size, 300),
+        lambda: "-" * size + "5.",
+        lambda: "#### " * (size // 5),
+    )
+    return kinds[rng.integers(len(kinds))]()
+
+
+def test_ten_thousand_hostile_completions_cost_under_a_millisecond_each():
+    rng = np.random.default_rng(0)
+    seconds = []
+    for text in [hostile_text(rng) for _ in range(10_000)]:
+        started = time.perf_counter()
+        for function in (rewards.answer, rewards.correctness, rewards.strict_format, rewards.tag_count):
+            assert np.isfinite(function(completions=[text], answer=["42"])).all()
+        seconds.append((time.perf_counter() - started) / 4)
+    assert np.median(seconds) < 1e-3
+
+
+def test_math_answers_are_compared_symbolically():
+    pairs = [
+        (r"\boxed{\frac{1}{2}}", "1/2", 1.0),
+        (r"\boxed{(x+1)^2}", "x^2+2x+1", 1.0),
+        (r"\boxed{\sqrt{8}}", r"2\sqrt{2}", 1.0),
+        (r"\boxed{x^2}", "x", 0.0),
+        ("#### 18", "$18.00", 1.0),
+        ("no answer", "4", 0.0),
+    ]
+    texts, wanted, scores = zip(*pairs, strict=True)
+    assert rewards.math_answer(completions=texts, answer=wanted) == list(scores)
+
+
+def test_an_expression_that_cannot_be_compared_in_time_is_not_equal():
+    bomb = r"\boxed{9^{9^{9^{9}}}}"
+    started = time.perf_counter()
+    assert rewards.math_answer(completions=[bomb, r"\boxed{\frac{2}{4}}"], answer=["x", "1/2"]) == [0.0, 1.0]
+    assert time.perf_counter() - started < 20
+
+
+def test_scores_of_none_do_not_apply():
+    parsed = [
+        Reward("some", lambda completions: [None, 1.0, None]),
+        Reward("other", lambda completions: [2.0, 3.0, None]),
+    ]
+    total, parts = score_completions(parsed, 5.0, {"completions": ["a", "b", "c"]})
+    np.testing.assert_array_equal(parts["some"], [np.nan, 1.0, np.nan])
+    np.testing.assert_array_equal(total, [2.0, 4.0, np.nan])
+
+
+def test_coroutines_are_awaited_and_timed():
+    async def slow(completions, seconds=0.01):
+        await asyncio.sleep(seconds)
+        return [len(text) for text in completions]
+
+    np.testing.assert_array_equal(call_reward(Reward("slow", slow), 5.0, {"completions": ["a", "bcd"]}), [1, 3])
+    with pytest.raises(UsageError, match="reward slow: no result after 0.2 s"):
+        call_reward(Reward("slow", functools.partial(slow, seconds=3)), 0.2, {"completions": ["a"]})
+
+
+def test_the_overlong_penalty_grows_over_the_buffer():
+    (reward,) = rewards.overlong_rewards(4, 0.5, 10)
+    ids = [[0] * size for size in (1, 6, 8, 10)]
+    assert reward.weight == 0.5
+    assert reward.function(completions=[""] * 4, completion_ids=ids) == [0.0, 0.0, -0.5, -1.0]
+    with pytest.raises(UsageError, match="--overlong_buffer=20"):
+        rewards.overlong_rewards(20, 1.0, 10)
 
 
 def test_nothing_is_evaluated(tmp_path):

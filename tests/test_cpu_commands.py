@@ -1,0 +1,281 @@
+"""LoRA, offline and group-rule runs through the commands' own entry points, and what other commands make of them."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+from minigrpo import evaluate, generate, report, sources, train
+from minigrpo.config import DataOptions, UsageError, parse_flags
+from minigrpo.data import read_recorded
+from minigrpo.doctor import diagnose
+from minigrpo.experience import Experience, concatenate, take_groups
+from minigrpo.grpo import ragged_advantages
+from minigrpo.offline import margin
+from minigrpo.rollout import Rollout
+
+SMALL = ["--batch_size=4", "--num_generations=4", "--max_completion_length=32", "--report_to=none", "--max_steps=2"]
+
+
+def run(command, *flags):
+    assert command.main(parse_flags([*flags], command.SECTIONS)) == 0
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def scored_rows(count):
+    """Prompts with three responses, of which those that show their work are right."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        a, b = (int(x) for x in rng.integers(1, 30, 2))
+        right = f"<reasoning>\n{a} + {b} = {a + b}\n</reasoning>\n<answer>\n{a + b}\n</answer>"
+        wrong = [f"<answer>\n{a + b + k}\n</answer>" for k in (1, 2)]
+        prompt = f"Tom has {a} pens and buys {b} more. How many pens does Tom have now?"
+        yield {"prompt": prompt, "responses": [wrong[0], right, wrong[1]], "scores": [0.0, 1.0, 0.0], "metadata": {}}
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """A finished offline LoRA run with validation."""
+    folder = tmp_path_factory.mktemp("offline")
+    for name, count in (("train", 64), ("held", 16)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored_rows(count)))
+    flags = [f"--dataset={folder}/train.jsonl", f"--eval_dataset={folder}/held.jsonl", "--offline", "--eval_steps=6"]
+    lora = ["--lora_rank=8", "--lora_dropout=0.1", "--beta=0.05", "--learning_rate=1e-3", "--max_completion_length=64"]
+    steps = ["--batch_size=8", "--num_generations=4", "--max_steps=12", "--save_steps=6", "--report_to=none"]
+    run(train, *flags, *lora, *steps, f"--output_dir={folder}/run")
+    return folder / "run"
+
+
+def test_offline_training_prefers_the_better_responses_of_held_out_prompts(offline):
+    rows = lines(offline / "evaluations.jsonl")
+    assert [row["step"] for row in rows] == [0, 6, 12]
+    assert rows[-1]["margin"] > rows[0]["margin"] + 0.02 and rows[-1]["loss"] < rows[0]["loss"] - 0.02
+    metrics = lines(offline / "metrics.jsonl")
+    assert all(np.isfinite(list(row.values())).all() for row in metrics)
+    assert metrics[0]["kl"] < 1e-5 < metrics[-1]["kl"] and "rollout/tokens_per_second" not in metrics[0]
+
+
+def test_a_lora_checkpoint_holds_adapters_alone(offline):
+    source = sources.find_source(f"{offline}/checkpoints/12")
+    assert source.lora.rank == 8
+    size = sum(path.stat().st_size for path in (offline / "checkpoints" / "12").rglob("*") if path.is_file())
+    model = sum(path.stat().st_size for path in (offline / "final").glob("*.safetensors"))
+    assert size < 1.5 * model
+
+
+def test_adapter_checkpoint_and_final_model_answer_alike(offline, tmp_path, capsys):
+    (tmp_path / "asked.txt").write_text("Ann has 2 pens and buys 5 more. How many pens does Ann have now?\n")
+    answers = []
+    for model in ("", "/final", "/adapter", "/checkpoints/12"):
+        run(generate, f"--model={offline}{model}", f"--prompts={tmp_path}/asked.txt", "--temperature=0")
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[1:] == answers[:-1] and answers[0]["completions"][0].startswith("<")
+
+
+def test_generate_streams_and_chats(offline, capsys, monkeypatch):
+    run(generate, f"--model={offline}", "--prompt=Ann has 2 pens.", "--temperature=0")
+    streamed = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("Ann has 2 pens.\nAnd now?\n\nnever read\n"))
+    run(generate, f"--model={offline}", "--chat", "--temperature=0")
+    assert capsys.readouterr().out.startswith(streamed)
+    with pytest.raises(UsageError, match="give one of --prompt"):
+        run(generate, f"--model={offline}")
+
+
+def test_evaluate_counts_every_way_beside_the_base(offline, tmp_path, capsys):
+    flags = [
+        "--dataset=builtin:arithmetic",
+        "--eval_size=12",
+        "--num_generations=4",
+        f"--output={tmp_path}/answers.jsonl",
+    ]
+    run(evaluate, f"--model={offline}", "--base=builtin:tiny", *flags)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for figures in (result, result["base"]):
+        assert 0 <= figures["strict_accuracy"] <= figures["accuracy"] <= figures["pass@2"] <= figures["pass@4"] <= 1
+        assert figures["interval"][0] <= figures["accuracy"] <= figures["interval"][1] and "majority@4" in figures
+    answers = lines(tmp_path / "answers.jsonl")
+    assert len(answers) == 2 * 12 * 4
+    tuned = [row["right"] for row in answers if row["model"] == str(offline)]
+    assert np.mean(tuned) == result["accuracy"]
+
+
+def test_pass_at_k_and_the_majority():
+    right = np.array([[True, False, False, False], [False] * 4])
+    assert evaluate.pass_at(right, 1) == 0.125 and evaluate.pass_at(right, 4) == 0.5
+    assert evaluate.pass_at(right, 2) == pytest.approx(0.25)
+    assert evaluate.most_common(["#### 3", "#### 4", "#### 4.0", "#### 5"]) == "#### 4"
+    assert evaluate.most_common(["#### 7", "#### 8"]) == "#### 7"
+
+
+def test_the_report_is_one_page_with_every_picture(offline):
+    page = (offline / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(list((offline / "report").glob("*.png"))) >= 8
+    assert "http" not in page.replace("https://", "http://").split("<h2>Samples")[0]
+    summary = json.loads((offline / "summary.json").read_text())
+    assert summary["steps"] == 12 and summary["doctor"]
+    with pytest.raises(UsageError, match=r"no metrics.jsonl"):
+        run(report, f"--run={offline}/final")
+
+
+def test_hostile_samples_are_escaped(offline, tmp_path):
+    for name in ("metrics.jsonl", "config.json"):
+        (tmp_path / name).write_text((offline / name).read_text())
+    sample = {
+        "step": 1,
+        "prompt": "<script>alert(1)</script>",
+        "completion": "</pre><img src=x onerror=1>\ud800",
+        "reward": 1,
+    }
+    (tmp_path / "completions.jsonl").write_text(json.dumps(sample) + "\n")
+    text = report.write_report(tmp_path).read_text()
+    assert "<script>alert" not in text and "<img src=x" not in text and "&lt;script&gt;" in text
+
+
+def test_groups_without_contrast_are_replaced_and_the_reference_follows(tmp_path):
+    flags = ["--zero_std_groups=resample", "--max_resamples=2", "--num_minibatches=2", "--num_iterations=2"]
+    moving = ["--beta=0.1", "--sync_ref_steps=1", "--overlong_buffer=8", "--learning_rate=1e-3"]
+    run(train, *SMALL, *flags, *moving, f"--output_dir={tmp_path}/run", "--save_steps=1")
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    assert "rewards/overlong/mean" in rows[0] and rows[0]["kl"] > 0
+    run(train, *SMALL, *flags, *moving, f"--output_dir={tmp_path}/again", "--save_steps=1", "--zero_std_groups=skip")
+    assert all(row["frac_groups_left_out"] >= 0 for row in lines(tmp_path / "again" / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--quantize=int8"], "--quantize=int8: whole numbers cannot be trained"),
+        (["--lora_rank=4", "--lora_targets=x"], "--lora_targets=x"),
+        (["--num_minibatches=3"], "--num_minibatches=3: must divide"),
+        (["--sync_ref_steps=2", "--beta=0"], "--sync_ref_steps=2: --beta=0 has no reference"),
+        (["--report_to=print"], "--report_to=print"),
+        (["--offline", "--reward=answer"], "--offline takes the scores of the file"),
+        (["--overlong_buffer=900"], "--overlong_buffer=900"),
+        (["--offline", "--dataset=builtin:arithmetic"], "--dataset=builtin:arithmetic"),
+    ],
+)
+def test_bad_input_is_one_clear_line(flags, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        run(train, *SMALL, *flags, f"--output_dir={tmp_path}/run")
+    assert not (tmp_path / "run").exists()
+
+
+# The pieces
+
+
+def recorded(tmp_path, *rows):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = DataOptions(dataset=str(tmp_path / "rows.jsonl"))
+    return [(row["prompt"], row["responses"], row["scores"]) for row in read_recorded(options).rows]
+
+
+def test_the_three_kinds_of_rows(tmp_path):
+    chat = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    read = recorded(
+        tmp_path,
+        {"prompt": "a", "responses": ["x", "y"], "scores": [0, 0.5]},
+        {"prompt": "b", "chosen": "good", "rejected": "bad"},
+        {"chosen": chat, "rejected": chat[:1] + [{"role": "assistant", "content": "5"}]},
+        {"messages": chat},
+    )
+    assert read == [
+        ("a", ["x", "y"], [0, 0.5]),
+        ("b", ["good", "bad"], [1.0, 0.0]),
+        (chat[:1], ["4", "5"], [1.0, 0.0]),
+        (chat[:1], ["4"], [1.0]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a"},
+        {"prompt": "a", "responses": ["x"], "scores": [1, 2]},
+        {"prompt": "a", "responses": ["x"], "scores": [float("nan")]},
+        {"prompt": "", "responses": ["x"], "scores": [1]},
+        {"messages": [{"role": "user", "content": "no answer"}]},
+        {"prompt": "a", "chosen": "x"},
+    ],
+)
+def test_bad_rows_are_named_by_number(tmp_path, row):
+    with pytest.raises(UsageError, match="row 2"):
+        recorded(tmp_path, {"prompt": "a", "responses": ["x"], "scores": [1]}, row)
+
+
+def test_ragged_advantages():
+    rewards = np.array([1.0, 0.0, np.nan, 2.0, np.nan, np.nan, 3.0, 5.0, 7.0])
+    group = np.array([0.5, -0.5]) / (np.std([1, 0], ddof=1) + 1e-4)
+    three = np.array([-2.0, 0.0, 2.0]) / (2.0 + 1e-4)
+    np.testing.assert_allclose(ragged_advantages(rewards, 3, "group"), [*group, 0, 2.0, 0, 0, *three], rtol=1e-6)
+    np.testing.assert_allclose(ragged_advantages(rewards, 3, "none"), [0.5, -0.5, 0, 2, 0, 0, -2, 0, 2], rtol=1e-6)
+
+
+def test_margin_compares_inside_prompts():
+    logprobs = np.array([[-1.0, -2.0, -3.0], [-9.0, -9.0, -9.0], [-5.0, -4.0, 0.0]])
+    scores = np.array([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1.0, 0.0, np.nan]])
+    assert margin(logprobs, scores) == pytest.approx((1.5 - 1.0) / 2)
+
+
+def made_up(base, prompts=2, group=2):
+    rows = prompts * group
+    tokens = base + np.arange(rows)[:, None] * np.ones((1, 3), int)
+    rollout = Rollout(tokens, tokens * 0.5, np.full(rows, 3), np.ones(rows, bool), 3, 1.0)
+    texts = [f"{base + row}" for row in range(rows)]
+    values = base + np.arange(rows, dtype=float)
+    return Experience(
+        list(range(base, base + prompts)), rollout, texts, values, {"r": values}, np.ones(prompts, bool), {"t": 1.0}
+    )
+
+
+def test_groups_keep_their_rows_together():
+    both = concatenate(made_up(0), made_up(100))
+    taken = take_groups(both, np.array([2, 1]), 2)
+    assert taken.indices == [100, 1] and taken.texts == ["100", "101", "2", "3"] and taken.seconds == {"t": 2.0}
+    np.testing.assert_array_equal(taken.rollout.tokens[:, 0], [100, 101, 2, 3])
+    np.testing.assert_array_equal(taken.parts["r"], taken.rewards)
+
+
+def healthy(**changes):
+    row = {
+        "loss": 0.01, "grad_norm": 0.5, "reward": 1.0, "reward_std": 0.3, "rewards/a/mean": 1.0, "kl": 0.01,
+        "completions/clipped_ratio": 0.0, "frac_reward_zero_std": 0.1, "learning_rate": 1e-5, "skipped_updates": 0,
+        "sampling/sampling_logp_difference/mean": 1e-4, "entropy": 0.5,
+    }  # fmt: skip
+    return [row | changes for _ in range(30)]
+
+
+SETTINGS = {"loss_type": "grpo", "beta": 0.1, "num_iterations": 1, "learning_rate": 1e-5, "max_grad_norm": 1.0}
+
+
+@pytest.mark.parametrize(
+    "changes, settings, finding",
+    [
+        ({}, {}, "Nothing unusual"),
+        ({"loss": 1e-8}, {"beta": 0}, "that is right"),
+        ({"reward": 0.0, "reward_std": 0.0}, {}, "reward 0"),
+        ({"completions/clipped_ratio": 0.9}, {}, "90% of recent completions"),
+        ({"frac_reward_zero_std": 0.8}, {}, "80% of recent groups"),
+        ({"sampling/sampling_logp_difference/mean": 0.5}, {}, "Sampler and trainer"),
+        ({"skipped_updates": 1}, {}, "30 updates were skipped"),
+        ({"grad_norm": 3.0}, {}, "clipped in 100%"),
+        ({"kl": 3.0}, {}, "3 nats per token from its reference"),
+    ],
+)
+def test_the_doctor_explains(changes, settings, finding):
+    assert finding in diagnose(SETTINGS | settings, healthy(**changes))[0]
+
+
+def test_the_doctor_sees_trends():
+    rows = healthy()
+    rising = [row | {"learning_rate": 1e-7 * i} for i, row in enumerate(rows)]
+    assert "still warming up" in diagnose(SETTINGS, rising)[0]
+    falling = [row | {"entropy": 0.5 if i < 15 else 0.01} for i, row in enumerate(rows)]
+    assert "Entropy fell" in diagnose(SETTINGS, falling)[0]
+    dead = [row | {"rewards/b/mean": 0.0} for row in rows]
+    assert "Reward b was 0" in diagnose(SETTINGS, dead)[0]

@@ -1,0 +1,123 @@
+"""One whole optimizer step beside the same step written in torch, from the same weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import mesh_of
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from test_cpu_grpo import REAL as HEAD_TOKENS
+from test_cpu_grpo import make_trainer
+
+from minigrpo import grpo
+from minigrpo.config import LossOptions, OptimizerOptions
+from minigrpo.model import read_config
+from minigrpo.optimizer import init_state, make_optimizer
+from minigrpo.sharding import by_sequence, put
+from minigrpo.weights import hub_tensors, load_params
+
+TEMPERATURE = 0.9
+OPTIONS = OptimizerOptions(
+    learning_rate=5e-3, lr_schedule="constant", warmup_ratio=0.0, max_grad_norm=0.05, weight_decay=0.1
+)
+LOSS = LossOptions(beta=0.1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A 2-layer Qwen3 in torch, and the folder it was saved to."""
+    torch.manual_seed(1)
+    config = transformers.Qwen3Config(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        eos_token_id=1,
+    )
+    theirs = transformers.Qwen3ForCausalLM(config).eval()
+    folder = tmp_path_factory.mktemp("model")
+    theirs.save_pretrained(folder)
+    return folder, theirs
+
+
+def make_batch():
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(2, 250, size).tolist() for size in (3, 7, 5, 5, 2, 9, 4, 6)]
+    lengths = np.array([4, 8, 1, 6, 8, 3, 5, 7], np.int32)
+    completions = rng.integers(2, 250, (8, 8)).astype(np.int32)
+    batch = grpo.assemble(prompts, completions, lengths, (16, 8))
+    shape = batch.completions.shape
+    scored = {name: rng.normal(-5, 1, shape).astype(np.float32) for name in ("old_logprobs", "ref_logprobs")}
+    advantages = rng.normal(size=8).astype(np.float32)
+    return dataclasses.replace(batch, advantages=advantages, **scored)
+
+
+def torch_step(model, batch):
+    """Loss, gradients before clipping, their norm, and weights after the step, by name."""
+    rows = torch.tensor(np.asarray(batch.tokens, np.int64))
+    logits = model(rows).logits.double()[:, :, :HEAD_TOKENS] / TEMPERATURE
+    logprobs = torch.log_softmax(logits, dim=-1)
+    total = 0.0
+    for b in range(8):
+        start, length = int(batch.prompt_lengths[b]), int(batch.completion_lengths[b])
+        at = torch.arange(start, start + length)
+        now = logprobs[b, at - 1, rows[b, at]]
+        old, ref = (torch.tensor(x[b, :length]).double() for x in (batch.old_logprobs, batch.ref_logprobs))
+        ratio, advantage = torch.exp(now - old), float(batch.advantages[b])
+        surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        kl = torch.exp(ref - now) - (ref - now) - 1
+        total = total + (-surrogate + 0.1 * kl).mean() / 8
+    total.backward()
+    named = dict(model.named_parameters())
+    grads = {name: p.grad.clone() for name, p in named.items()}
+    norm = torch.nn.utils.clip_grad_norm_(named.values(), OPTIONS.max_grad_norm)
+    plain = [p for name, p in named.items() if "norm" in name]
+    decayed = [p for name, p in named.items() if "norm" not in name]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    torch.optim.AdamW(groups, lr=5e-3, betas=(0.9, 0.99), eps=1e-8).step()
+    return total.item(), grads, norm.item(), {name: p.detach() for name, p in named.items()}
+
+
+def assert_same(ours, theirs):
+    for name, value in theirs.items():
+        scale = value.abs().max().item()
+        assert np.abs(ours[name] - value.numpy()).max() <= 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (4, 2)])
+def test_loss_gradients_norm_and_weights_are_torchs(model, mesh):
+    folder, theirs = model
+    theirs.load_state_dict(transformers.Qwen3ForCausalLM.from_pretrained(folder).state_dict())
+    theirs.zero_grad()
+    batch = make_batch()
+    config, device_mesh = read_config(folder / "config.json"), mesh_of(*mesh)
+    params = load_params(folder, config, device_mesh)
+    before = dict(hub_tensors(params, np.float32))
+    placed = put(device_mesh, grpo.pad_rows(batch, device_mesh.size), by_sequence(device_mesh))
+
+    def step(optimizer):
+        trainer = make_trainer(config, device_mesh, optimizer=optimizer, loss=LOSS)
+        state = init_state(optimizer, jax.tree.map(jnp.copy, params), device_mesh)
+        new, metrics = grpo.update(trainer, state, placed, {})
+        return dict(hub_tensors(new.params, np.float32)), metrics
+
+    stepped, _ = step(optax.sgd(1.0))
+    after, metrics = step(make_optimizer(OPTIONS, 10))
+    loss, grads, norm, weights = torch_step(theirs, batch)
+    np.testing.assert_allclose(float(metrics["loss"]), loss, rtol=1e-4)
+    np.testing.assert_allclose(float(metrics["grad_norm"]), norm, rtol=1e-4)
+    assert_same({name: before[name] - stepped[name] for name in before}, grads)
+    assert_same(after, weights)
