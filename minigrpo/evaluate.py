@@ -23,6 +23,7 @@ from minigrpo.config import (
     run_command,
 )
 from minigrpo.data import Prompts, load_dataset, tokenize
+from minigrpo.memory import held_bytes, pool_limit
 from minigrpo.metrics import write_lines
 from minigrpo.model import Params
 from minigrpo.rewards import Extract, as_number, extract_answer, marked_answer, same_answer
@@ -71,7 +72,7 @@ def ask(
 
     They are asked in several rollouts, so that no device holds more prompts than QUEUE times its slots.
     """
-    roller = setup.roller(decoding)
+    roller = setup.roller(decoding, pool_limit=pool_limit(setup, held_bytes(params)))
     rounds = -(-len(problems) // (QUEUE * decoding.slots * setup.mesh.size))
     answers: list[list[int]] = []
     for part in np.array_split(np.arange(len(problems)), rounds):

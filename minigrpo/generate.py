@@ -20,6 +20,7 @@ from minigrpo.config import (
     run_command,
 )
 from minigrpo.data import PROMPT_COLUMNS, chat, choose_column, is_prompt, read_jsonl
+from minigrpo.memory import held_bytes, pool_limit
 from minigrpo.model import Params
 from minigrpo.sources import run_defaults
 from minigrpo.start import Setup, set_up
@@ -77,7 +78,7 @@ def encode(setup: Setup, prompt: str | list[Message]) -> list[int]:
 def answer(setup: Setup, params: Params, prompt: str | list[Message], number: int) -> str:
     """One completion, shown as it is sampled, with its speed on stderr; `number` names it for the random numbers."""
     stream = Stream(setup)
-    roller = setup.roller(setup.settings[RolloutOptions], stream)
+    roller = setup.roller(setup.settings[RolloutOptions], stream, pool_limit(setup, held_bytes(params)))
     started = time.perf_counter()
     rollout = roller(params, [encode(setup, prompt)], [number], 1, (setup.settings[GenerateOptions].seed, 0))
     seconds = time.perf_counter() - started
@@ -122,7 +123,7 @@ def answer_file(setup: Setup, params: Params, path: Path) -> None:
     prompts = list(read_prompts(path))
     if not prompts:
         raise UsageError(f"--prompts={path}: the file has no prompts")
-    roller = setup.roller(setup.settings[RolloutOptions])
+    roller = setup.roller(setup.settings[RolloutOptions], pool_limit=pool_limit(setup, held_bytes(params)))
     tokens = [encode(setup, prompt) for prompt in prompts]
     started = time.perf_counter()
     rollout = roller(params, tokens, list(range(len(prompts))), options.num_generations, (options.seed, 0))

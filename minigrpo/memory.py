@@ -1,11 +1,14 @@
 """How many parts an update is computed in, from counted bytes and the device's memory."""
 
+from typing import Any
+
 import jax
 
 from minigrpo.attention import QUERY_BLOCK
-from minigrpo.chips import GIB, memory_of_kind
+from minigrpo.chips import GIB
 from minigrpo.config import DataOptions, OptimizerOptions, RolloutOptions, StepOptions, UsageError
-from minigrpo.model import ModelConfig
+from minigrpo.model import ModelConfig, abstract_params
+from minigrpo.rollout import decode_config
 from minigrpo.start import Programs
 
 CPU_BUDGET = 1 << 30
@@ -13,6 +16,12 @@ CPU_BUDGET = 1 << 30
 
 DEVICE_SHARE = 0.2
 """Share of an accelerator's memory given to activations; the rest is for weights, optimizer, gradients and the head."""
+
+FULL, HALF, SMALL_CHIP = 0.9, 0.45, int(14.5 * GIB)
+"""What a rollout may fill by itself: most of a small chip, about half of a large one."""
+
+SCRATCH = GIB // 4
+"""Bytes left for a rollout's temporaries."""
 
 
 def working_numbers(config: ModelConfig) -> int:
@@ -38,16 +47,37 @@ def activation_bytes(programs: Programs, length: int) -> int:
     return length * programs.dtype.itemsize * working_numbers(config) + saved_bytes(programs, length) + scores
 
 
-def device_bytes(device: jax.Device) -> int:
-    """An accelerator's memory; the table's where it is there, so that a run decides as its plan did."""
-    known = memory_of_kind(device.device_kind)
-    return known or (device.memory_stats() or {}).get("bytes_limit", 16 * GIB)
-
-
 def device_budget(programs: Programs) -> float:
     if programs.platform == "cpu":
         return CPU_BUDGET / programs.mesh.size
-    return DEVICE_SHARE * device_bytes(programs.mesh.devices.flat[0])
+    return DEVICE_SHARE * programs.device_memory
+
+
+def page_bytes(programs: Programs, page_size: int) -> int:
+    """Bytes of one page of the KV cache, all layers together."""
+    config = programs.config
+    row = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    return page_size * row * programs.dtype.itemsize
+
+
+def pool_limit(programs: Programs, resident: int) -> int:
+    """Most pages that a pool may have on its own account: what a chip has left beside weights and `resident` bytes.
+
+    A pool below the worst case slows down when completions get long, so a large chip is filled by half at most: it
+    is --pool_pages that asks for more. 0 is no limit, on the CPU.
+    """
+    if programs.platform == "cpu":
+        return 0
+    allowed = min(FULL * programs.device_memory, max(HALF * programs.device_memory, SMALL_CHIP))
+    whole = jax.tree.leaves(abstract_params(decode_config(programs.config), programs.dtype)[1])
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in whole)
+    page = page_bytes(programs, programs.settings[RolloutOptions].page_size)
+    return max(1, int((allowed - resident - weights - SCRATCH) // page))
+
+
+def held_bytes(tree: Any) -> int:
+    """Bytes of one device's share of arrays."""
+    return sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards[:1])
 
 
 def choose_parts(programs: Programs, rows: int) -> int:

@@ -7,7 +7,6 @@ times are only what counted bytes and FLOPs imply. Nothing is measured. The exit
 import dataclasses
 import functools
 import json
-import math
 import os
 import re
 import sys
@@ -21,7 +20,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from minigrpo import grpo, hlo, memory
+from minigrpo import budget, grpo, hlo, memory
+from minigrpo.budget import GpuPrograms, parse_card
 from minigrpo.chips import CHIPS, GIB, Chip
 from minigrpo.config import (
     DataOptions,
@@ -44,8 +44,9 @@ from minigrpo.optimizer import TrainState
 from minigrpo.rollout import RolloutPlan, decode_weights, num_pages, run_mesh, spread
 from minigrpo.sharding import DATA, by_sequence, check_divisible, replicated
 from minigrpo.sources import placed
-from minigrpo.start import DEFAULT_MODEL, Programs, check_loss
+from minigrpo.start import DEFAULT_MODEL, Programs, check_loss, check_quantize
 from minigrpo.tokenizer import load_tokenizer
+from minigrpo.work import Counted, Phase, Work, bytes_on_chip
 
 FAMILIES = Path(__file__).parent / "builtin" / "families.json"
 
@@ -54,7 +55,9 @@ FAMILIES = Path(__file__).parent / "builtin" / "families.json"
 class PlanOptions(Options):
     """Plan"""
 
-    topology: str = option("v6e:2x4", "TPU generation and chips, such as v6e:2x4, v5e:4x4, v5p:2x2x1")
+    topology: str = option(
+        "v6e:2x4", "TPU generation and chips: v6e:2x4, v5e:4x4, v5p:2x2x1; or each GPU's memory: gpu:80GB"
+    )
     mesh: str = option("4,2", "FSDP,TP mesh")
 
 
@@ -63,30 +66,11 @@ SECTIONS = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """One program of a step on one chip."""
-
-    memory: hlo.Memory
-    resident: int
-    """Bytes that stay on the chip meanwhile and are no argument of the program."""
-    traffic: dict[str, hlo.Traffic]
-    compile_seconds: float
-    flops: float
-    bytes: float
-
-    @property
-    def total(self) -> int:
-        return self.memory.total + self.resident
-
-
 # The pieces of a plan
 
 
 def topology_devices(name: str) -> list[Any]:
     """Chips that are not there, for the compiler; UsageError for an unknown topology."""
-    if name.partition(":")[0] not in CHIPS:
-        raise UsageError(f"--topology={name}: must be one of {', '.join(CHIPS)} and its chips, such as v6e:2x4")
     whole_chips = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
         return topologies.get_topology_desc(name, platform="tpu", **whole_chips).devices
@@ -118,19 +102,40 @@ def known_model(name: str) -> tuple[ModelConfig, int]:
     return parse_config(families[base], str(FAMILIES)), families[base]["num_tokens"]
 
 
-def make_programs(settings: Settings) -> Programs:
-    options = settings[ModelOptions]
+def virtual_mesh(mesh_flag: str) -> Mesh:
+    """Virtual CPU devices that stand for cards."""
+    fsdp, tp = parse_mesh(mesh_flag)
+    jax.config.update("jax_num_cpu_devices", fsdp * tp)
+    return jax.make_mesh((fsdp, tp), DATA, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def make_programs(settings: Settings) -> tuple[Programs, Chip]:
+    """What `train` would run on the topology, and the chip it is made of."""
+    options, wanted = settings[ModelOptions], settings[PlanOptions]
     name = DEFAULT_MODEL if options.model == "auto" else options.model
     dtype = "bfloat16" if options.compute_dtype == "auto" else options.compute_dtype
+    on_gpu = wanted.topology.startswith("gpu:")
+    chip = parse_card(wanted.topology) if on_gpu else find_chip(wanted.topology)
     config, num_tokens = known_model(name)
     config = dataclasses.replace(config, lora=make_lora(settings[LoraOptions]), int8=options.quantize == "int8")
-    mesh = topology_mesh(settings[PlanOptions].topology, settings[PlanOptions].mesh)
+    mesh = virtual_mesh(wanted.mesh) if on_gpu else topology_mesh(wanted.topology, wanted.mesh)
     check_divisible(config.sizes, mesh)
     check_loss(settings[LossOptions], settings[RolloutOptions])
+    check_quantize(config)
     if dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
-    graph = abstract_params(config)[0]
-    return Programs(settings, config, graph, mesh, jnp.dtype(dtype), num_tokens, (num_tokens - 1,))
+    parts = settings, config, abstract_params(config)[0], mesh, jnp.dtype(dtype), num_tokens, (num_tokens - 1,)
+    return GpuPrograms(*parts, int(chip.hbm_gib)) if on_gpu else Programs(*parts), chip
+
+
+def find_chip(topology: str) -> Chip:
+    """The table's chip; UsageError for an unknown one."""
+    kind = topology.partition(":")[0]
+    if kind not in CHIPS:
+        raise UsageError(
+            f"--topology={topology}: must be one of {', '.join(CHIPS)} and its chips, such as v6e:2x4, or gpu:80GB"
+        )
+    return CHIPS[kind]
 
 
 def placed_params(programs: Programs, dtype: Any) -> tuple[Any, Any]:
@@ -173,101 +178,61 @@ def placed_batch(programs: Programs, trainer: grpo.Trainer, rows: int) -> grpo.B
     )
 
 
-def bytes_on_chip(tree: Any) -> int:
-    """Bytes of one chip's share of abstract arrays."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def compile_phase(mesh: Mesh, resident: int, flops: float, moved: float, function: Any, *arguments: Any) -> Phase:
+def compile_phase(programs: Programs, counted: Counted, function: Any, *arguments: Any) -> Phase:
     """Compiles a program for the mesh's chips. One that cannot fit still says how much it wanted."""
     started = time.perf_counter()
     try:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(programs.mesh.abstract_mesh):
             compiled = function.lower(*arguments).compile()
         used, traffic = hlo.memory_of(compiled), hlo.collectives(compiled.as_text())
     except jax.errors.JaxRuntimeError as error:
         used, traffic = hlo.Memory(0, hlo.memory_wanted(error), 0, 0), {}
-    return Phase(used, resident, traffic, time.perf_counter() - started, flops, moved)
+    return Phase(used, counted.resident, traffic, time.perf_counter() - started, counted.flops, counted.moved)
 
 
-# Work counted by hand
+def count_phase(programs: Programs, counted: Counted, function: Any, *arguments: Any) -> Phase:
+    """The same by arithmetic."""
+    shapes = [leaf for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    used = hlo.Memory(bytes_on_chip(shapes), counted.scratch, 0, 0)
+    return Phase(used, counted.resident, {}, 0.0, counted.flops, counted.moved)
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """FLOPs and bytes of a step's parts over all chips, counted from shapes."""
-
-    config: ModelConfig
-    prompts: int
-    group: int
-    prompt: int
-    completion: int
-
-    @property
-    def layer_weights(self) -> int:
-        c = self.config
-        attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
-        return c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
-
-    @property
-    def head_weights(self) -> int:
-        return self.config.vocab_size * self.config.hidden_size
-
-    @property
-    def weights(self) -> int:
-        return self.layer_weights + self.head_weights
-
-    @property
-    def kv_row(self) -> int:
-        """Key and value numbers of one token."""
-        return 2 * self.config.num_hidden_layers * self.config.num_key_value_heads * self.config.head_dim
-
-    @property
-    def rows(self) -> int:
-        return self.prompts * self.group
-
-    def attention_flops(self, tokens: int) -> float:
-        """Causal attention of one sequence."""
-        c = self.config
-        return 2.0 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * tokens * tokens
-
-    def score_flops(self) -> tuple[float, float, float]:
-        """One forward pass: matrix products of the layers, of the head, and attention."""
-        length = self.prompt + self.completion
-        return (
-            2.0 * self.layer_weights * self.rows * length,
-            2.0 * self.head_weights * self.rows * self.completion,
-            self.rows * self.attention_flops(length),
-        )
-
-    def update_flops(self, remat: str) -> float:
-        """Forward, backward (twice the forward; attention 2.5 times) and what is recomputed."""
-        layers, head, attention = self.score_flops()
-        again = {"none": 0, "dots": 0, "attention": 1, "full": 1}[remat]
-        return layers * (3 + again) + head * 4 + attention * (3.5 + (remat in ("dots", "full")))
-
-    def rollout_flops(self) -> float:
-        """Prefill once per prompt; decoding token by token."""
-        before, whole = self.attention_flops(self.prompt), self.attention_flops(self.prompt + self.completion)
-        decode = 2.0 * self.rows * self.completion * self.weights
-        prefill = self.prompts * (2.0 * self.prompt * self.layer_weights + before)
-        return decode + self.rows * (whole - before) + prefill
-
-    def rollout_bytes(self, chips: int, slots: int, item: int) -> float:
-        """Of one chip: its weights once per step, and every token's context once."""
-        own = -(-self.rows // chips)
-        steps = -(-own // slots) * self.completion
-        context = own * self.completion * (self.prompt + self.completion / 2)
-        return item * (steps * self.weights + self.kv_row * context)
+def measure(programs: Programs, counted: Counted, function: Any, *arguments: Any) -> Phase:
+    how = count_phase if isinstance(programs, GpuPrograms) else compile_phase
+    return how(programs, counted, function, *arguments)
 
 
 # The phases
 
 
-def prompt_rows(programs: Programs) -> tuple[RolloutPlan, Any]:
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """Bytes of one chip that a run holds from step to step."""
+
+    trained: int
+    moments: int
+    frozen: int
+    reference: int
+    """What the reference needs besides the frozen weights."""
+
+    @property
+    def total(self) -> int:
+        return self.trained + self.moments + self.frozen + self.reference
+
+
+def count_resident(programs: Programs, trainer: grpo.Trainer) -> Resident:
+    trained, frozen = (bytes_on_chip(tree) for tree in placed_params(programs, programs.dtype))
+    moments = bytes_on_chip(placed_state(programs, trainer)) - trained
+    has_reference = programs.settings[LossOptions].beta > 0
+    reference = bytes_on_chip(placed_reference(programs)) - frozen if has_reference else 0
+    return Resident(trained, moments, frozen, reference)
+
+
+def prompt_rows(programs: Programs, resident: Resident) -> tuple[RolloutPlan, Any]:
     """The rollout's plan and its prompts as `Roller` would make them, at full length."""
     data, steps = programs.settings[DataOptions], programs.settings[StepOptions]
-    plan = programs.roller(programs.settings[RolloutOptions]).plan
+    options = programs.settings[RolloutOptions]
+    plan = programs.roller(options, pool_limit=memory.pool_limit(programs, resident.total)).plan
     width = -(-data.max_prompt_length // plan.page_size) * plan.page_size
     prompts = [[0] * data.max_prompt_length] * steps.batch_size
     rows, group = spread(prompts, list(range(len(prompts))), steps.num_generations, programs.mesh.size, width)
@@ -275,33 +240,40 @@ def prompt_rows(programs: Programs) -> tuple[RolloutPlan, Any]:
     return dataclasses.replace(plan, group=group), placed
 
 
-def cache_bytes(programs: Programs) -> int:
+def cache_bytes(programs: Programs, resident: Resident) -> int:
     """Bytes of one chip's page pool."""
-    plan, prompts = prompt_rows(programs)
+    plan, prompts = prompt_rows(programs, resident)
     own = jax.tree.map(lambda x: np.zeros(x.sharding.shard_shape(x.shape), x.dtype), prompts)
-    row = 2 * plan.model.num_key_value_heads * plan.model.head_dim * plan.model.num_hidden_layers
-    return num_pages(plan, own) * plan.page_size * row * jnp.dtype(plan.dtype).itemsize
+    return num_pages(plan, own) * memory.page_bytes(programs, plan.page_size)
 
 
-def plan_weights(programs: Programs, work: Work, resident: int) -> Phase:
+def decoded_shapes(programs: Programs, plan: RolloutPlan) -> Any:
+    """The policy as it is decoded, whole on every chip."""
+    shapes = jax.eval_shape(functools.partial(decode_weights, plan), join(*placed_params(programs, programs.dtype)))
+    whole = replicated(programs.mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+
+
+def plan_weights(programs: Programs, work: Work, resident: Resident) -> Phase:
     """Laying the policy out for decoding."""
-    plan = prompt_rows(programs)[0]
+    plan = prompt_rows(programs, resident)[0]
     moved = work.weights * (programs.trained_dtype.itemsize / programs.mesh.size + programs.dtype.itemsize)
     params = join(*placed_params(programs, programs.dtype))
-    return compile_phase(programs.mesh, resident, 0.0, moved, decode_weights, plan, params)
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(decoded_shapes(programs, plan)))
+    counted = Counted(resident.moments + resident.reference, 0.0, moved, whole)
+    return measure(programs, counted, decode_weights, plan, params)
 
 
-def plan_rollout(programs: Programs, work: Work, resident: int) -> Phase:
+def plan_rollout(programs: Programs, work: Work, resident: Resident) -> Phase:
     """Prefill and decoding of the step's completions."""
-    plan, prompts = prompt_rows(programs)
-    whole = replicated(programs.mesh)
-    params = jax.eval_shape(functools.partial(decode_weights, plan), join(*placed_params(programs, programs.dtype)))
-    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
-    seed = jax.ShapeDtypeStruct((2,), np.int32, sharding=whole)
+    plan, prompts = prompt_rows(programs, resident)
+    seed = jax.ShapeDtypeStruct((2,), np.int32, sharding=replicated(programs.mesh))
     chips = programs.mesh.size
-    moved = work.rollout_bytes(chips, min(plan.slots, -(-work.rows // chips)), programs.dtype.itemsize)
-    flops = work.rollout_flops() / chips
-    return compile_phase(programs.mesh, resident, flops, moved, run_mesh, plan, weights, prompts, seed)
+    slots = min(plan.slots, -(-work.rows // chips))
+    moved = work.rollout_bytes(chips, slots, programs.dtype.itemsize)
+    scratch = budget.rollout_scratch(programs, slots, cache_bytes(programs, resident))
+    counted = Counted(resident.total, work.rollout_flops() / chips, moved, scratch)
+    return measure(programs, counted, run_mesh, plan, decoded_shapes(programs, plan), prompts, seed)
 
 
 def plan_scoring(programs: Programs, trainer: grpo.Trainer, work: Work, resident: int, params: Any) -> Phase:
@@ -309,7 +281,8 @@ def plan_scoring(programs: Programs, trainer: grpo.Trainer, work: Work, resident
     batch = placed_batch(programs, trainer, work.rows)
     moved = trainer.parts * work.weights * programs.dtype.itemsize
     flops = sum(work.score_flops()) / programs.mesh.size
-    return compile_phase(programs.mesh, resident, flops, moved, grpo.batch_logprobs, trainer, params, batch)
+    counted = Counted(resident, flops, moved, budget.scoring_scratch(programs, work, trainer.parts))
+    return measure(programs, counted, grpo.batch_logprobs, trainer, params, batch)
 
 
 def plan_update(programs: Programs, trainer: grpo.Trainer, work: Work, resident: int) -> Phase:
@@ -325,7 +298,8 @@ def plan_update(programs: Programs, trainer: grpo.Trainer, work: Work, resident:
     saved = work.rows / programs.mesh.size * memory.saved_bytes(programs, work.prompt + work.completion)
     moved = 3 * trainer.parts * weights + 2 * saved + 2 * bytes_on_chip(state)
     flops = work.update_flops(trainer.remat) / programs.mesh.size
-    return compile_phase(programs.mesh, resident, flops, moved, grpo.update, trainer, state, batch, frozen)
+    scratch = budget.update_scratch(programs, work, trainer.parts, bytes_on_chip(state.params))
+    return measure(programs, Counted(resident, flops, moved, scratch), grpo.update, trainer, state, batch, frozen)
 
 
 def make_plan(programs: Programs) -> dict[str, Phase]:
@@ -335,27 +309,24 @@ def make_plan(programs: Programs) -> dict[str, Phase]:
     prompt, completion = settings[DataOptions].max_prompt_length, settings[RolloutOptions].max_completion_length
     work = Work(programs.config, steps.batch_size, steps.num_generations, prompt, completion)
     trainer = programs.trainer(max(1, steps.max_steps), memory.choose_parts(programs, work.rows))
-    trained, frozen = placed_params(programs, programs.dtype)
-    state, base = bytes_on_chip(placed_state(programs, trainer)), bytes_on_chip(frozen)
-    moments = state - bytes_on_chip(trained)
-    has_reference = settings[LossOptions].beta > 0
-    own = bytes_on_chip(placed_reference(programs)) - base if has_reference else 0
-    phases = {
-        "weights": plan_weights(programs, work, moments + own),
-        "rollout": plan_rollout(programs, work, state + base + own),
-    }
+    held = count_resident(programs, trainer)
+    phases = {"weights": plan_weights(programs, work, held), "rollout": plan_rollout(programs, work, held)}
+    others = held.moments + held.reference
     if steps.updates_per_step > 1:
-        phases["old_policy"] = plan_scoring(programs, trainer, work, moments + own, join(trained, frozen))
-    if has_reference:
-        phases["reference"] = plan_scoring(programs, trainer, work, state, placed_reference(programs))
-    return phases | {"update": plan_update(programs, trainer, work, own)}
+        policy = join(*placed_params(programs, programs.dtype))
+        phases["old_policy"] = plan_scoring(programs, trainer, work, others, policy)
+    if held.reference or (programs.config.lora and settings[LossOptions].beta):
+        others = held.trained + held.moments
+        phases["reference"] = plan_scoring(programs, trainer, work, others, placed_reference(programs))
+    return phases | {"update": plan_update(programs, trainer, work, held.reference)}
 
 
 # What is said of it
 
 
 def roofline_seconds(phase: Phase, chip: Chip) -> float:
-    return max(phase.flops / chip.tflops / 1e12, phase.bytes / chip.bandwidth / 1e9)
+    """0 for a card whose speed is not known."""
+    return 0.0 if not chip.tflops else max(phase.flops / chip.tflops / 1e12, phase.bytes / chip.bandwidth / 1e9)
 
 
 def describe(name: str, phase: Phase, chip: Chip) -> str:
@@ -364,12 +335,16 @@ def describe(name: str, phase: Phase, chip: Chip) -> str:
         return f"{name:<10} {phase.total / GIB:6.2f} GiB of {chip.hbm_gib:g}: the compiler refuses it\n"
     moved = "; ".join(f"{kind} {t.bytes / 1e9:.2f} GB in {t.runs}" for kind, t in phase.traffic.items() if t.runs)
     inside = sum(t.runs_in_open_loops for t in phase.traffic.values())
-    return (
+    text = (
         f"{name:<10} {phase.total / GIB:6.2f} GiB of {chip.hbm_gib:g}: resident {phase.resident / GIB:.2f}, "
         f"arguments {parts.arguments / GIB:.2f}, temporaries {parts.temporaries / GIB:.2f}, "
         f"outputs {(parts.outputs - parts.aliased) / GIB:.2f}\n"
-        f"           {phase.flops / 1e12:.1f} TFLOP, {phase.bytes / 1e9:.1f} GB: about "
-        f"{roofline_seconds(phase, chip):.3f} s at the chip's limits; collectives: {moved or 'none'}"
+        f"           {phase.flops / 1e12:.1f} TFLOP, {phase.bytes / 1e9:.1f} GB"
+    )
+    if not chip.tflops:
+        return text + "\n"
+    return (
+        f"{text}: about {roofline_seconds(phase, chip):.3f} s at the chip's limits; collectives: {moved or 'none'}"
         f"{f', and {inside} in open loops' if inside else ''}; compiled in {phase.compile_seconds:.0f} s\n"
     )
 
@@ -389,6 +364,17 @@ def figures(phase: Phase, chip: Chip) -> dict[str, Any]:
     }
 
 
+GPU_NOTE = (
+    "counted by arithmetic, not compiled; up to 90 % of a card is taken to be usable, for which "
+    "XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 has to be set\n"
+)
+
+
+def usable(chip: Chip) -> float:
+    """GiB that programs may fill: the table's TPUs state usable memory already."""
+    return chip.hbm_gib if chip.tflops else memory.FULL * chip.hbm_gib
+
+
 def largest_batch(programs: Programs, phases: dict[str, Phase], chip: Chip) -> int:
     """Prompts per step whose update would fit in one part, extrapolated from the compiled one by `activation_bytes`.
 
@@ -399,7 +385,7 @@ def largest_batch(programs: Programs, phases: dict[str, Phase], chip: Chip) -> i
     length += programs.settings[RolloutOptions].max_completion_length
     parts = memory.choose_parts(programs, steps.batch_size * steps.num_generations)
     own = steps.batch_size * steps.num_generations / programs.mesh.size / parts
-    spare = chip.hbm_gib * GIB - phases["update"].total
+    spare = usable(chip) * GIB - phases["update"].total
     most = own + spare / memory.activation_bytes(programs, length)
     return max(0, int(most * programs.mesh.size // steps.num_generations))
 
@@ -407,24 +393,27 @@ def largest_batch(programs: Programs, phases: dict[str, Phase], chip: Chip) -> i
 def main(settings: Settings) -> int:
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     jax.config.update("jax_platforms", "cpu")
-    programs = make_programs(settings)
+    programs, chip = make_programs(settings)
     options, steps = settings[PlanOptions], settings[StepOptions]
-    chip = CHIPS[options.topology.partition(":")[0]]
     parts = memory.choose_parts(programs, steps.batch_size * steps.num_generations)
+    held = count_resident(programs, programs.trainer(1, parts))
     sys.stderr.write(
         f"{options.topology} as fsdp,tp={options.mesh}: {programs.mesh.size} chips of {chip.hbm_gib:g} GiB; "
         f"{steps.batch_size} prompts x {steps.num_generations}, update in {parts} parts; "
-        f"page pool {cache_bytes(programs) / GIB:.2f} GiB per chip\n"
+        f"page pool {cache_bytes(programs, held) / GIB:.2f} GiB per chip\n"
     )
     phases = make_plan(programs)
     for name, phase in phases.items():
         sys.stderr.write(describe(name, phase, chip))
-    fits = all(phase.total <= chip.hbm_gib * GIB for phase in phases.values())
+    fits = all(phase.total <= usable(chip) * GIB for phase in phases.values())
+    if not chip.tflops:
+        sys.stderr.write(GPU_NOTE)
     sys.stderr.write(f"it {'fits' if fits else 'does NOT fit'}\n")
     report = {
         "topology": options.topology,
         "mesh": options.mesh,
         "jax": jax.__version__,
+        "counted_by": "arithmetic" if isinstance(programs, GpuPrograms) else "compiler",
         "fits": fits,
         "gradient_accumulation_steps": parts,
         "largest_batch": largest_batch(programs, phases, chip),

@@ -54,6 +54,8 @@ class RolloutPlan:
     page_size: int
     slots: int
     pool_pages: int
+    pool_limit: int = 0
+    """Most pages of a pool whose size no flag gives; 0 is no limit."""
     watch: Callable[[Any, Any, Any], None] | None = None
     """Is told, while decoding: each slot's completion, position and token."""
 
@@ -160,12 +162,15 @@ def num_pages(plan: RolloutPlan, prompts: Prompts) -> int:
     for_prompts = rows * -(-width // plan.page_size)
     slots = min(plan.slots, rows * plan.group)
     least = for_prompts + plan.own_pages()
-    if plan.pool_pages and plan.pool_pages < least:
+    wanted = for_prompts + slots * plan.own_pages()
+    given = plan.pool_pages or min(wanted, plan.pool_limit or wanted)
+    if given < least:
+        size = plan.pool_pages or f"{given}, what memory leaves"
         raise UsageError(
-            f"--pool_pages={plan.pool_pages}: at least {least} pages of {plan.page_size} tokens are needed per device, "
+            f"--pool_pages={size}: at least {least} pages of {plan.page_size} tokens are needed per device, "
             f"{for_prompts} for its prompts and {plan.own_pages()} for one completion"
         )
-    return plan.pool_pages or for_prompts + slots * plan.own_pages()
+    return given
 
 
 def prefill(plan: RolloutPlan, model: Qwen, prompts: Prompts, table: Array, pages: Array) -> Array:
@@ -452,6 +457,7 @@ class Roller:
         num_tokens: int,
         stop_tokens: tuple[int, ...],
         watch: Callable[[Any, Any, Any], None] | None = None,
+        pool_limit: int = 0,
     ):
         self.mesh = mesh
         model = decode_config(config)
@@ -469,6 +475,7 @@ class Roller:
             page_size=options.page_size,
             slots=options.slots,
             pool_pages=options.pool_pages,
+            pool_limit=pool_limit,
             watch=watch,
         )
 

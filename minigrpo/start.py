@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from minigrpo import grpo, losses
+from minigrpo.chips import GIB, memory_of_kind
 from minigrpo.config import (
     DataOptions,
     LoraOptions,
@@ -77,6 +78,12 @@ def check_loss(loss: LossOptions, rollout: RolloutOptions) -> None:
         )
 
 
+def check_quantize(config: ModelConfig) -> None:
+    """UsageError for a model in training that has nothing to train."""
+    if config.int8 and not config.lora:
+        raise UsageError("--quantize=int8: whole numbers cannot be trained; add --lora_rank=16 or leave it out")
+
+
 def choose_tiles(mesh: Mesh, vocab: int) -> Tiles:
     """Sizes for an accelerator; the CPU's many virtual devices share one memory, so theirs are smaller."""
     if mesh.devices.flat[0].platform != "cpu":
@@ -106,11 +113,20 @@ class Programs:
     def platform(self) -> str:
         return self.mesh.devices.flat[0].platform
 
+    @property
+    def device_memory(self) -> int:
+        """An accelerator's bytes; the table's where it is there, so that a run decides as its plan did."""
+        device = self.mesh.devices.flat[0]
+        known = memory_of_kind(device.device_kind)
+        return known or (device.memory_stats() or {}).get("bytes_limit", 16 * GIB)
+
     def head(self, temperature: float) -> Head:
         return Head(self.mesh, self.num_tokens, temperature, choose_tiles(self.mesh, self.config.vocab_size))
 
-    def roller(self, options: RolloutOptions, watch: Callable[[Any, Any, Any], None] | None = None) -> Roller:
-        return Roller(self.config, self.mesh, self.dtype, options, self.num_tokens, self.stop_tokens, watch)
+    def roller(
+        self, options: RolloutOptions, watch: Callable[[Any, Any, Any], None] | None = None, pool_limit: int = 0
+    ) -> Roller:
+        return Roller(self.config, self.mesh, self.dtype, options, self.num_tokens, self.stop_tokens, watch, pool_limit)
 
     def trainer(self, total_updates: int, parts: int) -> grpo.Trainer:
         """GRPO's scoring and updating as the settings want it."""

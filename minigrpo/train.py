@@ -31,7 +31,7 @@ from minigrpo.config import (
 from minigrpo.data import Prompts, is_file, load_dataset, tokenize
 from minigrpo.evaluate import accuracy, held_out
 from minigrpo.experience import Experience, Job, advantages, make_batches, move_reference, sampled
-from minigrpo.memory import choose_parts
+from minigrpo.memory import choose_parts, held_bytes, pool_limit
 from minigrpo.metrics import (
     RunFolder,
     check_empty,
@@ -48,7 +48,7 @@ from minigrpo.optimizer import TrainState, init_state, learning_rate
 from minigrpo.report import write_report
 from minigrpo.rewards import Reward, overlong_rewards, parse_rewards
 from minigrpo.rollout import Rollout
-from minigrpo.start import TINY, Setup, check_loss, set_up
+from minigrpo.start import TINY, Setup, check_loss, check_quantize, set_up
 
 SECTIONS = (
     ModelOptions, LoraOptions, DataOptions, RolloutOptions, RewardOptions, LossOptions, OptimizerOptions, StepOptions,
@@ -247,7 +247,7 @@ def make_run(setup: Setup) -> tuple[Run, TrainState]:
     settings = setup.settings
     steps = settings[StepOptions]
     check_loss(settings[LossOptions], settings[RolloutOptions])
-    check_quantize(setup)
+    check_quantize(setup.config)
     if "wandb" in settings[RunOptions].sinks:
         import_wandb()
     data, rewards = load_prompts(setup)
@@ -259,11 +259,12 @@ def make_run(setup: Setup) -> tuple[Run, TrainState]:
     reference = load_reference(setup, trained)
     moving = settings[LossOptions].sync_ref_steps > 0
     state = init_state(trainer.optimizer, trained, setup.mesh, reference if moving else None)
+    resident = held_bytes((state, frozen, reference))
     job = Job(
         setup=setup,
         data=data,
         rewards=rewards,
-        roller=setup.roller(settings[RolloutOptions]),
+        roller=setup.roller(settings[RolloutOptions], pool_limit=pool_limit(setup, resident)),
         trainer=trainer,
         frozen=frozen,
         reference=None if moving else reference,
@@ -282,11 +283,6 @@ def make_check(job: Job, held: Prompts | None, start: Params) -> Callable[[Train
     whole = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "pool_pages": 0}
     greedy = dataclasses.replace(job.options(RolloutOptions), temperature=0.0, **whole)
     return lambda state: accuracy(job.setup, job.whole(state.params), held, greedy)
-
-
-def check_quantize(setup: Setup) -> None:
-    if setup.config.int8 and not setup.config.lora:
-        raise UsageError("--quantize=int8: whole numbers cannot be trained; add --lora_rank=16 or leave it out")
 
 
 def choose_folder(setup: Setup) -> Path:

@@ -18,10 +18,10 @@ LEVELS = [
     {"model", "logprobs", "data"},
     {"attention", "cache", "weights", "optimizer", "report"},
     {"lora"},
-    {"sources", "grpo", "rollout"},
+    {"sources", "grpo", "rollout", "work"},
     {"start"},
-    {"memory", "evaluate", "experience", "generate"},
-    {"offline"},
+    {"memory", "experience"},
+    {"offline", "evaluate", "generate", "budget"},
     {"train", "sft", "tiny", "plan"},
 ]
 """Modules of minigrpo from the bottom up: each imports only from levels below its own."""

@@ -1,0 +1,39 @@
+"""Processes that a bench runs beside ours, and the virtual environment that Tunix needs for itself."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+PEERS = pathlib.Path(__file__).resolve().parent
+TUNIX = "google-tunix==0.1.7"
+PYTHONS = ("python3.12", "python3.13")
+"""Tunix's jax is newer than Python 3.11 gets."""
+
+
+def last_json(*command: str) -> dict:
+    """The JSON line that a process ends with."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def find_python() -> str:
+    if sys.version_info >= (3, 12):
+        return sys.executable
+    versions = pathlib.Path.home() / ".pyenv" / "versions"
+    known = [shutil.which(name) for name in PYTHONS]
+    known += [str(path) for path in sorted(versions.glob("3.1[23]*/bin/python"))]
+    found = next((path for path in known if path and pathlib.Path(path).exists()), None)
+    if found is None:
+        raise FileNotFoundError(f"Tunix needs one of {', '.join(PYTHONS)} on the PATH")
+    return found
+
+
+def tunix_python(folder: str) -> str:
+    """Python of the environment in `folder`, which is made and filled from PyPI when it is not there."""
+    python = pathlib.Path(folder) / "bin" / "python"
+    if not python.exists():
+        subprocess.run([find_python(), "-m", "venv", folder], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", TUNIX], check=True, stdout=sys.stderr)
+    return str(python)

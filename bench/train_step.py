@@ -1,0 +1,177 @@
+"""Time and memory of whole GRPO steps: `python bench/train_step.py`. The machine's limit first; last line JSON."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import resource
+import statistics
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from minigrpo import grpo, losses
+from minigrpo.config import (
+    LossOptions,
+    OptimizerOptions,
+    Options,
+    RolloutOptions,
+    Settings,
+    option,
+    run_command,
+)
+from minigrpo.logprobs import Head
+from minigrpo.model import ModelConfig, abstract_params
+from minigrpo.optimizer import TrainState, init_state, make_optimizer
+from minigrpo.rollout import Roller
+from minigrpo.sharding import Layout, by_sequence, make_mesh, put, start_platform
+from minigrpo.start import choose_tiles
+from minigrpo.weights import random_params
+from minigrpo.work import Work
+
+MATMUL = 2048
+"""Size of the square product whose rate counts as the machine's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapeOptions(Options):
+    """Step bench"""
+
+    mesh: str = option("1,1", "FSDP,TP mesh")
+    vocab: int = option(4096, "vocabulary rows", low=16)
+    layers: int = option(4, "layers", low=1)
+    hidden: int = option(256, "embedding size; the MLP is three times as wide", low=8)
+    heads: int = option(8, "query heads", low=1)
+    kv_heads: int = option(4, "key-value heads", low=1)
+    head_dim: int = option(32, "head size", low=2)
+    prompts: int = option(4, "prompts per step", low=1)
+    generations: int = option(4, "completions per prompt", low=2)
+    prompt_length: int = option(64, "tokens per prompt", low=2)
+    new_tokens: int = option(128, "tokens per completion", low=1)
+    remat: str = option("none", "what the backward pass recomputes", choices=("none", "dots", "attention", "full"))
+    repeats: int = option(5, "timed steps after two warm-up steps; the median counts", low=1)
+
+
+def model_config(options: ShapeOptions) -> ModelConfig:
+    return ModelConfig(
+        model_type="qwen3",
+        vocab_size=options.vocab,
+        hidden_size=options.hidden,
+        intermediate_size=3 * options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.kv_heads,
+        head_dim=options.head_dim,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+    )
+
+
+def matmul_rate(dtype: jnp.dtype) -> float:
+    """FLOP/s of a large product, the best of five."""
+    x = jnp.ones((MATMUL, MATMUL), dtype)
+    product = jax.jit(lambda x: x @ x)
+    jax.block_until_ready(product(x))
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        jax.block_until_ready(product(x))
+        seconds.append(time.perf_counter() - started)
+    return 2 * MATMUL**3 / min(seconds)
+
+
+def make_trainer(options: ShapeOptions, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> grpo.Trainer:
+    return grpo.Trainer(
+        graph=abstract_params(config)[0],
+        head=Head(mesh, options.vocab, 1.0, choose_tiles(mesh, options.vocab)),
+        layout=Layout(dtype, mesh),
+        remat=options.remat,
+        optimizer=make_optimizer(OptimizerOptions(lr_schedule="constant", warmup_ratio=0.0), 100),
+        objective=functools.partial(grpo.policy_loss, LossOptions(beta=0.0)),
+        weigh=functools.partial(losses.token_weights, "grpo", max_tokens=options.new_tokens),
+        parts=1,
+    )
+
+
+class Stepper:
+    """A GRPO step on random prompts with a reward that differs inside every group."""
+
+    def __init__(self, options: ShapeOptions, mesh: Mesh, dtype: jnp.dtype):
+        config = model_config(options)
+        self.options, self.mesh = options, mesh
+        self.trainer = make_trainer(options, config, mesh, dtype)
+        rollout = RolloutOptions(max_completion_length=options.new_tokens, temperature=1.0)
+        self.roller = Roller(config, mesh, dtype, rollout, options.vocab, (options.vocab,))
+        self.state: TrainState = init_state(self.trainer.optimizer, random_params(config, mesh, 0), mesh)
+
+    def __call__(self, number: int) -> dict[str, float]:
+        """Seconds of the step and of its phases."""
+        options, rng = self.options, np.random.default_rng(number)
+        prompts = rng.integers(3, options.vocab, (options.prompts, options.prompt_length)).tolist()
+        started = time.perf_counter()
+        ids = list(range(options.prompts))
+        rollout = self.roller(self.state.params, prompts, ids, options.generations, (0, number))
+        sampled = time.perf_counter()
+        rewards = rollout.tokens.sum(axis=1) % 17 / 17.0
+        rows = [prompt for prompt in prompts for _ in range(options.generations)]
+        limits = options.prompt_length, options.new_tokens
+        batch = grpo.assemble(rows, rollout.tokens, rollout.lengths, limits)
+        advantages = grpo.group_advantages(rewards, options.generations, "group")
+        batch = dataclasses.replace(batch, advantages=advantages, rollout_logprobs=rollout.logprobs)
+        batch = put(self.mesh, grpo.pad_rows(batch, self.mesh.size), by_sequence(self.mesh))
+        self.state, metrics = jax.block_until_ready(grpo.update(self.trainer, self.state, batch, {}))
+        ended = time.perf_counter()
+        assert np.isfinite(float(metrics["loss"]))
+        return {"step": ended - started, "rollout": sampled - started, "update": ended - sampled}
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main(settings: Settings) -> int:
+    options: ShapeOptions = settings[ShapeOptions]
+    start_platform(options.mesh)
+    mesh = make_mesh(options.mesh)
+    dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    work = Work(model_config(options), options.prompts, options.generations, options.prompt_length, options.new_tokens)
+    rate = matmul_rate(dtype) * (1 if jax.default_backend() == "cpu" else mesh.size)
+    flops = work.update_flops(options.remat) + work.rollout_flops()
+    sys.stderr.write(f"limit: {flops / 1e9:.1f} GFLOP at {rate / 1e9:.0f} GFLOP/s is {flops / rate:.3f} s a step\n")
+    stepper = Stepper(options, mesh, dtype)
+    first = stepper(0)["step"]
+    stepper(1)
+    steps = [stepper(number) for number in range(2, 2 + options.repeats)]
+    median = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+    report = {
+        "bench": "train_step",
+        "jax": jax.__version__,
+        "device": mesh.devices.flat[0].device_kind,
+        **dataclasses.asdict(options),
+        "sequences": work.rows,
+        "first_step_seconds": round(first, 3),
+        "seconds": [round(step["step"], 4) for step in steps],
+        "median_seconds": {name: round(value, 4) for name, value in median.items()},
+        "tokens_per_second": round(work.rows * options.new_tokens / median["step"], 1),
+        "gflop": round(flops / 1e9, 1),
+        "share_of_matmul_rate": round(flops / rate / median["step"], 3),
+        "peak_mib": round(peak_mib(), 1),
+    }
+    sys.stderr.write(
+        f"ours:  {median['step']:.3f} s (rollout {median['rollout']:.3f}, update {median['update']:.3f}), "
+        f"{report['share_of_matmul_rate']:.0%} of the limit, {report['peak_mib']:.0f} MiB at the peak\n"
+    )
+    sys.stdout.write(json.dumps(report) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command("python bench/train_step.py", __doc__ or "", (ShapeOptions,), main)

@@ -1,0 +1,70 @@
+"""A run's scratch memory by arithmetic, for GPUs, which no compiler here can compile for."""
+
+import dataclasses
+import re
+
+from minigrpo import memory
+from minigrpo.chips import GIB, Chip
+from minigrpo.config import UsageError
+from minigrpo.sharding import TP
+from minigrpo.start import Programs
+from minigrpo.work import Work
+
+LOGITS_COPIES = 3
+"""Arrays of [slots, vocabulary] in float32 that sampling works on."""
+
+GATHERED_LAYERS = 2
+"""Layers whose weights are whole on a device at once: one in use, one on its way."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuPrograms(Programs):
+    """Programs for cards with so much memory; the devices of its mesh only stand for them."""
+
+    gib: int
+
+    @property
+    def platform(self) -> str:
+        return "gpu"
+
+    @property
+    def device_memory(self) -> int:
+        return self.gib * GIB
+
+
+def parse_card(topology: str) -> Chip:
+    """'gpu:80GB' -> a card of 80 GiB whose speed is not known; UsageError for another form."""
+    found = re.fullmatch(r"gpu:([1-9]\d{0,3})GB", topology)
+    if not found:
+        raise UsageError(f"--topology={topology}: a GPU is written with its memory, such as gpu:80GB")
+    return Chip("GPU", float(found[1]), 0.0, 0.0, 0.0)
+
+
+def gathered_bytes(programs: Programs, work: Work) -> int:
+    layer = work.layer_weights // programs.config.num_hidden_layers
+    return GATHERED_LAYERS * layer * programs.dtype.itemsize
+
+
+def rows_in_part(programs: Programs, work: Work, parts: int) -> int:
+    return -(-work.rows // programs.mesh.size // parts)
+
+
+def update_scratch(programs: Programs, work: Work, parts: int, trained: int) -> int:
+    """Gradients, activations of one part, the head's gradient and the logits it is made from."""
+    sizes, chunk = programs.config.sizes, programs.head(1.0).tiles.backward_rows
+    tp = programs.mesh.shape[TP]
+    head = 4 * (sizes["V"] // tp) * (sizes["D"] + 2 * chunk * tp)
+    activations = memory.activation_bytes(programs, work.prompt + work.completion)
+    return trained + rows_in_part(programs, work, parts) * activations + head + gathered_bytes(programs, work)
+
+
+def scoring_scratch(programs: Programs, work: Work, parts: int) -> int:
+    """One layer's working set for one part."""
+    length = work.prompt + work.completion
+    one_layer = memory.activation_bytes(programs, length) - memory.saved_bytes(programs, length)
+    return rows_in_part(programs, work, parts) * one_layer + gathered_bytes(programs, work)
+
+
+def rollout_scratch(programs: Programs, slots: int, pool: int) -> int:
+    """The page pool, and what sampling needs over the vocabulary."""
+    return pool + 4 * LOGITS_COPIES * slots * programs.config.vocab_size

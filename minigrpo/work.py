@@ -1,0 +1,112 @@
+"""Work and memory of a training step's phases, counted from shapes."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from minigrpo import hlo
+from minigrpo.model import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One program of a step on one chip."""
+
+    memory: hlo.Memory
+    resident: int
+    """Bytes that stay on the chip meanwhile and are no argument of the program."""
+    traffic: dict[str, hlo.Traffic]
+    compile_seconds: float
+    flops: float
+    bytes: float
+
+    @property
+    def total(self) -> int:
+        return self.memory.total + self.resident
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """What is known of a phase on one chip without compiling it."""
+
+    resident: int
+    flops: float
+    moved: float
+    """Bytes read and written."""
+    scratch: int
+    """Bytes besides its arguments, by arithmetic."""
+
+
+def bytes_on_chip(tree: Any) -> int:
+    """Bytes of one chip's share of abstract arrays."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """FLOPs and bytes of a step's parts over all chips, counted from shapes."""
+
+    config: ModelConfig
+    prompts: int
+    group: int
+    prompt: int
+    completion: int
+
+    @property
+    def layer_weights(self) -> int:
+        c = self.config
+        attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
+        return c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+
+    @property
+    def head_weights(self) -> int:
+        return self.config.vocab_size * self.config.hidden_size
+
+    @property
+    def weights(self) -> int:
+        return self.layer_weights + self.head_weights
+
+    @property
+    def kv_row(self) -> int:
+        """Key and value numbers of one token."""
+        return 2 * self.config.num_hidden_layers * self.config.num_key_value_heads * self.config.head_dim
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.group
+
+    def attention_flops(self, tokens: int) -> float:
+        """Causal attention of one sequence."""
+        c = self.config
+        return 2.0 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * tokens * tokens
+
+    def score_flops(self) -> tuple[float, float, float]:
+        """One forward pass: matrix products of the layers, of the head, and attention."""
+        length = self.prompt + self.completion
+        return (
+            2.0 * self.layer_weights * self.rows * length,
+            2.0 * self.head_weights * self.rows * self.completion,
+            self.rows * self.attention_flops(length),
+        )
+
+    def update_flops(self, remat: str) -> float:
+        """Forward, backward (twice the forward; attention 2.5 times) and what is recomputed."""
+        layers, head, attention = self.score_flops()
+        again = {"none": 0, "dots": 0, "attention": 1, "full": 1}[remat]
+        return layers * (3 + again) + head * 4 + attention * (3.5 + (remat in ("dots", "full")))
+
+    def rollout_flops(self) -> float:
+        """Prefill once per prompt; decoding token by token."""
+        before, whole = self.attention_flops(self.prompt), self.attention_flops(self.prompt + self.completion)
+        decode = 2.0 * self.rows * self.completion * self.weights
+        prefill = self.prompts * (2.0 * self.prompt * self.layer_weights + before)
+        return decode + self.rows * (whole - before) + prefill
+
+    def rollout_bytes(self, chips: int, slots: int, item: int) -> float:
+        """Of one chip: its weights once per step, and every token's context once."""
+        own = -(-self.rows // chips)
+        steps = -(-own // slots) * self.completion
+        context = own * self.completion * (self.prompt + self.completion / 2)
+        return item * (steps * self.weights + self.kv_row * context)
