@@ -41,7 +41,7 @@ from minigrpo.config import (
 from minigrpo.lora import make_lora
 from minigrpo.model import ModelConfig, abstract_params, join, parse_config, read_config, split_trained
 from minigrpo.optimizer import TrainState
-from minigrpo.rollout import RolloutPlan, decode_weights, num_pages, run_mesh, spread
+from minigrpo.rollout import RolloutPlan, decode_weights, least_pages, num_pages, run_mesh, spread
 from minigrpo.sharding import DATA, by_sequence, check_divisible, replicated
 from minigrpo.sources import placed
 from minigrpo.start import DEFAULT_MODEL, Programs, check_loss, check_quantize
@@ -237,14 +237,19 @@ def prompt_rows(programs: Programs, resident: Resident) -> tuple[RolloutPlan, An
     prompts = [[0] * data.max_prompt_length] * steps.batch_size
     rows, group = spread(prompts, list(range(len(prompts))), steps.num_generations, programs.mesh.size, width)
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_sequence(programs.mesh)), rows)
-    return dataclasses.replace(plan, group=group), placed
+    least = least_pages(plan, own_rows(placed))  # a plan for too little memory says so, instead of ending
+    return dataclasses.replace(plan, group=group, pool_limit=plan.pool_limit and max(plan.pool_limit, least)), placed
+
+
+def own_rows(prompts: Any) -> Any:
+    """One chip's share of the prompts."""
+    return jax.tree.map(lambda x: np.zeros(x.sharding.shard_shape(x.shape), x.dtype), prompts)
 
 
 def cache_bytes(programs: Programs, resident: Resident) -> int:
     """Bytes of one chip's page pool."""
     plan, prompts = prompt_rows(programs, resident)
-    own = jax.tree.map(lambda x: np.zeros(x.sharding.shard_shape(x.shape), x.dtype), prompts)
-    return num_pages(plan, own) * memory.page_bytes(programs, plan.page_size)
+    return num_pages(plan, own_rows(prompts)) * memory.page_bytes(programs, plan.page_size)
 
 
 def decoded_shapes(programs: Programs, plan: RolloutPlan) -> Any:

@@ -156,19 +156,22 @@ def prompt_tables(plan: RolloutPlan, prompts: Prompts) -> tuple[Int[Array, "P M"
     return jnp.where(entries < needed[:, None], starts[:, None] + entries, num_pages(plan, prompts)), needed.sum()
 
 
-def num_pages(plan: RolloutPlan, prompts: Prompts) -> int:
-    """Pages of one device's pool; UsageError when --pool_pages cannot hold even one completion."""
+def least_pages(plan: RolloutPlan, prompts: Prompts) -> int:
+    """Pages that one device cannot do without: those of its prompts and of one completion."""
     rows, width = prompts.tokens.shape
-    for_prompts = rows * -(-width // plan.page_size)
-    slots = min(plan.slots, rows * plan.group)
-    least = for_prompts + plan.own_pages()
-    wanted = for_prompts + slots * plan.own_pages()
+    return rows * -(-width // plan.page_size) + plan.own_pages()
+
+
+def num_pages(plan: RolloutPlan, prompts: Prompts) -> int:
+    """Pages of one device's pool; UsageError when it cannot hold even one completion."""
+    least, slots = least_pages(plan, prompts), min(plan.slots, prompts.tokens.shape[0] * plan.group)
+    wanted = least + (slots - 1) * plan.own_pages()
     given = plan.pool_pages or min(wanted, plan.pool_limit or wanted)
     if given < least:
         size = plan.pool_pages or f"{given}, what memory leaves"
         raise UsageError(
             f"--pool_pages={size}: at least {least} pages of {plan.page_size} tokens are needed per device, "
-            f"{for_prompts} for its prompts and {plan.own_pages()} for one completion"
+            f"{least - plan.own_pages()} for its prompts and {plan.own_pages()} for one completion"
         )
     return given
 

@@ -93,6 +93,8 @@ def test_the_plan_of_a_small_model(small_model):
     [
         (("--topology=v7x:2x2",), "--topology=v7x:2x2: must be one of v4, v5e, v5p, v6e"),
         (("--topology=v6e:3x7",), "--topology=v6e:3x7: "),
+        (("--topology=gpu:80",), "--topology=gpu:80: a GPU is written with its memory, such as gpu:80GB"),
+        (("--quantize=int8",), "--quantize=int8: whole numbers cannot be trained"),
         (("--topology=v6e:2x2", "--mesh=4,2"), "--mesh=4,2: 8 chips, but --topology=v6e:2x2 has 4; use --mesh=4,1"),
         (("--model=Qwen/Qwen9-1T",), "--model=Qwen/Qwen9-1T: neither a folder nor one of Qwen/Qwen3-0.6B"),
         (
@@ -105,6 +107,16 @@ def test_a_plan_that_cannot_be_is_one_line(flags, message):
     result = run("-m", "minigrpo.plan", *flags)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and "Traceback" not in result.stderr and message in lines[-1]
+
+
+def test_gpus_are_planned_by_arithmetic():
+    flags = ("--model=Qwen/Qwen3-1.7B", "--mesh=8,1", "--batch_size=32", "--num_generations=8")
+    result = run("-m", "minigrpo.plan", "--topology=gpu:80GB", *flags)
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["fits"] and report["counted_by"] == "arithmetic"
+    assert all(4 < phase["hbm_gib"] < 30 for phase in report["phases"].values())
+    small = json.loads(run("-m", "minigrpo.plan", "--topology=gpu:5GB", *flags).stdout.splitlines()[-1])
+    assert not small["fits"] and small["gradient_accumulation_steps"] > report["gradient_accumulation_steps"]
 
 
 HLO = """HloModule jit_f
