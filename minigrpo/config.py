@@ -15,6 +15,7 @@ from absl import flags
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 LARGEST_SEED = 2**31 - 1
+LARGEST_RANK = 4096
 
 
 class UsageError(ValueError):
@@ -87,7 +88,9 @@ class ModelOptions(Options):
 class LoraOptions(Options):
     """LoRA"""
 
-    lora_rank: int = option(0, "train adapters of this rank instead of the weights; 0 trains the weights", low=0)
+    lora_rank: int = option(
+        0, "train adapters of this rank instead of the weights; 0 trains the weights", low=0, high=LARGEST_RANK
+    )
     lora_alpha: float = option(32.0, "adapters are scaled by alpha / rank", above=0.0)
     lora_dropout: float = option(0.0, "share of an adapter's inputs zeroed while training", low=0.0, below=1.0)
     lora_targets: str = option("all", "matrices that get adapters, of q,k,v,o,gate,up,down; all is every one")
@@ -276,13 +279,9 @@ class RunOptions(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        unknown = [sink for sink in self.sinks if sink not in ("tensorboard", "wandb")]
+        unknown = [name for name in self.report_to.split(",") if name not in ("tensorboard", "wandb", "none")]
         if unknown:
             raise UsageError(f"--report_to={self.report_to}: {unknown[0]!r} is not tensorboard, wandb or none")
-
-    @property
-    def sinks(self) -> list[str]:
-        return [] if self.report_to == "none" else [name.strip() for name in self.report_to.split(",")]
 
 
 def field_type(field: dataclasses.Field) -> type:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ XML_PROMPT = (
     "The answer is a single number."
 )
 XML_REWARDS = "correctness,integer,strict_format,soft_format,tag_count"
+
+LARGEST_SCORE = 1e9
 
 Row = dict[str, Any]
 
@@ -83,6 +84,8 @@ def parse_line(path: Path, number: int, line: str) -> Row:
         row = json.loads(line)
     except ValueError as error:
         raise UsageError(f"{path}:{number}: not JSON ({error})") from error
+    if "\\ud" in line.lower() and not is_unicode(row):
+        raise UsageError(f"{path}:{number}: holds half of a surrogate pair, which is no character")
     if not isinstance(row, dict):
         raise UsageError(f"{path}:{number}: a line must be a JSON object, not {type(row).__name__}")
     return row
@@ -91,6 +94,14 @@ def parse_line(path: Path, number: int, line: str) -> Row:
 def from_chat(row: Row) -> Row:
     prompt, answer = split_messages(row.get("messages"))
     return row | {"prompt": prompt, "answer": answer}
+
+
+def is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_hub(name: str, split: str) -> list[Row]:
@@ -152,8 +163,10 @@ def recorded_row(name: str, number: int, row: Row) -> Row:
     texts = isinstance(responses, list) and bool(responses) and all(isinstance(text, str) for text in responses)
     if not texts or not isinstance(scores, list) or len(scores) != len(responses):
         raise UsageError(f"--dataset={name}: row {number} needs a list of responses and as many scores")
-    if not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
-        raise UsageError(f"--dataset={name}: row {number} has scores {str(scores)[:60]}; they must be finite numbers")
+    if not all(isinstance(score, int | float) and abs(score) < LARGEST_SCORE for score in scores):
+        raise UsageError(
+            f"--dataset={name}: row {number} has scores {str(scores)[:60]}; they must be numbers, not huge"
+        )
     return row | {"prompt": prompt, "responses": responses, "scores": scores}
 
 
@@ -193,7 +206,8 @@ def is_prompt(value: Any) -> bool:
     """Text, or messages that each have a role and content."""
     if isinstance(value, list):
         return bool(value) and all(
-            isinstance(message, dict) and {"role", "content"} <= set(message) for message in value
+            isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+            for message in value
         )
     return isinstance(value, str) and bool(value)
 

@@ -23,7 +23,7 @@ def recent(rows: Rows, name: str) -> float:
 def loss_is_zero(settings: dict[str, Any], rows: Rows) -> str | None:
     once = settings.get("num_iterations") == 1 and settings.get("num_minibatches", 1) == 1
     on_policy = settings.get("loss_type") == "grpo" and settings.get("beta") == 0 and once
-    if not on_policy or max(abs(row["loss"]) for row in rows) > 1e-3:
+    if not on_policy or not all(abs(row["loss"]) <= 1e-3 for row in rows):
         return None
     return (
         "The loss is about 0 in every step, and that is right: on-policy, the ratio is 1 and a group's advantages add "
@@ -83,7 +83,7 @@ def warming_up(settings: dict[str, Any], rows: Rows) -> str | None:
 
 def samplers_apart(settings: dict[str, Any], rows: Rows) -> str | None:
     apart = recent(rows, "sampling/sampling_logp_difference/mean")
-    if apart < MISMATCH.get(settings.get("compute_dtype", ""), MISMATCH["bfloat16"]):
+    if settings.get("lora_dropout") or apart < MISMATCH.get(settings.get("compute_dtype", ""), MISMATCH["bfloat16"]):
         return None
     return (
         f"Sampler and trainer differ by {apart:.2g} nats per token on average, more than rounding explains: "

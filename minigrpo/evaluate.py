@@ -19,6 +19,7 @@ from minigrpo.config import (
     Options,
     RolloutOptions,
     Settings,
+    UsageError,
     option,
     run_command,
 )
@@ -26,7 +27,7 @@ from minigrpo.data import Prompts, load_dataset, tokenize
 from minigrpo.memory import held_bytes, pool_limit
 from minigrpo.metrics import write_lines
 from minigrpo.model import Params
-from minigrpo.rewards import Extract, as_number, extract_answer, marked_answer, same_answer
+from minigrpo.rewards import Extract, as_number, extract_answer, marked_answer, plain_text, same_answer
 from minigrpo.sources import run_defaults
 from minigrpo.start import Setup, set_up
 
@@ -107,10 +108,17 @@ def grade(texts: list[str], problems: Prompts) -> Grades:
 
 
 def most_common(texts: list[str]) -> str:
-    """A completion with the answer that most completions give; numbers are compared as numbers."""
-    answers = [extract_answer(text) or "" for text in texts]
-    keys = [as_number(answer) or answer for answer in answers]
-    return texts[max(range(len(texts)), key=lambda i: (keys.count(keys[i]), -i))]
+    """A completion with the answer that most completions give, if they give one; numbers are compared as numbers."""
+    keys = [answer_key(extract_answer(text)) for text in texts]
+    return texts[max(range(len(texts)), key=lambda i: (keys[i] is not None, keys.count(keys[i]), -i))]
+
+
+def answer_key(answer: str | None) -> Any:
+    """Equal for answers that are the same, as `same_answer` has it."""
+    if answer is None:
+        return None
+    number = as_number(answer)
+    return plain_text(answer) if number is None else number
 
 
 def pass_at(right: Bool[np.ndarray, "P K"], k: int) -> float:
@@ -167,12 +175,32 @@ def report(result: dict[str, Any], dataset: str) -> None:
     )
 
 
+def check_output(output: str) -> None:
+    """UsageError, before any work, for a file that cannot be written or is there already."""
+    path = Path(output)
+    if output and path.exists():
+        raise UsageError(f"--output={output}: is there already; name a new file")
+    if output and not path.parent.is_dir():
+        raise UsageError(f"--output={output}: there is no folder {path.parent}")
+
+
+def set_up_one(settings: Settings, model: str, asked: dict[str, Any]) -> Setup:
+    """The model or the base, the latter named as such in errors."""
+    try:
+        return set_up(settings.with_values({"model": model}), settings[EvalOptions].mesh, {model: asked})
+    except UsageError as error:
+        if model != settings[EvalOptions].base:
+            raise
+        raise UsageError(str(error).replace("--model=", "--base=")) from error
+
+
 def main(settings: Settings) -> int:
     options = settings[EvalOptions]
     models = [settings[ModelOptions].model] + ([options.base] if options.base else [])
+    check_output(options.output)
     results, answers = [], []
     for model in models:
-        setup = set_up(settings.with_values({"model": model}), options.mesh, {model: run_defaults(models[0])})
+        setup = set_up_one(settings, model, run_defaults(models[0]))
         greedy = {"temperature": 0.0} if options.num_generations == 1 else {}
         final = setup.settings.with_defaults(greedy)
         problems = held_out(setup, final[DataOptions], options.eval_size)

@@ -104,8 +104,12 @@ def reward(job: Job, rollout: Rollout, indices: list[int]) -> tuple[np.ndarray, 
 
 def varied(job: Job, experience: Experience) -> Bool[np.ndarray, "P"]:
     """Groups in which the first reward function, which is to be the one for accuracy, does not score all alike."""
-    scores = experience.parts[job.rewards[0].name].reshape(-1, job.group)
-    return np.nan_to_num(scores).std(axis=1) > 0
+    return differ(experience.parts[job.rewards[0].name].reshape(-1, job.group))
+
+
+def differ(scores: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
+    """Groups with two different scores; NaN is none."""
+    return np.array([len(set(group[~np.isnan(group)].tolist())) > 1 for group in scores])
 
 
 def keep_groups(job: Job, state: TrainState, step: int, experience: Experience) -> Experience:
@@ -124,7 +128,7 @@ def resample_groups(job: Job, state: TrainState, step: int, experience: Experien
             break
         rng = np.random.default_rng([job.options(StepOptions).seed, step, turn])
         indices = rng.choice(len(job.data), size, replace=size > len(job.data)).tolist()
-        names = [-1 - turn * len(job.data) - i for i in indices]  # below 0: never the name of an ordinary prompt
+        names = [-1 - turn * size - place for place in range(size)]  # below 0: never the name of an ordinary prompt
         experience = concatenate(experience, sample_groups(job, state, indices, names, step))
     order = np.argsort(~varied(job, experience), kind="stable")[:size]
     return skip_groups(job, state, step, take_groups(experience, order, job.group))
@@ -140,7 +144,7 @@ def concatenate(first: Experience, second: Experience) -> Experience:
         one,
         **{name: np.concatenate([getattr(one, name), getattr(two, name)]) for name in arrays},
         decode_steps=one.decode_steps + two.decode_steps,
-        occupancy=(one.occupancy + two.occupancy) / 2,
+        occupancy=np.average([one.occupancy, two.occupancy], weights=[one.decode_steps, two.decode_steps]),
     )
     return Experience(
         indices=first.indices + second.indices,
@@ -178,7 +182,8 @@ def advantages(job: Job, experience: Experience) -> Float[np.ndarray, "B"]:
     if options.normalize_rewards == "each":
         weights = {reward.name: reward.weight for reward in job.rewards}
         return grpo.normalised_apart(experience.parts, weights, job.group)
-    return grpo.ragged_advantages(experience.rewards, job.group, options.scale_rewards, options.baseline)
+    lone = 1.0 if job.options(DataOptions).offline else 0.0
+    return grpo.ragged_advantages(experience.rewards, job.group, options.scale_rewards, options.baseline, lone)
 
 
 def host_batch(job: Job, experience: Experience, advantages: np.ndarray) -> grpo.Batch:
@@ -197,6 +202,7 @@ def make_batches(job: Job, experience: Experience, advantages: np.ndarray, state
     """The updates' inputs on the mesh, with old and reference log-probs where the loss needs them."""
     whole = host_batch(job, experience, advantages)
     shares = np.split(np.arange(len(whole.tokens)), job.options(StepOptions).num_minibatches)
+    shares = [rows for rows in shares if whole.completion_lengths[rows].any()] or shares[:1]
     batches = [place_batch(job, jax.tree.map(lambda x, rows=rows: x[rows], whole)) for rows in shares]
     return jax.block_until_ready([score_batch(job, batch, state) for batch in batches])
 

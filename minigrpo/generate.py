@@ -42,6 +42,10 @@ class GenerateOptions(Options):
 SECTIONS = (ModelOptions, DataOptions, RolloutOptions, GenerateOptions)
 
 
+UNUSED = frozenset({"dataset", "offline", "answer_column"})
+"""Flags of data that no prompt of this command is taken from."""
+
+
 class Stream:
     """Writes one completion's text to stdout while its tokens come in."""
 
@@ -100,11 +104,11 @@ def talk(setup: Setup, params: Params) -> None:
         messages.append({"role": "assistant", "content": answer(setup, params, messages, number)})
 
 
-def read_prompts(path: Path) -> Iterator[str | list[Message]]:
+def read_prompts(path: Path, prompt_column: str) -> Iterator[str | list[Message]]:
     """Prompts of a JSONL file's prompt column, or the lines of any other file."""
     if path.suffix in (".jsonl", ".json"):
         rows = read_jsonl(path)
-        column = choose_column(rows[0], "prompts", "auto", PROMPT_COLUMNS)
+        column = choose_column(rows[0], "prompt_column", prompt_column, PROMPT_COLUMNS)
         for number, row in enumerate(rows, 1):
             if not is_prompt(row.get(column)):
                 raise UsageError(f"--prompts={path}: row {number} has no prompt in {column!r}")
@@ -120,7 +124,7 @@ def read_prompts(path: Path) -> Iterator[str | list[Message]]:
 def answer_file(setup: Setup, params: Params, path: Path) -> None:
     """One JSON line per prompt: {"prompt": ..., "completions": [...]}."""
     options = setup.settings[GenerateOptions]
-    prompts = list(read_prompts(path))
+    prompts = list(read_prompts(path, setup.settings[DataOptions].prompt_column))
     if not prompts:
         raise UsageError(f"--prompts={path}: the file has no prompts")
     roller = setup.roller(setup.settings[RolloutOptions], pool_limit=pool_limit(setup, held_bytes(params)))
@@ -141,6 +145,9 @@ def main(settings: Settings) -> int:
     asked = [name for name in ("prompt", "prompts", "chat") if getattr(options, name)]
     if len(asked) != 1:
         raise UsageError("give one of --prompt=TEXT, --prompts=FILE and --chat (see --help)")
+    unused = settings.explicit & (UNUSED if options.prompts else UNUSED | {"num_generations", "prompt_column"})
+    if unused:
+        raise UsageError(f"--{min(unused)}: means nothing here; leave it out")
     model = settings[ModelOptions].model
     setup = set_up(settings, options.mesh, {model: run_defaults(model)})
     params = setup.load(options.seed)

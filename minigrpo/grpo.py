@@ -23,6 +23,9 @@ from minigrpo.sharding import Layout, by_sequence
 ADVANTAGE_EPSILON = 1e-4
 """Added to the std that advantages are divided by."""
 
+DROPOUT = 0xD809
+"""Folded into the seed for dropout, and for nothing else."""
+
 BUCKETS = 8
 SMALLEST_STEP = 16
 """Padded lengths differ by at least this many tokens."""
@@ -102,11 +105,11 @@ def group_advantages(
 
 
 def ragged_advantages(
-    rewards: Float[np.ndarray, "B"], group: int, scale: str, baseline: str = "group"
+    rewards: Float[np.ndarray, "B"], group: int, scale: str, baseline: str = "group", lone: float = 0.0
 ) -> Float[np.ndarray, "B"]:
-    """`group_advantages` of groups that are not all full: NaN stands for no completion and gives 0.
+    """`group_advantages` of groups that are not all full: NaN stands for no completion, or no reward, and gives 0.
 
-    A group of one has nothing to be compared with: its advantage is its reward.
+    A group of one has nothing to be compared with: its advantage is `lone` times its reward.
     """
     present = ~np.isnan(rewards)
     if present.all():
@@ -115,9 +118,9 @@ def ragged_advantages(
     for start in range(0, len(rewards), group):
         rows = start + np.flatnonzero(present[start : start + group])
         own, inside = rewards[rows], "group" if scale == "group" else "none"
-        result[rows] = group_advantages(own, len(own), inside, baseline) if len(own) > 1 else own
-    spread = rewards[present].std(ddof=1) + ADVANTAGE_EPSILON if scale == "batch" else 1.0
-    return (result / spread).astype(np.float32)
+        result[rows] = group_advantages(own, len(own), inside, baseline) if len(own) > 1 else lone * own
+    by_batch = scale == "batch" and present.sum() > 1
+    return (result / (rewards[present].std(ddof=1) + ADVANTAGE_EPSILON if by_batch else 1.0)).astype(np.float32)
 
 
 def normalised_apart(
@@ -128,8 +131,12 @@ def normalised_apart(
     The sum is normalised once more over the batch.
     """
     own = [weights[name] * ragged_advantages(scores, group, "group") for name, scores in parts.items()]
-    total = np.sum(own, axis=0, dtype=np.float64)
-    return ((total - total.mean()) / (total.std(ddof=1) + ADVANTAGE_EPSILON)).astype(np.float32)
+    total = np.stack(own).sum(axis=0, dtype=np.float64)
+    present = ~np.isnan(np.stack(list(parts.values()))).all(axis=0)
+    if present.sum() < 2:
+        return np.zeros(len(total), np.float32)
+    centred = np.where(present, total - total[present].mean(), 0)
+    return (centred / (total[present].std(ddof=1) + ADVANTAGE_EPSILON)).astype(np.float32)
 
 
 # Batches
@@ -297,7 +304,8 @@ def dropout_keys(trainer: Trainer, updates: Array, rows: int) -> Array | None:
     """A key per sequence, fixed by the seed, the update and the row."""
     if trainer.dropout_seed is None:
         return None
-    return jax.random.split(jax.random.fold_in(jax.random.key(trainer.dropout_seed), updates), rows)
+    key = jax.random.fold_in(jax.random.key(trainer.dropout_seed), DROPOUT)
+    return jax.random.split(jax.random.fold_in(key, updates), rows)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

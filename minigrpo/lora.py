@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from minigrpo.config import LoraOptions, UsageError
+from minigrpo.config import LARGEST_RANK, LoraOptions, UsageError
 from minigrpo.model import (
     DIMS,
     PROJECTIONS,
@@ -41,12 +42,11 @@ def make_lora(options: LoraOptions) -> Lora | None:
     if not options.lora_rank:
         return None
     targets = tuple(name.strip() for name in options.lora_targets.split(","))
-    targets = tuple(PROJECTIONS) if targets == ("all",) else targets
+    targets = tuple(PROJECTIONS) if targets == ("all",) else tuple(dict.fromkeys(targets))
     wrong = [name for name in targets if name not in PROJECTIONS]
     if wrong:
-        raise UsageError(
-            f"--lora_targets={options.lora_targets}: {wrong[0]!r} is not one of all, {', '.join(PROJECTIONS)}"
-        )
+        known = ", ".join(PROJECTIONS)
+        raise UsageError(f"--lora_targets={options.lora_targets}: {wrong[0]!r} is not one of {known}; all stands alone")
     return Lora(options.lora_rank, options.lora_alpha, options.lora_dropout, targets)
 
 
@@ -162,19 +162,24 @@ def read_adapter_config(folder: Path) -> tuple[Lora, str]:
         if raw.get(name) not in (None, only):
             raise UsageError(f"{path}: {name}={raw[name]!r} is not supported")
     try:
-        rank, alpha, base = int(raw["r"]), float(raw["lora_alpha"]), str(raw["base_model_name_or_path"])
+        rank, alpha, dropout = int(raw["r"]), float(raw["lora_alpha"]), float(raw.get("lora_dropout") or 0)
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path}: r, lora_alpha or base_model_name_or_path is missing or not readable") from error
+        raise UsageError(f"{path}: r, lora_alpha or lora_dropout is missing or no number") from error
+    base = raw.get("base_model_name_or_path")
+    if not 1 <= rank <= LARGEST_RANK or not math.isfinite(alpha) or not 0 <= dropout < 1 or not isinstance(base, str):
+        wrong = f"r={rank}, lora_alpha={alpha}, lora_dropout={dropout}, base_model_name_or_path={base!r}"
+        raise UsageError(f"{path}: {wrong} cannot be")
     if raw.get("use_rslora"):
         alpha *= rank**0.5  # there, alpha is divided by the root of the rank (arXiv:2312.03732)
-    return Lora(rank, alpha, float(raw.get("lora_dropout", 0)), read_targets(path, raw.get("target_modules"))), base
+    return Lora(rank, alpha, dropout, read_targets(path, raw.get("target_modules"))), base
 
 
 def read_targets(path: Path, modules: Any) -> tuple[str, ...]:
     if modules == "all-linear":
         return tuple(PROJECTIONS)
     known = {module: name for name, module in HUB_MATRICES.items()}
-    wrong = [module for module in modules if module not in known] if isinstance(modules, list) else [modules]
+    listed = isinstance(modules, list) and all(isinstance(module, str) for module in modules)
+    wrong = [module for module in modules if module not in known] if listed else [modules]
     if wrong:
         raise UsageError(f"{path}: target module {wrong[0]!r} is not supported; there are {', '.join(known)}")
     return tuple(sorted((known[module] for module in modules), key=list(PROJECTIONS).index))

@@ -17,8 +17,8 @@ CPU_BUDGET = 1 << 30
 DEVICE_SHARE = 0.2
 """Share of an accelerator's memory given to activations; the rest is for weights, optimizer, gradients and the head."""
 
-FULL, HALF, SMALL_CHIP = 0.9, 0.45, int(14.5 * GIB)
-"""What a rollout may fill by itself: most of a small chip, about half of a large one."""
+FULL, HALF, POOL, SMALL_CHIP = 0.9, 0.45, 0.25, int(14.5 * GIB)
+"""What a rollout fills by itself: most of a small chip, about half of a large one, or a pool of a quarter of it."""
 
 SCRATCH = GIB // 4
 """Bytes left for a rollout's temporaries."""
@@ -63,16 +63,16 @@ def page_bytes(programs: Programs, page_size: int) -> int:
 def pool_limit(programs: Programs, resident: int) -> int:
     """Most pages that a pool may have on its own account: what a chip has left beside weights and `resident` bytes.
 
-    A pool below the worst case slows down when completions get long, so a large chip is filled by half at most: it
-    is --pool_pages that asks for more. 0 is no limit, on the CPU.
+    A pool below the worst case slows down only when completions get long, so it is kept small where memory is not
+    scarce: --pool_pages asks for more. 0 is no limit, on the CPU.
     """
     if programs.platform == "cpu":
         return 0
-    allowed = min(FULL * programs.device_memory, max(HALF * programs.device_memory, SMALL_CHIP))
     whole = jax.tree.leaves(abstract_params(decode_config(programs.config), programs.dtype)[1])
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in whole)
-    page = page_bytes(programs, programs.settings[RolloutOptions].page_size)
-    return max(1, int((allowed - resident - weights - SCRATCH) // page))
+    used = resident + sum(leaf.size * leaf.dtype.itemsize for leaf in whole) + SCRATCH
+    total, page_size = programs.device_memory, programs.settings[RolloutOptions].page_size
+    modest = max(max(HALF * total, SMALL_CHIP) - used, POOL * total)
+    return max(1, int(min(modest, FULL * total - used) // page_bytes(programs, page_size)))
 
 
 def held_bytes(tree: Any) -> int:

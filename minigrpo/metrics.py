@@ -78,7 +78,7 @@ def open_sinks(folder: Path, options: RunOptions, settings: dict[str, Any], firs
         "tensorboard": lambda: TensorBoard(folder, first_step),
         "wandb": lambda: Wandb(folder, options, settings),
     }
-    return [makers[name]() for name in options.sinks]
+    return [make() for name, make in makers.items() if name in options.report_to.split(",")]
 
 
 class RunFolder:
@@ -100,8 +100,7 @@ class RunFolder:
         for name in ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl"):
             path = self.folder / name
             if self.writes and path.exists():
-                lines = path.read_text(encoding="utf-8").split("\n") if step else []
-                kept = [line for line in lines if line_step(line) <= step]
+                kept = [line for line in read_lines(path) if line_step(line) <= step] if step else []
                 partial = path.with_suffix(".partial")
                 partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
                 os.replace(partial, path)
@@ -141,12 +140,24 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def read_lines(path: Path) -> list[str]:
+    """A file's lines, whatever a crash left of the last one."""
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")
+
+
 def line_step(line: str) -> int:
     """The step of a metrics line; past every step for a line cut short by a crash."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, IndexError):
         return sys.maxsize
+    return step if isinstance(step, int) else sys.maxsize
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of one of a run's JSONL files; [] when there is none."""
+    lines = read_lines(path) if path.is_file() else []
+    return [json.loads(line) for line in lines if line_step(line) < sys.maxsize]
 
 
 def step_line(step: int, total: int, metrics: dict[str, float]) -> str:

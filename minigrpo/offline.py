@@ -20,9 +20,13 @@ SCORE = "score"
 """Name under which a file's scores are reported."""
 
 
-def load_recorded(setup: Setup, options: DataOptions) -> Prompts:
-    """Prompts whose rows hold "response_tokens", end token included; responses too long are dropped and counted."""
+def load_recorded(setup: Setup, options: DataOptions, most: int | None = None) -> Prompts:
+    """Prompts whose rows hold "response_tokens", end token included; responses too long are dropped and counted.
+
+    `most` rows are read, None being all.
+    """
     dataset = read_recorded(options)
+    dataset = dataclasses.replace(dataset, rows=dataset.rows[:most])
     data = tokenize(dataset, setup.tokenizer, options)
     limit = setup.settings[RolloutOptions].max_completion_length
     texts = [text for row in data.rows for text in row["responses"]]

@@ -42,7 +42,7 @@ from minigrpo.lora import make_lora
 from minigrpo.model import ModelConfig, abstract_params, join, parse_config, read_config, split_trained
 from minigrpo.optimizer import TrainState
 from minigrpo.rollout import RolloutPlan, decode_weights, least_pages, num_pages, run_mesh, spread
-from minigrpo.sharding import DATA, by_sequence, check_divisible, replicated
+from minigrpo.sharding import arrange, by_sequence, check_divisible, replicated
 from minigrpo.sources import placed
 from minigrpo.start import DEFAULT_MODEL, Programs, check_loss, check_quantize
 from minigrpo.tokenizer import load_tokenizer
@@ -87,7 +87,7 @@ def topology_mesh(name: str, mesh_flag: str) -> Mesh:
             f"--mesh={mesh_flag}: {fsdp * tp} chips, but --topology={name} has {len(devices)}; "
             f"use --mesh={len(devices)},1 or another pair whose product is {len(devices)}"
         )
-    return jax.make_mesh((fsdp, tp), DATA, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    return arrange(devices, fsdp, tp)
 
 
 def known_model(name: str) -> tuple[ModelConfig, int]:
@@ -106,7 +106,7 @@ def virtual_mesh(mesh_flag: str) -> Mesh:
     """Virtual CPU devices that stand for cards."""
     fsdp, tp = parse_mesh(mesh_flag)
     jax.config.update("jax_num_cpu_devices", fsdp * tp)
-    return jax.make_mesh((fsdp, tp), DATA, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    return arrange(jax.devices(), fsdp, tp)
 
 
 def make_programs(settings: Settings) -> tuple[Programs, Chip]:

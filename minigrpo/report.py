@@ -14,13 +14,19 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from minigrpo.config import Options, Settings, UsageError, option, run_command
-from minigrpo.data import read_jsonl
 from minigrpo.doctor import diagnose
+from minigrpo.metrics import read_steps
 from minigrpo.tokenizer import read_json
 
 matplotlib.use("Agg")
 
 TEMPLATE = Path(__file__).parent / "builtin" / "report.html.jinja"
+COLUMNS = (
+    "num_tokens", "step_time", "tokens_per_second", "reward", "reward_std", "loss", "grad_norm", "learning_rate",
+    "entropy", "kl", "skipped_updates",
+)  # fmt: skip
+"""What every line of metrics.jsonl must have."""
+
 SMOOTH = 20
 """A running mean goes over one part in so many of the steps."""
 
@@ -53,14 +59,14 @@ class History:
 
 def read_history(folder: Path) -> History:
     """UsageError when there is no run, or one without a finished step."""
-    if not (folder / "metrics.jsonl").is_file():
-        raise UsageError(f"--run={folder}: no metrics.jsonl there; name the folder of a run with a finished step")
-
-    def rows(name: str) -> Rows:
-        return read_jsonl(folder / name) if (folder / name).is_file() else []
-
-    files = (rows(name) for name in ("metrics.jsonl", "evaluations.jsonl", "completions.jsonl"))
-    return History(folder, read_json(folder / "config.json"), *files)
+    metrics, *others = (read_steps(folder / f"{name}.jsonl") for name in ("metrics", "evaluations", "completions"))
+    if not metrics:
+        raise UsageError(f"--run={folder}: no metrics.jsonl with a finished step there; name the folder of a run")
+    for name in COLUMNS:
+        bad = next((row for row in metrics if not isinstance(row.get(name), int | float)), None)
+        if bad:
+            raise UsageError(f"{folder}/metrics.jsonl: step {bad['step']} has {bad.get(name)!r} as {name!r}")
+    return History(folder, read_json(folder / "config.json"), metrics, *others)
 
 
 # Pictures
@@ -70,7 +76,7 @@ def draw(rows: Rows, names: dict[str, str], ylabel: str) -> Figure:
     """Metrics against steps, pale, and their running means; `names` are those of metrics and of lines."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
-    for number, (name, label) in enumerate(names.items()):
+    for number, (name, label) in enumerate(present(rows, names).items()):
         steps = [row["step"] for row in rows if row.get(name) is not None]
         values = [row[name] for row in rows if row.get(name) is not None]
         window = max(1, len(values) // SMOOTH)

@@ -13,6 +13,7 @@ import inspect
 import math
 import re
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ STATED_NUMBER = re.compile(
     r"(?:\s*%|[A-Za-z]{2,})?(?:\s[A-Za-z\s.]*)?\.?"
 )
 """One number, alone or with words, a dollar sign, % or a unit around it; not part of an expression."""
+
+MATH_SECONDS = 30.0
 
 LONGEST_NUMBER = 200
 """Characters of the longest answer that is read as a number."""
@@ -143,12 +146,18 @@ def answer(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[
 
 
 def math_answer(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """1.0 when the final answer equals the reference as `answer` has it, or symbolically by the math-verify library."""
+    """1.0 when the final answer equals the reference as `answer` has it, or symbolically by the math-verify library.
+
+    Expressions that take long are not equal, nor any that the library would see after MATH_SECONDS of one call.
+    """
+    deadline = time.monotonic() + MATH_SECONDS
 
     def right(text: str, wanted: str) -> bool:
         given, marked = extract_answer(text), marked_answer(wanted)
         reference = wanted if marked is None else marked
-        return same_answer(text, wanted) or (given is not None and math_equal(given, reference))
+        if same_answer(text, wanted) or given is None:
+            return given is not None
+        return time.monotonic() < deadline and math_equal(given, reference)
 
     return [float(right(text, wanted)) for text, wanted in zip(completions, answer, strict=True)]
 
@@ -228,11 +237,15 @@ class Reward:
 def parse_rewards(flag: str) -> list[Reward]:
     """'correctness,mine.py:brevity*0.5' -> rewards; UsageError naming the part that is wrong."""
     rewards = [parse_reward(part.strip()) for part in flag.split(",")]
+    check_names(flag, rewards)
+    return rewards
+
+
+def check_names(flag: str, rewards: list[Reward]) -> None:
     names = [reward.name for reward in rewards]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise UsageError(f"--reward={flag}: {twice} is given twice")
-    return rewards
 
 
 def overlong_rewards(buffer: int, penalty: float, limit: int) -> list[Reward]:
@@ -286,7 +299,7 @@ def call_reward(reward: Reward, timeout: float, arguments: dict[str, Any]) -> Fl
         try:
             scores = reward.function(**accepted(reward.function, arguments))
             outcome["scores"] = asyncio.run(finish(scores)) if inspect.isawaitable(scores) else scores
-        except (Exception, SystemExit) as error:  # the user's own function may raise anything
+        except BaseException as error:  # the user's own function may raise anything
             outcome["error"] = error
 
     thread = threading.Thread(target=call, daemon=True, name=f"reward {reward.name}")
@@ -314,7 +327,7 @@ def accepted(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, A
 def check_scores(name: str, scores: Any, count: int) -> Float[np.ndarray, "B"]:
     try:
         values = np.asarray(scores, np.float64)  # None becomes NaN
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"reward {name}: returned {scores!r:.80}, not a list of floats") from error
     if values.shape != (count,):
         raise UsageError(

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Num
 
@@ -53,7 +54,13 @@ def make_mesh(mesh_flag: str) -> Mesh:
             f"--mesh={mesh_flag}: {fsdp * tp} devices wanted, {len(devices)} {devices[0].platform} devices found; "
             f"use --mesh={len(devices)},1 or another pair whose product is {len(devices)}"
         )
-    return jax.make_mesh((fsdp, tp), DATA, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    return arrange(devices, fsdp, tp)
+
+
+def arrange(devices: list[Any], fsdp: int, tp: int) -> Mesh:
+    """The devices as an (fsdp, tp) mesh, neighbours on the chips' own network kept near each other."""
+    grid = mesh_utils.create_device_mesh((fsdp, tp), devices, allow_split_physical_axes=True)
+    return Mesh(grid, DATA, axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
 def spec_of(dims: str) -> PartitionSpec:

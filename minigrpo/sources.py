@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from minigrpo.checkpoint import read_params
-from minigrpo.config import LoraOptions, UsageError
+from minigrpo.config import DataOptions, LoraOptions, RolloutOptions, RunOptions, UsageError
 from minigrpo.lora import CONFIG_FILE, load_adapter, make_lora, read_adapter_config
 from minigrpo.model import Lora, ModelConfig, Params, abstract_params, is_adapter, leaf_sharding, select
 from minigrpo.tokenizer import read_json
@@ -27,8 +27,10 @@ class Source:
     """The adapters it comes with."""
     adapter: Path | None = None
     """Folder of those adapters in PEFT's format."""
-    step: Path | None = None
-    """A run's checkpoint to take the trained parameters from."""
+    adapter_step: Path | None = None
+    """Or a run's checkpoint that holds them."""
+    base_step: Path | None = None
+    """A run's checkpoint that holds the base's weights, instead of the folder."""
 
 
 def find_source(name: str) -> Source:
@@ -36,7 +38,7 @@ def find_source(name: str) -> Source:
     folder = Path(name)
     if (folder / CONFIG_FILE).is_file():
         lora, base = read_adapter_config(folder)
-        return Source(base, find_checkpoint(base), lora, adapter=folder)
+        return dataclasses.replace(find_base(folder, base), base=base, lora=lora, adapter=folder)
     if (folder / "flags.txt").is_file():
         return find_run(folder)
     if folder.parent.name == "checkpoints" and (folder.parent.parent / "flags.txt").is_file():
@@ -44,10 +46,27 @@ def find_source(name: str) -> Source:
     return Source(name, find_checkpoint(name))
 
 
+def find_base(adapter: Path, base: str) -> Source:
+    """The model that adapters were trained on."""
+    source = find_source(base)
+    if source.lora:
+        raise UsageError(f"--model={adapter}: its base {base} has adapters itself; merge them first")
+    return source
+
+
 INHERITED = (
     "system_prompt", "prompt_column", "answer_column", "enable_thinking", "max_prompt_length", "max_completion_length",
     "page_size", "eval_dataset", "dataset",
 )  # fmt: skip
+ASKING = (DataOptions, RolloutOptions, RunOptions)
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run that a folder is, or is the final/, adapter/ or a checkpoint of."""
+    places = {"final": folder.parent, "adapter": folder.parent}
+    places |= {folder.name: folder.parent.parent} if folder.parent.name == "checkpoints" else {}
+    run = places.get(folder.name, folder)
+    return run if folder.is_dir() and (run / "flags.txt").is_file() else None
 
 
 def run_defaults(name: str) -> dict[str, Any]:
@@ -55,12 +74,10 @@ def run_defaults(name: str) -> dict[str, Any]:
 
     A file that was trained on is no dataset to be evaluated on.
     """
-    folder = Path(name)
-    run = next((path for path in (folder, *list(folder.parents)[:2]) if (path / "flags.txt").is_file()), None)
-    if run is None:
-        return {}
-    settings = read_json(run / "config.json")
-    values = {field: settings[field] for field in INHERITED if field in settings}
+    run = run_of(Path(name))
+    settings = read_json(run / "config.json") if run else {}
+    kinds = {field.name: type(field.default) for section in ASKING for field in dataclasses.fields(section)}
+    values = {field: settings[field] for field in INHERITED if isinstance(settings.get(field), kinds[field])}
     trained_on, named = values.pop("dataset", "auto"), values.pop("eval_dataset", "auto")
     if named != "auto" or not Path(trained_on).suffix:
         values["dataset"] = trained_on if named == "auto" else named
@@ -80,9 +97,12 @@ def find_step(folder: Path) -> Source:
         there = ", ".join(sorted(path.name for path in folder.parent.glob("*"))) or "none"
         raise UsageError(f"--model={folder}: no such checkpoint; there are {there}")
     settings = read_json(folder.parent.parent / "config.json")
-    own = {field.name: settings[field.name] for field in dataclasses.fields(LoraOptions)}
-    base = find_source(settings["model"])
-    return dataclasses.replace(base, lora=make_lora(LoraOptions(**own)) or base.lora, adapter=None, step=folder)
+    own = {field.name: settings.get(field.name, field.default) for field in dataclasses.fields(LoraOptions)}
+    base = find_source(str(settings.get("model")))
+    lora = make_lora(LoraOptions(**own)) or base.lora
+    if lora is None:
+        return dataclasses.replace(base, base=str(folder), base_step=folder)
+    return dataclasses.replace(base, lora=lora, adapter=None, adapter_step=folder)
 
 
 def placed(mesh: Mesh, shapes: Any) -> Any:
@@ -97,8 +117,8 @@ def placed(mesh: Mesh, shapes: Any) -> Any:
 def load_base(source: Source, config: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
     """The weights that stand in the model's own files, or in the checkpoint of a run that trained them."""
     plain = dataclasses.replace(config, lora=None, int8=False)
-    if source.step and not source.lora:
-        return read_params(source.step, placed(mesh, abstract_params(plain, dtype)[1]))
+    if source.base_step:
+        return read_params(source.base_step, placed(mesh, abstract_params(plain, dtype)[1]))
     return load_params(source.folder, plain, mesh, dtype)
 
 
@@ -106,7 +126,7 @@ def load_adapters(source: Source, config: ModelConfig, mesh: Mesh) -> Params:
     """The float32 adapters that a source comes with; {} for none."""
     if not source.lora:
         return {}
-    if source.step:
-        return read_params(source.step, placed(mesh, select(abstract_params(config)[1], is_adapter)))
+    if source.adapter_step:
+        return read_params(source.adapter_step, placed(mesh, select(abstract_params(config)[1], is_adapter)))
     assert source.adapter
     return load_adapter(source.adapter, config, mesh)

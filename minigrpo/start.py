@@ -78,6 +78,22 @@ def check_loss(loss: LossOptions, rollout: RolloutOptions) -> None:
         )
 
 
+def check_lora(settings: Settings, config: ModelConfig) -> None:
+    """UsageError for settings that adapters would give another meaning."""
+    loss = settings[LossOptions]
+    if not config.lora:
+        return
+    if loss.sync_ref_steps and loss.ref_mixup_alpha < 1:
+        raise UsageError(
+            f"--ref_mixup_alpha={loss.ref_mixup_alpha}: a mix of adapters is no mix of weights; use 1 with LoRA"
+        )
+    if loss.rollout_correction != "none" and config.lora.dropout and settings[StepOptions].updates_per_step == 1:
+        raise UsageError(
+            f"--rollout_correction={loss.rollout_correction}: would correct --lora_dropout={config.lora.dropout} too; "
+            "set one of them to none or 0"
+        )
+
+
 def check_quantize(config: ModelConfig) -> None:
     """UsageError for a model in training that has nothing to train."""
     if config.int8 and not config.lora:
@@ -181,7 +197,7 @@ class Setup(Programs):
         """The trained model as a Hub folder, and its adapters, if there are any, as one of PEFT's."""
         if self.config.lora:
             save_adapter(adapter, trained, self.config.lora, self.source.base)
-        base = self.load_plain(0, self.dtype) if self.config.int8 else frozen
+        base = load_base(self.source, self.config, self.mesh, self.dtype) if self.config.int8 else frozen
         whole = merge(self.config, join(trained, base))
         export(folder, self.source.folder, whole, self.config, self.stop_tokens)
 
@@ -205,6 +221,11 @@ def resolve(settings: Settings, recipes: Recipes) -> Settings:
 def choose_lora(settings: Settings, source: Source) -> Lora | None:
     """The flags' adapters or those that the model comes with; UsageError when there are both."""
     wanted = make_lora(settings[LoraOptions]) if LoraOptions in settings.sections else None
+    unused = settings.explicit & {"lora_alpha", "lora_dropout", "lora_targets"}
+    if unused and not wanted:
+        raise UsageError(f"--{min(unused)}: means nothing without --lora_rank, such as --lora_rank=16")
+    if wanted and settings[ModelOptions].init == "random":
+        raise UsageError("--init=random: adapters need a base that can be loaded again; leave --lora_rank or it out")
     if wanted and source.lora:
         raise UsageError(
             f"--lora_rank={wanted.rank}: --model={settings[ModelOptions].model} brings adapters of rank "

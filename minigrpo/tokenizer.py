@@ -47,6 +47,10 @@ class Tokenizer:
         return max(self.hub.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """UsageError for a text that is no Unicode."""
+        broken = next((text for text in texts if any("\ud800" <= char <= "\udfff" for char in text)), None)
+        if broken is not None:
+            raise UsageError(f"{broken!r:.60}: not Unicode text, so it cannot be tokenized")
         return [encoding.ids for encoding in self.hub.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:

@@ -46,9 +46,9 @@ from minigrpo.model import Params, split_trained
 from minigrpo.offline import load_recorded, recorded, validator
 from minigrpo.optimizer import TrainState, init_state, learning_rate
 from minigrpo.report import write_report
-from minigrpo.rewards import Reward, overlong_rewards, parse_rewards
+from minigrpo.rewards import Reward, check_names, overlong_rewards, parse_rewards
 from minigrpo.rollout import Rollout
-from minigrpo.start import TINY, Setup, check_loss, check_quantize, set_up
+from minigrpo.start import TINY, Setup, check_lora, check_loss, check_quantize, set_up
 
 SECTIONS = (
     ModelOptions, LoraOptions, DataOptions, RolloutOptions, RewardOptions, LossOptions, OptimizerOptions, StepOptions,
@@ -80,7 +80,7 @@ def train(run: Run, state: TrainState, first_step: int, folder: RunFolder, check
     for step in range(first_step, job.total_steps):
         clock = Clock()
         experience = run.gather(job, state, step)
-        clock.mark("time/rollout")
+        clock.start_phase()
         batches = make_batches(job, experience, advantages(job, experience), state)
         clock.mark("time/logprobs")
         state, metrics = improve(job, state, batches)
@@ -91,7 +91,7 @@ def train(run: Run, state: TrainState, first_step: int, folder: RunFolder, check
         folder.append("completions.jsonl", samples(job, step, experience))
         skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped_updates"] else 0
         if skipped_in_a_row == options.max_skipped_steps:
-            give_up(folder, step + 1, batches[-1], options.max_skipped_steps)
+            give_up(folder, step + 1, batches, options.max_skipped_steps)
         if run.check and (step + 1) % options.eval_steps == 0:
             evaluate(run.check(state), step + 1, folder)
         if options.save_steps and (step + 1) % options.save_steps == 0:
@@ -100,19 +100,22 @@ def train(run: Run, state: TrainState, first_step: int, folder: RunFolder, check
 
 
 def improve(job: Job, state: TrainState, batches: list[grpo.Batch]) -> tuple[TrainState, dict[str, float]]:
-    """--num_iterations passes over the minibatches; metrics are the last update's, with the learning rate it used."""
+    """--num_iterations passes over the minibatches; metrics are the last pass's, with the learning rate used last."""
     schedule = learning_rate(job.options(OptimizerOptions), total_updates(job.options(StepOptions), job.total_steps))
-    skipped = 0.0
+    skipped, passed = 0.0, []
     for batch in batches * job.options(StepOptions).num_iterations:
         rate = float(schedule(int(state.updates)))
         state, metrics = grpo.update(job.trainer, state, batch, job.frozen)
         skipped += float(metrics["skipped_updates"])
+        passed.append({name: float(value) for name, value in metrics.items()})
+    last = passed[-len(batches) :]
     own = {"learning_rate": rate, "skipped_updates": skipped}
-    return state, {name: float(value) for name, value in metrics.items()} | own
+    return state, {name: float(np.mean([update[name] for update in last])) for name in last[0]} | own
 
 
-def give_up(folder: RunFolder, step: int, batch: grpo.Batch, count: int) -> None:
-    """Saves the batch whose loss or gradient is not finite, and ends the run."""
+def give_up(folder: RunFolder, step: int, batches: list[grpo.Batch], count: int) -> None:
+    """Saves the step's batch, in which a loss or gradient is not finite, and ends the run."""
+    batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches)
     path = folder.folder / f"not-finite-step-{step}.npz"
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     whole: dict[str, Any] = multihost_utils.process_allgather(
@@ -133,6 +136,10 @@ class Clock:
         self.started = self.last = time.perf_counter()
         self.phases: dict[str, float] = {}
 
+    def start_phase(self) -> None:
+        """What went before is not timed, or timed elsewhere."""
+        self.last = time.perf_counter()
+
     def mark(self, name: str) -> None:
         now = time.perf_counter()
         self.phases[name], self.last = now - self.last, now
@@ -148,7 +155,7 @@ def summary(job: Job, experience: Experience, step: int, clock: Clock) -> dict[s
     lengths = rollout.lengths[present]
     memory = jax.local_devices()[0].memory_stats() or {}
     asked = np.repeat([len(job.data.tokens[i]) for i in experience.indices], job.group)[present].sum()
-    phases = experience.seconds | clock.phases | experience.seconds
+    phases = experience.seconds | clock.phases
     return (
         {"epoch": (step + 1) * options.batch_size / len(job.data), "num_tokens": float(lengths.sum() + asked)}
         | reward_metrics(experience.rewards, experience.parts, job.group)
@@ -156,16 +163,16 @@ def summary(job: Job, experience: Experience, step: int, clock: Clock) -> dict[s
         | completion_metrics(lengths, rollout.stopped[present])
         | {"step_time": clock.total(), "tokens_per_second": lengths.sum() / clock.total()}
         | phases
-        | rollout_metrics(rollout, lengths, phases["time/rollout"])
+        | rollout_metrics(rollout, lengths, phases)
         | ({"device/peak_bytes": memory["peak_bytes_in_use"]} if "peak_bytes_in_use" in memory else {})
     )
 
 
-def rollout_metrics(rollout: Rollout, lengths: np.ndarray, seconds: float) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, lengths: np.ndarray, phases: dict[str, float]) -> dict[str, float]:
     """How well sampling went; nothing for responses on file."""
     if not rollout.decode_steps:
         return {}
-    return {"rollout/tokens_per_second": lengths.sum() / seconds, "rollout/occupancy": rollout.occupancy}
+    return {"rollout/tokens_per_second": lengths.sum() / phases["time/rollout"], "rollout/occupancy": rollout.occupancy}
 
 
 def samples(job: Job, step: int, experience: Experience) -> list[dict[str, Any]]:
@@ -214,24 +221,34 @@ def load_held_out(setup: Setup) -> Prompts | None:
         return None
     options = held_out_options(setup)
     try:
-        return load_recorded(setup, options) if data.offline else held_out(setup, options, run.eval_size)
+        return load_recorded(setup, options, run.eval_size) if data.offline else held_out(setup, options, run.eval_size)
     except UsageError as error:
-        raise UsageError(f"--eval_dataset={run.eval_dataset}: {error}") from error
+        raise UsageError(str(error).replace("--dataset=", "--eval_dataset=")) from error
 
 
 def load_prompts(setup: Setup) -> tuple[Prompts, list[Reward]]:
     """What is trained on, and the reward functions of what is sampled."""
     options, flags = setup.settings[DataOptions], setup.settings[RewardOptions]
     if options.offline:
-        if flags.reward != "auto":
-            raise UsageError(f"--reward={flags.reward}: --offline takes the scores of the file; leave --reward out")
+        refuse_sampling_flags(setup.settings)
         return load_recorded(setup, options), []
     dataset = load_dataset(options, "train")
     data = tokenize(dataset, setup.tokenizer, options)
     sys.stderr.write(f"data: {len(data)} prompts of {dataset.name}, {data.dropped} dropped as too long\n")
     rewards = parse_rewards(dataset.reward if flags.reward == "auto" else flags.reward)
     limit = setup.settings[RolloutOptions].max_completion_length
-    return data, rewards + overlong_rewards(flags.overlong_buffer, flags.overlong_penalty, limit)
+    rewards += overlong_rewards(flags.overlong_buffer, flags.overlong_penalty, limit)
+    check_names(flags.reward, rewards)
+    return data, rewards
+
+
+def refuse_sampling_flags(settings: Settings) -> None:
+    """UsageError for flags that mean nothing without sampling."""
+    alone = {"reward": "auto", "overlong_buffer": 0, "zero_std_groups": "keep", "rollout_correction": "none"}
+    alone |= {"normalize_rewards": "sum"}
+    given = next((name for name, value in alone.items() if settings.as_dict()[name] != value), None)
+    if given:
+        raise UsageError(f"--{given}: --offline takes the responses and scores of the file; leave --{given} out")
 
 
 def load_reference(setup: Setup, trained: Params) -> Params | None:
@@ -248,7 +265,8 @@ def make_run(setup: Setup) -> tuple[Run, TrainState]:
     steps = settings[StepOptions]
     check_loss(settings[LossOptions], settings[RolloutOptions])
     check_quantize(setup.config)
-    if "wandb" in settings[RunOptions].sinks:
+    check_lora(settings, setup.config)
+    if "wandb" in settings[RunOptions].report_to:
         import_wandb()
     data, rewards = load_prompts(setup)
     held = load_held_out(setup)

@@ -10,8 +10,8 @@ from minigrpo import evaluate, generate, report, sources, train
 from minigrpo.config import DataOptions, UsageError, parse_flags
 from minigrpo.data import read_recorded
 from minigrpo.doctor import diagnose
-from minigrpo.experience import Experience, concatenate, take_groups
-from minigrpo.grpo import ragged_advantages
+from minigrpo.experience import Experience, concatenate, differ, take_groups
+from minigrpo.grpo import normalised_apart, ragged_advantages
 from minigrpo.offline import margin
 from minigrpo.rollout import Rollout
 
@@ -110,6 +110,8 @@ def test_pass_at_k_and_the_majority():
     assert evaluate.pass_at(right, 2) == pytest.approx(0.25)
     assert evaluate.most_common(["#### 3", "#### 4", "#### 4.0", "#### 5"]) == "#### 4"
     assert evaluate.most_common(["#### 7", "#### 8"]) == "#### 7"
+    assert evaluate.most_common(["#### 0", "#### 5", "#### 0.0", "#### 5", "#### $0"]) == "#### 0"
+    assert evaluate.most_common(["none", "none at all", "nothing", "#### 5", "#### 5"]) == "#### 5"
 
 
 def test_the_report_is_one_page_with_every_picture(offline):
@@ -155,15 +157,52 @@ def test_groups_without_contrast_are_replaced_and_the_reference_follows(tmp_path
         (["--num_minibatches=3"], "--num_minibatches=3: must divide"),
         (["--sync_ref_steps=2", "--beta=0"], "--sync_ref_steps=2: --beta=0 has no reference"),
         (["--report_to=print"], "--report_to=print"),
-        (["--offline", "--reward=answer"], "--offline takes the scores of the file"),
+        (["--offline", "--reward=answer"], "--reward: --offline takes the responses and scores"),
         (["--overlong_buffer=900"], "--overlong_buffer=900"),
         (["--offline", "--dataset=builtin:arithmetic"], "--dataset=builtin:arithmetic"),
+        (["--offline", "--normalize_rewards=each"], "--normalize_rewards: --offline takes"),
+        (["--lora_alpha=8"], "--lora_alpha: means nothing without --lora_rank"),
+        (["--lora_rank=4", "--init=random"], "--init=random: adapters need a base"),
+        (["--lora_rank=4", "--sync_ref_steps=1", "--ref_mixup_alpha=0.5", "--beta=1"], "--ref_mixup_alpha=0.5: a mix"),
     ],
 )
 def test_bad_input_is_one_clear_line(flags, message, tmp_path):
     with pytest.raises(UsageError, match=message):
         run(train, *SMALL, *flags, f"--output_dir={tmp_path}/run")
     assert not (tmp_path / "run").exists()
+
+
+def test_adapters_on_a_checkpoint_keep_to_it(offline, tmp_path, capsys):
+    """LoRA from a full run's checkpoint: the adapter, its checkpoint and the merged model are the same model."""
+    run(train, *SMALL, "--learning_rate=3e-3", f"--output_dir={tmp_path}/full", "--save_steps=2", "--log_completions=0")
+    base = f"--model={tmp_path}/full/checkpoints/2"
+    run(
+        train,
+        *SMALL,
+        base,
+        "--dataset=builtin:arithmetic",
+        "--lora_rank=4",
+        "--save_steps=2",
+        f"--output_dir={tmp_path}/lora",
+    )
+    (tmp_path / "asked.txt").write_text("Ann has 2 pens and buys 5 more. How many pens does Ann have now?\n")
+    capsys.readouterr()
+    answers = []
+    for model in ("final", "adapter", "checkpoints/2"):
+        run(generate, f"--model={tmp_path}/lora/{model}", f"--prompts={tmp_path}/asked.txt", "--temperature=0")
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_what_a_crash_left_of_a_line_is_passed_over(offline, tmp_path):
+    for name in ("metrics.jsonl", "config.json"):
+        (tmp_path / name).write_bytes((offline / name).read_bytes())
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'[1]\n{"step": 13, "loss": "\xc3')
+    assert json.loads((report.write_report(tmp_path).parent / "summary.json").read_text())["steps"] == 12
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": "x"}\n')
+    with pytest.raises(UsageError, match="step 1 has None as 'num_tokens'"):
+        report.write_report(tmp_path)
 
 
 # The pieces
@@ -212,8 +251,18 @@ def test_ragged_advantages():
     rewards = np.array([1.0, 0.0, np.nan, 2.0, np.nan, np.nan, 3.0, 5.0, 7.0])
     group = np.array([0.5, -0.5]) / (np.std([1, 0], ddof=1) + 1e-4)
     three = np.array([-2.0, 0.0, 2.0]) / (2.0 + 1e-4)
-    np.testing.assert_allclose(ragged_advantages(rewards, 3, "group"), [*group, 0, 2.0, 0, 0, *three], rtol=1e-6)
-    np.testing.assert_allclose(ragged_advantages(rewards, 3, "none"), [0.5, -0.5, 0, 2, 0, 0, -2, 0, 2], rtol=1e-6)
+    np.testing.assert_allclose(ragged_advantages(rewards, 3, "group"), [*group, 0, 0, 0, 0, *three], rtol=1e-6)
+    np.testing.assert_allclose(
+        ragged_advantages(rewards, 3, "none", lone=1.0), [0.5, -0.5, 0, 2, 0, 0, -2, 0, 2], rtol=1e-6
+    )
+    alone = np.array([np.nan, np.nan, 4.0])
+    assert ragged_advantages(alone, 3, "batch", lone=1.0).tolist() == [0, 0, 4]
+
+
+def test_completions_that_no_function_scores_have_no_advantage():
+    parts = {"a": np.array([1.0, np.nan, 0.0, 1.0]), "b": np.array([np.nan, np.nan, 2.0, 0.0])}
+    result = normalised_apart(parts, {"a": 1.0, "b": 0.5}, 2)
+    assert result[1] == 0 and np.isfinite(result).all() and abs(result[[0, 2, 3]].mean()) < 1e-6
 
 
 def test_margin_compares_inside_prompts():
@@ -241,6 +290,10 @@ def test_groups_keep_their_rows_together():
     np.testing.assert_array_equal(taken.parts["r"], taken.rewards)
 
 
+def test_a_group_differs_when_two_scores_do():
+    assert differ(np.array([[3.3, 3.3, 3.3], [1.0, np.nan, 1.0], [0.0, 1.0, np.nan]])).tolist() == [False, False, True]
+
+
 def healthy(**changes):
     row = {
         "loss": 0.01, "grad_norm": 0.5, "reward": 1.0, "reward_std": 0.3, "rewards/a/mean": 1.0, "kl": 0.01,
@@ -258,6 +311,7 @@ SETTINGS = {"loss_type": "grpo", "beta": 0.1, "num_iterations": 1, "learning_rat
     [
         ({}, {}, "Nothing unusual"),
         ({"loss": 1e-8}, {"beta": 0}, "that is right"),
+        ({"loss": float("nan")}, {"beta": 0}, "Nothing unusual"),
         ({"reward": 0.0, "reward_std": 0.0}, {}, "reward 0"),
         ({"completions/clipped_ratio": 0.9}, {}, "90% of recent completions"),
         ({"frac_reward_zero_std": 0.8}, {}, "80% of recent groups"),
