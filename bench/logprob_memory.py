@@ -89,7 +89,7 @@ def measure(options: BenchOptions) -> dict:
     start_platform(options.mesh)
     mesh = make_mesh(options.mesh)
     jax.config.update("jax_default_matmul_precision", "highest")
-    tiles = choose_tiles(mesh, options.vocab)
+    tiles = choose_tiles(mesh)
     gradients = programs(options.variant, Head(mesh, options.vocab, 1.0, tiles))[1]
     shapes = arguments(options, mesh, jnp.float32)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -139,7 +139,7 @@ def scratch(mesh: Mesh, program, shapes) -> int:
 def compiled_for(options: BenchOptions) -> dict:
     """Scratch per chip of forward and of gradients, for both variants."""
     mesh = topology_mesh(options.topology, options.mesh)
-    head = Head(mesh, options.vocab, 1.0, choose_tiles(mesh, options.vocab))
+    head = Head(mesh, options.vocab, 1.0, choose_tiles(mesh))
     shapes = arguments(options, mesh, jnp.bfloat16)
     report: dict[str, dict] = {}
     for variant in VARIANTS:

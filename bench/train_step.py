@@ -91,7 +91,7 @@ def matmul_rate(dtype: jnp.dtype) -> float:
 def make_trainer(options: ShapeOptions, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> grpo.Trainer:
     return grpo.Trainer(
         graph=abstract_params(config)[0],
-        head=Head(mesh, options.vocab, 1.0, choose_tiles(mesh, options.vocab)),
+        head=Head(mesh, options.vocab, 1.0, choose_tiles(mesh)),
         layout=Layout(dtype, mesh),
         remat=options.remat,
         optimizer=make_optimizer(OptimizerOptions(lr_schedule="constant", warmup_ratio=0.0), 100),

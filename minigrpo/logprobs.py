@@ -1,8 +1,8 @@
 """Per-token log-probs and entropy from hidden states, chunked over the vocabulary, the head sharded over `tp`.
 
 The full [rows, V] logits never exist, forward or backward. Forward, rows and vocabulary are both tiled and the softmax
-is accumulated online; backward, only rows are chunked and the probabilities recomputed, because tiling the vocabulary
-there would re-read and re-write the hidden gradient once per tile.
+is accumulated online. Backward, the probabilities are recomputed for some rows at a time, because a part of the
+vocabulary at a time would re-read and re-write the rows' gradient for each; the CPU, with few rows, does the latter.
 """
 
 import dataclasses
@@ -15,6 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from minigrpo.sharding import DATA, FSDP, TP
 
+LEAST_PART = 128
+"""Vocabulary entries handled at a time, at least."""
+
 LOWEST = -1e30
 """Stands for -inf where a difference of two of them must not become NaN."""
 
@@ -26,6 +29,8 @@ class Tiles:
     rows: int = 512
     vocab: int = 2048
     backward_rows: int = 256
+    backward_bytes: int = 0
+    """Of logits in a backward pass that goes through the vocabulary, as the CPU likes it; 0 goes through the rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +72,7 @@ def backward(head, saved, cotangents):
     hidden, weights, targets, log_total = saved
     rows = PartitionSpec(DATA)
     run = jax.shard_map(
-        functools.partial(local_backward, head),
+        functools.partial(backward_by_vocab if head.tiles.backward_bytes else backward_by_rows, head),
         mesh=head.mesh,
         in_specs=(rows, PartitionSpec(TP), rows, rows, rows),
         out_specs=(rows, PartitionSpec(TP, FSDP)),
@@ -159,7 +164,7 @@ def softmax_stats(head: Head, hidden: Array, weights: Array, targets: Array, fir
     return jax.lax.fori_loop(0, -(-vocab // size), tile, (zeros + LOWEST, zeros, zeros, zeros))
 
 
-def local_backward(head: Head, hidden: Array, weights: Array, targets: Array, log_total: Array, cotangent: Array):
+def backward_by_rows(head: Head, hidden: Array, weights: Array, targets: Array, log_total: Array, cotangent: Array):
     """Gradients of one device's rows and of its part of the head, for the cotangent of the log-probs."""
     size = min(head.tiles.backward_rows, hidden.shape[0])
     first = jax.lax.axis_index(TP) * weights.shape[0]
@@ -177,6 +182,33 @@ def local_backward(head: Head, hidden: Array, weights: Array, targets: Array, lo
     zeros = jnp.zeros(weights.shape, jnp.float32)
     weights_grad, hidden_grad = jax.lax.scan(chunk, zeros, in_chunks(size, (hidden, targets, log_total, cotangent)))
     hidden_grad = hidden_grad.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    return hidden_grad, jax.lax.psum_scatter(weights_grad, FSDP, scatter_dimension=1, tiled=True)
+
+
+def backward_by_vocab(head: Head, hidden: Array, weights: Array, targets: Array, log_total: Array, cotangent: Array):
+    """The same, a part of the vocabulary at a time: the head's gradient is written once, the rows' often.
+
+    The last part overlaps the one before, where it writes the same again but adds nothing to the rows' gradient.
+    """
+    h, t, lse, g = (across_tp(x) for x in (hidden, targets, log_total, cotangent))
+    vocab = weights.shape[0]
+    size = min(vocab, max(LEAST_PART, head.tiles.backward_bytes // (4 * h.shape[0])))
+    first, scale = jax.lax.axis_index(TP) * vocab, (g / head.temperature)[:, None]
+
+    def part(index, grads):
+        hidden_grad, weights_grad = grads
+        start = jnp.minimum(index * size, vocab - size)
+        entries, own = start + jnp.arange(size), jax.lax.dynamic_slice_in_dim(weights, start, size)
+        probs = jnp.exp(scaled_logits(head, h, own, first + start) - lse[:, None])
+        logits_grad = (jnp.where(t[:, None] == first + entries, scale, 0) - scale * probs).astype(h.dtype)
+        fresh = jnp.where((entries >= index * size)[:, None], own, 0)
+        hidden_grad += jnp.einsum("MV,VD->MD", logits_grad, fresh, preferred_element_type=jnp.float32)
+        own_grad = jnp.einsum("MV,MD->VD", logits_grad, h, preferred_element_type=jnp.float32)
+        return hidden_grad, jax.lax.dynamic_update_slice_in_dim(weights_grad, own_grad, start, axis=0)
+
+    zeros = jnp.zeros(h.shape, jnp.float32), jnp.zeros(weights.shape, jnp.float32)
+    hidden_grad, weights_grad = jax.lax.fori_loop(0, -(-vocab // size), part, zeros)
+    hidden_grad = jax.lax.psum_scatter(hidden_grad, TP, tiled=True).astype(h.dtype)
     return hidden_grad, jax.lax.psum_scatter(weights_grad, FSDP, scatter_dimension=1, tiled=True)
 
 

@@ -6,6 +6,7 @@ The model receives its attention as an argument and knows nothing of masks, page
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -242,9 +243,8 @@ class Projections(nnx.Module):
 
     def project(self, name: str, x: Array, dropout: Array | None) -> Array:
         """The matrix `name` applied to x [B,T,...], scale and adapter included; `dropout` holds a key per sequence."""
-        ins, outs = PROJECTIONS[name]
         weights = getattr(self, name)[...].astype(x.dtype)
-        out = jnp.einsum(f"BT{ins},{layer_dims(name)}->BT{outs}", x, weights)
+        out = product(name, x, weights)
         if self.config.int8:
             out = out * getattr(self, f"{name}_scale")[...]
         if self.config.lora and name in self.config.lora.targets:
@@ -258,6 +258,31 @@ class Projections(nnx.Module):
             x = drop_out(x, fold_all(dropout, list(PROJECTIONS).index(name)), lora.dropout)
         inner = jnp.einsum(f"BT{ins},{ins}R->BTR", x, getattr(self, f"{name}_lora_a")[...])
         return lora.scale * jnp.einsum(f"BTR,R{outs}->BT{outs}", inner, getattr(self, f"{name}_lora_b")[...])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(name: str, x: Array, weights: Array) -> Array:
+    """The matrix `name` applied to x [B,T,...].
+
+    Its weights' gradient has the narrower of x and the cotangent as first operand, which XLA on the CPU lays out anew.
+    """
+    ins, outs = PROJECTIONS[name]
+    return jnp.einsum(f"BT{ins},{layer_dims(name)}->BT{outs}", x, weights)
+
+
+def product_forward(name, x, weights):
+    return product(name, x, weights), (x, weights)
+
+
+def product_backward(name, saved, cotangent):
+    (x, weights), (ins, outs), dims = saved, PROJECTIONS[name], layer_dims(name)
+    x_grad = jnp.einsum(f"BT{outs},{dims}->BT{ins}", cotangent, weights)
+    if x.size > cotangent.size:
+        return x_grad, jnp.einsum(f"BT{outs},BT{ins}->{dims}", cotangent, x)
+    return x_grad, jnp.einsum(f"BT{ins},BT{outs}->{dims}", x, cotangent)
+
+
+product.defvjp(product_forward, product_backward)
 
 
 def fold_all(keys: Array, data: int | Array) -> Array:

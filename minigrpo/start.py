@@ -50,7 +50,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """Defaults that a built-in model carries for every command; explicit flags win."""
 
-CPU_CHUNK = 20 << 20
+CPU_LOGITS = 4 << 20
 """Bytes of logits that one virtual CPU device holds in the backward pass."""
 
 DEFAULT_MODEL = "Qwen/Qwen3-1.7B"
@@ -100,12 +100,9 @@ def check_quantize(config: ModelConfig) -> None:
         raise UsageError("--quantize=int8: whole numbers cannot be trained; add --lora_rank=16 or leave it out")
 
 
-def choose_tiles(mesh: Mesh, vocab: int) -> Tiles:
-    """Sizes for an accelerator; the CPU's many virtual devices share one memory, so theirs are smaller."""
-    if mesh.devices.flat[0].platform != "cpu":
-        return Tiles()
-    rows = max(1, CPU_CHUNK // (4 * vocab))
-    return Tiles(backward_rows=min(Tiles.backward_rows, 2 ** (rows.bit_length() - 1)))
+def choose_tiles(mesh: Mesh) -> Tiles:
+    """How the log-probs are computed in parts on this platform."""
+    return Tiles(backward_bytes=CPU_LOGITS) if mesh.devices.flat[0].platform == "cpu" else Tiles()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +134,7 @@ class Programs:
         return known or (device.memory_stats() or {}).get("bytes_limit", 16 * GIB)
 
     def head(self, temperature: float) -> Head:
-        return Head(self.mesh, self.num_tokens, temperature, choose_tiles(self.mesh, self.config.vocab_size))
+        return Head(self.mesh, self.num_tokens, temperature, choose_tiles(self.mesh))
 
     def roller(
         self, options: RolloutOptions, watch: Callable[[Any, Any, Any], None] | None = None, pool_limit: int = 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 
+from minigrpo import logprobs as logprobs_module
 from minigrpo.logprobs import Head, Tiles, completion_logprobs, token_logprobs
 
 ROWS, DIM, VOCAB, REAL = 48, 16, 88, 83
@@ -25,9 +26,27 @@ def oracle(hidden, weights, targets, temperature, cotangent):
     return picked, -(probs * logprobs).sum(axis=1), grad_logits @ w, grad_logits.T @ h
 
 
+def by_vocab(entries):
+    """A backward pass through the vocabulary, so many entries at a time on one device."""
+    return Tiles(backward_bytes=4 * ROWS * entries)
+
+
 @pytest.mark.parametrize("mesh", [(1, 1), (4, 2), (2, 4), (8, 1), (1, 2), (2, 2)])
-@pytest.mark.parametrize("tiles", [Tiles(), Tiles(5, 7, 3), Tiles(6, 11, 4), Tiles(1, 3, 1), Tiles(48, 88, 48)])
-def test_equals_oracle(mesh, tiles):
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        Tiles(),
+        Tiles(5, 7, 3),
+        Tiles(6, 11, 4),
+        Tiles(1, 3, 1),
+        Tiles(48, 88, 48),
+        by_vocab(7),
+        by_vocab(11),
+        by_vocab(99),
+    ],
+)
+def test_equals_oracle(mesh, tiles, monkeypatch):
+    monkeypatch.setattr(logprobs_module, "LEAST_PART", 1)
     rng = np.random.default_rng(3)
     hidden, weights = rng.normal(size=(ROWS, DIM)), rng.normal(size=(VOCAB, DIM))
     hidden, weights = hidden.astype(np.float32), weights.astype(np.float32)
