@@ -48,7 +48,10 @@ def by_vocab(entries):
 def test_equals_oracle(mesh, tiles, monkeypatch):
     monkeypatch.setattr(logprobs_module, "LEAST_PART", 1)
     rng = np.random.default_rng(3)
-    hidden, weights = rng.normal(size=(ROWS, DIM)), rng.normal(size=(VOCAB, DIM))
+    hidden, weights = (
+        rng.normal(size=(ROWS, DIM)),
+        rng.normal(size=(VOCAB, DIM)) / 2,
+    )  # logits as far apart as a model's
     hidden, weights = hidden.astype(np.float32), weights.astype(np.float32)
     hidden, weights = jnp.asarray(hidden), jnp.asarray(weights)
     targets, cotangent = rng.integers(0, REAL, ROWS), rng.normal(size=ROWS).astype(np.float32)
