@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -39,7 +40,7 @@ class Wandb:
         wandb = import_wandb()
         path = folder / "wandb_id.txt"
         if not path.exists():
-            path.write_text(wandb.util.generate_id() + "\n")
+            path.write_text(secrets.token_hex(8) + "\n")
         try:
             self.run = wandb.init(
                 project=options.wandb_project,
