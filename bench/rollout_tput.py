@@ -4,23 +4,22 @@ import dataclasses
 import json
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "peers")]
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from environment import PEERS, last_json, tunix_python
 
 from minigrpo.config import Options, RolloutOptions, Settings, UsageError, option, parse_mesh, run_command
 from minigrpo.model import ModelConfig, abstract_params
 from minigrpo.rollout import Roller
 from minigrpo.sharding import make_mesh, start_platform
 from minigrpo.weights import random_params
-
-PEERS = pathlib.Path(__file__).resolve().parent / "peers"
 
 COPY_BYTES = 1 << 28
 """Size of the array copied to measure the memory's bandwidth: far above any cache."""
@@ -46,8 +45,9 @@ class BenchOptions(Options):
     slots: int = option(64, "completions decoded at once per device", low=1)
     repeats: int = option(5, "timed repeats after one warm-up; the median counts", low=1)
     baseline: str = option(
-        "none", "a peer to run in turn with ours, each in its own process", choices=("none", "transformers")
+        "none", "a peer to run in turn with ours, each in its own process", choices=("none", "transformers", "tunix")
     )
+    tunix_venv: str = option("runs/tunix-venv", "Tunix's own environment, made if it is not there")
     rounds: int = option(2, "turns of each with --baseline", low=1)
 
 
@@ -90,22 +90,29 @@ def decode_bytes(config: ModelConfig, item: int, steps: int, lengths: np.ndarray
     return steps * weights + row * float(context.sum())
 
 
-def child(*command: str) -> dict:
-    """The JSON line that a process of its own ends with."""
-    result = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(result.stdout.splitlines()[-1])
+def run_transformers(options: BenchOptions, shape: dict) -> dict:
+    if options.mean_length:
+        raise UsageError(f"--mean_length={options.mean_length}: transformers decodes fixed lengths here; leave it at 0")
+    return last_json(sys.executable, str(PEERS / "transformers_generate.py"), json.dumps(shape))
+
+
+def run_tunix(options: BenchOptions, shape: dict) -> dict:
+    python = tunix_python(options.tunix_venv)
+    return last_json(python, str(PEERS / "tunix_run.py"), json.dumps(shape | {"mode": "rollout"}))
+
+
+BASELINES = {"transformers": run_transformers, "tunix": run_tunix}
 
 
 def compare(options: BenchOptions) -> int:
     """Ours and the peer in turn on the same shapes; medians, and their ratio."""
-    if options.mean_length:
-        raise UsageError(f"--mean_length={options.mean_length}: transformers decodes fixed lengths here; leave it at 0")
-    given = {name: value for name, value in dataclasses.asdict(options).items() if name not in ("baseline", "rounds")}
+    own = ("baseline", "rounds", "tunix_venv")
+    given = {name: value for name, value in dataclasses.asdict(options).items() if name not in own}
     flags = [f"--{name}={value}" for name, value in given.items()]
     ours, theirs = [], []
     for _ in range(options.rounds):
-        ours += child(__file__, *flags)["rates"]
-        theirs += child(str(PEERS / "transformers_generate.py"), json.dumps(given))["rates"]
+        theirs += BASELINES[options.baseline](options, given)["rates"]
+        ours += last_json(sys.executable, __file__, *flags)["rates"]
     report = {
         "bench": "rollout_tput",
         "jax": jax.__version__,

@@ -153,7 +153,7 @@ UNSUPPORTED = {
 
 
 def read_adapter_config(folder: Path) -> tuple[Lora, str]:
-    """An adapter folder's settings and its base model; UsageError for what is not supported."""
+    """An adapter folder's settings and its base model, "" if it names none; UsageError for what is not supported."""
     path = folder / CONFIG_FILE
     raw = read_json(path)
     if raw.get("peft_type") != "LORA":
@@ -165,13 +165,13 @@ def read_adapter_config(folder: Path) -> tuple[Lora, str]:
         rank, alpha, dropout = int(raw["r"]), float(raw["lora_alpha"]), float(raw.get("lora_dropout") or 0)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: r, lora_alpha or lora_dropout is missing or no number") from error
-    base = raw.get("base_model_name_or_path")
-    if not 1 <= rank <= LARGEST_RANK or not math.isfinite(alpha) or not 0 <= dropout < 1 or not isinstance(base, str):
-        wrong = f"r={rank}, lora_alpha={alpha}, lora_dropout={dropout}, base_model_name_or_path={base!r}"
-        raise UsageError(f"{path}: {wrong} cannot be")
+    if not 1 <= rank <= LARGEST_RANK or not math.isfinite(alpha) or not 0 <= dropout < 1:
+        raise UsageError(f"{path}: r={rank}, lora_alpha={alpha}, lora_dropout={dropout} cannot be")
     if raw.get("use_rslora"):
         alpha *= rank**0.5  # there, alpha is divided by the root of the rank (arXiv:2312.03732)
-    return Lora(rank, alpha, dropout, read_targets(path, raw.get("target_modules"))), base
+    return Lora(rank, alpha, dropout, read_targets(path, raw.get("target_modules"))), str(
+        raw.get("base_model_name_or_path") or ""
+    )
 
 
 def read_targets(path: Path, modules: Any) -> tuple[str, ...]:

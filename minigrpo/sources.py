@@ -48,6 +48,8 @@ def find_source(name: str) -> Source:
 
 def find_base(adapter: Path, base: str) -> Source:
     """The model that adapters were trained on."""
+    if not base:
+        raise UsageError(f"--model={adapter}: its {CONFIG_FILE} names no base_model_name_or_path; write it there")
     source = find_source(base)
     if source.lora:
         raise UsageError(f"--model={adapter}: its base {base} has adapters itself; merge them first")

@@ -219,7 +219,7 @@ def choose_lora(settings: Settings, source: Source) -> Lora | None:
     """The flags' adapters or those that the model comes with; UsageError when there are both."""
     wanted = make_lora(settings[LoraOptions]) if LoraOptions in settings.sections else None
     unused = settings.explicit & {"lora_alpha", "lora_dropout", "lora_targets"}
-    if unused and not wanted:
+    if unused and not wanted and "lora_rank" not in settings.explicit:
         raise UsageError(f"--{min(unused)}: means nothing without --lora_rank, such as --lora_rank=16")
     if wanted and settings[ModelOptions].init == "random":
         raise UsageError("--init=random: adapters need a base that can be loaded again; leave --lora_rank or it out")

@@ -145,8 +145,6 @@ def test_groups_without_contrast_are_replaced_and_the_reference_follows(tmp_path
     rows = lines(tmp_path / "run" / "metrics.jsonl")
     assert all(np.isfinite(list(row.values())).all() for row in rows)
     assert "rewards/overlong/mean" in rows[0] and rows[0]["kl"] > 0
-    run(train, *SMALL, *flags, *moving, f"--output_dir={tmp_path}/again", "--save_steps=1", "--zero_std_groups=skip")
-    assert all(row["frac_groups_left_out"] >= 0 for row in lines(tmp_path / "again" / "metrics.jsonl"))
 
 
 @pytest.mark.parametrize(

