@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from environment import PEERS, last_json, tunix_python
+from train_step import model_config
 
 from minigrpo.config import Options, RolloutOptions, Settings, UsageError, option, parse_mesh, run_command
 from minigrpo.model import ModelConfig, abstract_params
@@ -49,23 +50,6 @@ class BenchOptions(Options):
     )
     tunix_venv: str = option("runs/tunix-venv", "Tunix's own environment, made if it is not there")
     rounds: int = option(2, "turns of each with --baseline", low=1)
-
-
-def model_config(options: BenchOptions) -> ModelConfig:
-    return ModelConfig(
-        model_type="qwen3",
-        vocab_size=options.vocab,
-        hidden_size=options.hidden,
-        intermediate_size=3 * options.hidden,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        head_dim=options.head_dim,
-        rope_theta=1e6,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-    )
 
 
 def copy_bandwidth() -> float:

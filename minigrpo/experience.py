@@ -137,12 +137,15 @@ def resample_groups(job: Job, state: TrainState, step: int, experience: Experien
 GROUP_RULES = {"keep": keep_groups, "skip": skip_groups, "resample": resample_groups}
 
 
+ROWS = ("tokens", "logprobs", "lengths", "stopped")
+"""A rollout's arrays with a row per completion."""
+
+
 def concatenate(first: Experience, second: Experience) -> Experience:
-    arrays = ("tokens", "logprobs", "lengths", "stopped")
     one, two = first.rollout, second.rollout
     rollout = dataclasses.replace(
         one,
-        **{name: np.concatenate([getattr(one, name), getattr(two, name)]) for name in arrays},
+        **{name: np.concatenate([getattr(one, name), getattr(two, name)]) for name in ROWS},
         decode_steps=one.decode_steps + two.decode_steps,
         occupancy=np.average([one.occupancy, two.occupancy], weights=[one.decode_steps, two.decode_steps]),
     )
@@ -161,10 +164,9 @@ def take_groups(experience: Experience, groups: np.ndarray, size: int) -> Experi
     """Some of the groups, in the order given."""
     rows = (groups[:, None] * size + np.arange(size)).reshape(-1)
     rollout = experience.rollout
-    arrays = ("tokens", "logprobs", "lengths", "stopped")
     return Experience(
         indices=[experience.indices[group] for group in groups],
-        rollout=dataclasses.replace(rollout, **{name: getattr(rollout, name)[rows] for name in arrays}),
+        rollout=dataclasses.replace(rollout, **{name: getattr(rollout, name)[rows] for name in ROWS}),
         texts=[experience.texts[row] for row in rows],
         rewards=experience.rewards[rows],
         parts={name: scores[rows] for name, scores in experience.parts.items()},

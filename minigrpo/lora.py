@@ -169,9 +169,8 @@ def read_adapter_config(folder: Path) -> tuple[Lora, str]:
         raise UsageError(f"{path}: r={rank}, lora_alpha={alpha}, lora_dropout={dropout} cannot be")
     if raw.get("use_rslora"):
         alpha *= rank**0.5  # there, alpha is divided by the root of the rank (arXiv:2312.03732)
-    return Lora(rank, alpha, dropout, read_targets(path, raw.get("target_modules"))), str(
-        raw.get("base_model_name_or_path") or ""
-    )
+    lora = Lora(rank, alpha, dropout, read_targets(path, raw.get("target_modules")))
+    return lora, str(raw.get("base_model_name_or_path") or "")
 
 
 def read_targets(path: Path, modules: Any) -> tuple[str, ...]:
