@@ -1,4 +1,4 @@
-"""Rollout throughput: `python bench/rollout_tput.py`. The machine's limit first, then ours; last line JSON."""
+"""Rollout throughput: `python bench/rollout_tput.py`. The machine's limits first, then ours; last line JSON."""
 
 import dataclasses
 import json
@@ -6,6 +6,7 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "peers")]
@@ -14,16 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from environment import PEERS, last_json, tunix_python
-from train_step import model_config
+from jax.sharding import Mesh
+from train_step import matmul_rate, model_config, peak_mib
 
 from minigrpo.config import Options, RolloutOptions, Settings, UsageError, option, parse_mesh, run_command
-from minigrpo.model import ModelConfig, abstract_params
-from minigrpo.rollout import Roller
+from minigrpo.model import ModelConfig, Params, abstract_params
+from minigrpo.rollout import Roller, Rollout
 from minigrpo.sharding import make_mesh, start_platform
 from minigrpo.weights import random_params
+from minigrpo.work import Work
 
-COPY_BYTES = 1 << 28
-"""Size of the array copied to measure the memory's bandwidth: far above any cache."""
+COPY_BYTES, COPIES = 1 << 28, 4
+"""Size of the array rewritten to measure the memory's bandwidth, far above any cache, and how often in a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,7 @@ class BenchOptions(Options):
     mean_length: int = option(0, "mean of geometric completion lengths; 0 gives every completion all new tokens", low=0)
     page_size: int = option(64, "tokens per page", low=1)
     slots: int = option(64, "completions decoded at once per device", low=1)
+    pool_pages: int = option(0, "pages per device; 0 holds every slot's worst case", low=0)
     repeats: int = option(5, "timed repeats after one warm-up; the median counts", low=1)
     baseline: str = option(
         "none", "a peer to run in turn with ours, each in its own process", choices=("none", "transformers", "tunix")
@@ -53,11 +57,11 @@ class BenchOptions(Options):
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy of a large array, best of five."""
-    x = jnp.ones(COPY_BYTES // 4, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    jax.block_until_ready(copy(x))
-    return 2 * COPY_BYTES / min(timed(lambda: jax.block_until_ready(copy(x)))[0] for _ in range(5))
+    """Bytes read and written per second where a large array is rewritten in place, best of five."""
+    x = jnp.ones((COPY_BYTES >> 12, 1 << 10), jnp.float32)
+    rewrite = jax.jit(lambda x: jax.lax.fori_loop(0, COPIES, lambda _, x: x + 1, x)[:, :1])
+    jax.block_until_ready(rewrite(x))
+    return 2 * COPIES * COPY_BYTES / min(timed(lambda: jax.block_until_ready(rewrite(x)))[0] for _ in range(5))
 
 
 def timed(call):
@@ -118,56 +122,128 @@ def main(settings: Settings) -> int:
     return measure(options) if options.baseline == "none" else compare(options)
 
 
-def measure(options: BenchOptions) -> int:
-    """Ours in this process: the machine's limit, then the rate and its share of it."""
-    parse_mesh(options.mesh)
-    start_platform(options.mesh)
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The prompts, the model and its settings."""
+
+    options: BenchOptions
+    mesh: Mesh
+    dtype: jnp.dtype
+    config: ModelConfig
+    params: Params
+    prompts: list[list[int]]
+    stops: tuple[int, ...]
+
+    def roller(self, new_tokens: int, watch: Callable | None = None) -> Callable[[int], Rollout]:
+        """Generates; called with the number of the step."""
+        options = self.options
+        rollout = RolloutOptions(
+            max_completion_length=new_tokens,
+            temperature=1.0,
+            page_size=options.page_size,
+            slots=options.slots,
+            pool_pages=options.pool_pages,
+        )
+        roller = Roller(self.config, self.mesh, self.dtype, rollout, options.vocab, self.stops, watch)
+        ids = list(range(options.prompts))
+        return lambda step: roller(self.params, self.prompts, ids, options.generations, (0, step))
+
+
+def make_job(options: BenchOptions) -> Job:
     mesh = make_mesh(options.mesh)
-    dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     config = model_config(options)
-    params = random_params(config, mesh, 0)
     rng = np.random.default_rng(1)
     sizes = rng.integers(options.prompt_length // 2, options.prompt_length + 1, options.prompts)
     prompts = [rng.integers(3, options.vocab, size).tolist() for size in sizes]
     ends = max(1, round(options.vocab / options.mean_length)) if options.mean_length else 0
-    stops = tuple(range(options.vocab - ends, options.vocab)) if ends else (options.vocab,)
-    rollout = RolloutOptions(
-        max_completion_length=options.new_tokens, temperature=1.0, page_size=options.page_size, slots=options.slots
+    return Job(
+        options=options,
+        mesh=mesh,
+        dtype=jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        config=config,
+        params=random_params(config, mesh, 0),
+        prompts=prompts,
+        stops=tuple(range(options.vocab - ends, options.vocab)) if ends else (options.vocab,),
     )
-    roller = Roller(config, mesh, dtype, rollout, options.vocab, stops)
 
-    def generate(step: int):
-        return roller(params, prompts, list(range(options.prompts)), options.generations, (0, step))
 
-    bandwidth = copy_bandwidth()
+def occupancy_over_time(job: Job) -> list[float]:
+    """Share of the slots that were decoding, for each tenth of the steps of one more rollout, which is not timed."""
+    total = job.options.prompts * job.options.generations // job.mesh.size
+    shares: list[float] = []
+
+    def watch(completions, positions, tokens):
+        shares.append(float((np.asarray(completions) < total).sum()) / min(job.options.slots, total))
+
+    job.roller(job.options.new_tokens, watch)(1)
+    jax.effects_barrier()
+    return [round(float(np.mean(part)), 3) for part in np.array_split(shares, 10) if len(part)]
+
+
+def memory_mib(device: jax.Device) -> float:
+    """Most memory used so far: the device's where it says so, else the process's."""
+    stats = device.memory_stats() or {}
+    return stats["peak_bytes_in_use"] / 2**20 if "peak_bytes_in_use" in stats else peak_mib()
+
+
+def limit_seconds(job: Job, last: Rollout, bandwidth: float, flop_rate: float) -> tuple[float, float]:
+    """What decoding's bytes and the whole rollout's FLOPs take at the machine's rates."""
+    options = job.options
+    sizes = np.repeat([len(prompt) for prompt in job.prompts], options.generations)
+    needed = decode_bytes(job.config, job.dtype.itemsize, last.decode_steps, last.lengths, sizes)
+    work = Work(job.config, options.prompts, options.generations, int(sizes.mean()), round(float(last.lengths.mean())))
+    return needed / bandwidth, work.rollout_flops() / flop_rate
+
+
+def measure(options: BenchOptions) -> int:
+    """Ours in this process: the machine's limits, then the rates and their share of them."""
+    parse_mesh(options.mesh)
+    start_platform(options.mesh)
+    job = make_job(options)
+    device, chips = job.mesh.devices.flat[0], job.mesh.size if jax.default_backend() != "cpu" else 1
+    bandwidth, flop_rate = chips * copy_bandwidth(), chips * matmul_rate(job.dtype)
+    generate, prefill = job.roller(options.new_tokens), job.roller(1)
     compile_seconds, _ = timed(lambda: generate(0))
+    prefill(0)
+    prefill_seconds = statistics.median(timed(lambda i=i: prefill(i))[0] for i in range(1, options.repeats + 1))
     runs = [timed(lambda i=i: generate(i)) for i in range(1, options.repeats + 1)]
+    peak = memory_mib(device)
     rates = [float(result.lengths.sum()) / seconds for seconds, result in runs]
-    seconds, last = runs[-1]
-    needed = decode_bytes(
-        config, dtype.itemsize, last.decode_steps, last.lengths, np.repeat(sizes, options.generations)
-    )
+    seconds, last = statistics.median(seconds for seconds, _ in runs), runs[-1][1]
+    reading, computing = limit_seconds(job, last, bandwidth, flop_rate)
+    later, decoding = float(last.lengths.sum()) - options.prompts * options.generations, seconds - prefill_seconds
+    over_time = occupancy_over_time(job)
     report = {
         "bench": "rollout_tput",
         "jax": jax.__version__,
-        "device": mesh.devices.flat[0].device_kind,
-        "devices": mesh.size,
+        "device": device.device_kind,
+        "devices": job.mesh.size,
         **{name: value for name, value in dataclasses.asdict(options).items() if name != "mesh"},
         "copy_gb_per_s": round(bandwidth / 1e9, 2),
-        "limit_seconds": round(needed / bandwidth, 4),
+        "matmul_gflop_per_s": round(flop_rate / 1e9, 1),
+        "limit_seconds": round(max(reading, computing), 4),
         "first_call_seconds": round(compile_seconds, 2),
         "rates": [round(rate, 1) for rate in rates],
         "tokens_per_second": round(statistics.median(rates), 1),
         "tokens_per_second_min": round(min(rates), 1),
         "tokens_per_second_max": round(max(rates), 1),
+        "prefill_tokens_per_second": round(sum(map(len, job.prompts)) / prefill_seconds, 1),
+        "decode_tokens_per_second": round(later / decoding, 1) if decoding > 0 else None,
         "decode_steps": last.decode_steps,
         "occupancy": round(last.occupancy, 3),
-        "share_of_limit": round(needed / bandwidth / seconds, 3),
+        "occupancy_over_time": over_time,
+        "peak_mib": round(peak, 1),
+        "share_of_limit": round(max(reading, computing) / seconds, 3),
     }
     sys.stderr.write(
-        f"limit: {needed / 1e9:.2f} GB to read at {bandwidth / 1e9:.1f} GB/s is {needed / bandwidth:.3f} s\n"
+        f"limit: {reading:.3f} s to read weights and cache at {bandwidth / 1e9:.1f} GB/s, "
+        f"{computing:.3f} s for the products at {flop_rate / 1e9:.0f} GFLOP/s\n"
         f"ours:  {seconds:.3f} s, {report['tokens_per_second']:.0f} tokens/s (median of {options.repeats}), "
-        f"{report['share_of_limit']:.0%} of the limit\n"
+        f"{report['share_of_limit']:.0%} of the limit; prefill and first token {prefill_seconds:.3f} s, "
+        f"{report['prefill_tokens_per_second']:.0f} prompt tokens/s; "
+        f"then {report['decode_tokens_per_second']} tokens/s\n"
+        f"slots decoding, by tenths of the steps: {' '.join(f'{share:.0%}' for share in over_time)}; "
+        f"{peak:.0f} MiB at the peak\n"
     )
     sys.stdout.write(json.dumps(report) + "\n")
     return 0

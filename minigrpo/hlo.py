@@ -73,6 +73,8 @@ class Traffic:
     """Of their results, over all runs that are known by count."""
     runs_in_open_loops: int = 0
     """Collectives inside loops whose length is decided at run time."""
+    bytes_in_open_loops: int = 0
+    """Of their results, counted once each."""
 
 
 def result_bytes(shapes: str, started: bool = False) -> int:
@@ -105,6 +107,7 @@ def collectives(text: str) -> dict[str, Traffic]:
         for shapes, kind, started in COLLECTIVE.findall(body):
             if is_open:
                 found[kind].runs_in_open_loops += 1
+                found[kind].bytes_in_open_loops += result_bytes(shapes, bool(started))
             else:
                 found[kind].runs += times
                 found[kind].bytes += times * result_bytes(shapes, bool(started))

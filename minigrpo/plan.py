@@ -71,9 +71,11 @@ SECTIONS = (
 
 def topology_devices(name: str) -> list[Any]:
     """Chips that are not there, for the compiler; UsageError for an unknown topology."""
-    whole_chips = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    if re.fullmatch(r"\w+:1x1(x1)?", name):
+        options["chips_per_host_bounds"] = (1, 1, 1)  # the library takes four chips for a host's
     try:
-        return topologies.get_topology_desc(name, platform="tpu", **whole_chips).devices
+        return topologies.get_topology_desc(name, platform="tpu", **options).devices
     except Exception as error:  # the TPU library raises its own, unnamed kinds
         raise UsageError(f"--topology={name}: {str(error).splitlines()[0]}") from error
 

@@ -291,17 +291,19 @@ def next_tokens(
         slots.token[:, None], slots.length[:, None], attend, state.pages, Layout(plan.dtype), each_layer=each_layer
     )
     logits = unembed(hidden[:, 0], model.head_weights())
-    logits = jnp.where(jnp.arange(logits.shape[1]) < plan.num_tokens, logits, -jnp.inf)
+    if logits.shape[1] > plan.num_tokens:
+        logits = jnp.where(jnp.arange(logits.shape[1]) < plan.num_tokens, logits, -jnp.inf)
     return pages, *sample(plan.sampler, logits, uniforms)
 
 
-def decode(plan: RolloutPlan, model: Qwen, each_layer: EachLayer, prompts: Prompts, keys: Array, state: State) -> State:
+def decode(
+    plan: RolloutPlan, model: Qwen, each_layer: EachLayer, prompts: Prompts, uniforms: Array, state: State
+) -> State:
     """One token for every running slot; completions that end leave their slots."""
     slots, active = state.slots, running(state)
     index = jnp.where(active, slots.completion, 0)
     count = slots.length + 1 - prompts.lengths[index // plan.group]
-    uniforms = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(keys[index], count)
-    pages, tokens, logprobs = next_tokens(plan, model, each_layer, state, uniforms)
+    pages, tokens, logprobs = next_tokens(plan, model, each_layer, state, uniforms[index, count])
     if plan.watch:
         jax.debug.callback(plan.watch, slots.completion, count, tokens)
     at = (slots.completion, count)
@@ -356,14 +358,13 @@ def layer_runner(plan: RolloutPlan, model: Qwen) -> EachLayer:
     return functools.partial(one_by_one, jax.lax.optimization_barrier(layers))
 
 
-def decode_all(plan: RolloutPlan, model: Qwen, prompts: Prompts, keys: Array, table: Array, state: State) -> State:
+def decode_all(plan: RolloutPlan, model: Qwen, prompts: Prompts, uniforms: Array, table: Array, state: State) -> State:
     """Decodes until every completion is done, in a batch that shrinks once fewer are left than it holds."""
-
     each_layer = layer_runner(plan, model)
 
     def step(state):
         state = jax.lax.while_loop(can_admit, functools.partial(admit, plan, prompts, table), state)
-        return decode(plan, model, each_layer, prompts, keys, extend(plan, state))
+        return decode(plan, model, each_layer, prompts, uniforms, extend(plan, state))
 
     sizes = batch_sizes(state.slots.token.shape[0])
     for size, following in zip(sizes, sizes[1:] + [0], strict=True):
@@ -396,14 +397,24 @@ def start(plan: RolloutPlan, model: Qwen, prompts: Prompts) -> tuple[State, Arra
     return state, table
 
 
+def all_uniforms(plan: RolloutPlan, prompts: Prompts, key: Array) -> Float[Array, "B C"]:
+    """The random number of every token, which depends on nothing but the prompt's id, the member and the position."""
+    members = prompts.first_in_group[:, None] + jnp.arange(plan.group)
+
+    def one(prompt, member, position):
+        return jax.random.uniform(functools.reduce(jax.random.fold_in, (prompt, member, position), key))
+
+    of_positions = jax.vmap(one, in_axes=(None, None, 0))
+    of_members = jax.vmap(of_positions, in_axes=(None, 0, None))
+    of_prompts = jax.vmap(of_members, in_axes=(0, 0, None))
+    return of_prompts(prompts.ids, members, jnp.arange(plan.max_tokens)).reshape(-1, plan.max_tokens)
+
+
 def run_device(plan: RolloutPlan, params: Params, prompts: Prompts, key: Array):
     """One device's whole rollout -> tokens, log-probs, lengths, and [steps, busy] counts."""
     model = nnx.merge(plan.graph, params)
     state, table = start(plan, model, prompts)
-    member = prompts.first_in_group[:, None] + jnp.arange(plan.group)
-    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    keys = jax.vmap(lambda prompt, members: fold(jax.random.fold_in(key, prompt), members))(prompts.ids, member)
-    state = decode_all(plan, model, prompts, keys.reshape(-1), table, state)
+    state = decode_all(plan, model, prompts, all_uniforms(plan, prompts, key), table, state)
     return state.tokens, state.logprobs, state.lengths, jnp.stack([state.steps, state.busy])[None]
 
 
@@ -417,6 +428,12 @@ def decode_weights(plan: RolloutPlan, params: Params) -> Params:
     """The policy laid out for decoding: in the compute dtype, whole on every device."""
     weights = params if plan.model == plan.policy else merge(plan.policy, params)
     return jax.lax.with_sharding_constraint(in_dtype(weights, plan.dtype), replicated(plan.mesh))
+
+
+def as_decoded(plan: RolloutPlan, params: Params) -> bool:
+    """Whether the policy is laid out for decoding as it is."""
+    leaves = jax.tree.leaves(params)
+    return plan.model == plan.policy and all(x.dtype == plan.dtype and x.is_fully_replicated for x in leaves)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -493,7 +510,7 @@ class Roller:
         rows, row_group = spread(prompts, ids, group, self.mesh.size, width)
         plan = dataclasses.replace(self.plan, group=row_group)
         device_rows = put(self.mesh, rows, by_sequence(self.mesh))
-        weights = decode_weights(self.plan, params)
+        weights = params if as_decoded(self.plan, params) else decode_weights(self.plan, params)
         outs = run_mesh(plan, weights, device_rows, put(self.mesh, np.array(seed, np.int32), replicated(self.mesh)))
         tokens, logprobs, lengths, counts = map(np.asarray, outs)
         total = len(prompts) * group

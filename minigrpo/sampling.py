@@ -1,13 +1,15 @@
 """Next-token sampling: one uniform per row by inverse CDF, and the log-probs the trainer will compare with."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-CDF_BLOCK = 512
-"""Vocabulary entries summed at a time: the row's CDF is built over blocks first, then inside the one block hit."""
+CDF_BLOCK, LEAST_BLOCK = 512, 64
+"""Most vocabulary entries summed at a time: the row's CDF is built over blocks first, then inside the one block hit.
+Smaller blocks, down to the second, are taken where they divide the vocabulary."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +77,12 @@ def first_past(cumulative: Float[Array, "B N"], target: Float[Array, "B"]) -> In
 def invert_cdf(probs: Float[Array, "B V"], uniforms: Float[Array, "B"]) -> Int[Array, "B"]:
     """The token where the row's running sum of unnormalised `probs` passes uniform * total; never one of 0."""
     rows, vocab = probs.shape
-    blocks = jnp.pad(probs, ((0, 0), (0, -vocab % CDF_BLOCK))).reshape(rows, -1, CDF_BLOCK)
+    divisor = math.gcd(vocab, CDF_BLOCK)
+    size = divisor if divisor >= LEAST_BLOCK else CDF_BLOCK
+    blocks = jnp.pad(probs, ((0, 0), (0, -vocab % size))).reshape(rows, -1, size)
     cumulative = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
     target = uniforms * cumulative[:, -1]
     block = first_past(cumulative, target)
     before = jnp.where(block > 0, jnp.take_along_axis(cumulative, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0)
     inside = jnp.cumsum(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
-    return block * CDF_BLOCK + first_past(inside, target - before)
+    return block * size + first_past(inside, target - before)

@@ -88,3 +88,6 @@ def test_the_rollout_bench_runs_and_ends_with_json():
 
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["tokens_per_second"] > 0 and 0 < report["limit_seconds"]
+    assert report["prefill_tokens_per_second"] > 0 and report["peak_mib"] > 0
+    assert len(report["occupancy_over_time"]) == min(10, report["decode_steps"])
+    assert report["occupancy_over_time"][0] == 1 > report["occupancy"]

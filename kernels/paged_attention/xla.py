@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 BLOCK_TOKENS = 128
-"""Context tokens read per loop turn. Independent of the page size, so that results do not depend on it."""
+"""Context tokens read per loop turn, in pieces that divide both this and the page. Independent of the page size, so that
+results do not depend on it."""
 
 
 def append_rows(
@@ -32,19 +33,22 @@ def paged_attention(
 ) -> Float[Array, "B N H"]:
     """As the package's `paged_attention`."""
     batch, heads, dim = q.shape
-    page_size, width = pages.shape[2:]
+    layers, _, page_size, width = pages.shape
     kv_heads = width // (2 * dim)
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
+    grouped = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads, dim) / math.sqrt(dim)
+    piece = math.gcd(page_size, BLOCK_TOKENS)
+    pieces = pages.reshape(layers, -1, piece, width)
 
     def block(index, state):
         peak, total, acc = state
-        positions = index * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS)
-        valid = positions < lengths[:, None]
-        slots = jnp.minimum(positions // page_size, page_table.shape[1] - 1)
-        page = jnp.where(valid, page_table[:, slots], 0)
-        rows = pages[layer, page, positions % page_size].reshape(batch, BLOCK_TOKENS, kv_heads, 2, dim)
-        scores = jnp.einsum("BKGH,BSKH->BKGS", grouped, rows[:, :, :, 0], preferred_element_type=jnp.float32)
-        scores = jnp.where(valid[:, None, None], scores / math.sqrt(dim), -jnp.inf)
+        first = index * BLOCK_TOKENS + jnp.arange(0, BLOCK_TOKENS, piece)
+        entries = jnp.minimum(first // page_size, page_table.shape[1] - 1)
+        wanted = page_table[:, entries] * (page_size // piece) + first % page_size // piece
+        wanted = jnp.where(first < lengths[:, None], wanted, 0)
+        rows = pieces[layer, wanted].reshape(batch, BLOCK_TOKENS, kv_heads, 2, dim)
+        valid = index * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS) < lengths[:, None]
+        scores = jnp.einsum("BSKH,BKGH->BKSG", rows[:, :, :, 0].astype(jnp.float32), grouped)
+        scores = jnp.where(valid[:, None, None], scores.swapaxes(2, 3), -jnp.inf)
         new_peak = jnp.maximum(peak, scores.max(axis=-1))
         weights = jnp.exp(scores - new_peak[..., None])
         rescale = jnp.exp(peak - new_peak)
