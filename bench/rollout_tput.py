@@ -168,14 +168,14 @@ def make_job(options: BenchOptions) -> Job:
 
 
 def occupancy_over_time(job: Job) -> list[float]:
-    """Share of the slots that were decoding, for each tenth of the steps of one more rollout, which is not timed."""
+    """Share of the slots decoding, for each tenth of the last rollout's steps; it is run once more, untimed."""
     total = job.options.prompts * job.options.generations // job.mesh.size
     shares: list[float] = []
 
     def watch(completions, positions, tokens):
         shares.append(float((np.asarray(completions) < total).sum()) / min(job.options.slots, total))
 
-    job.roller(job.options.new_tokens, watch)(1)
+    job.roller(job.options.new_tokens, watch)(job.options.repeats)
     jax.effects_barrier()
     return [round(float(np.mean(part)), 3) for part in np.array_split(shares, 10) if len(part)]
 
