@@ -1,5 +1,6 @@
 """Causal attention over whole sequences, for training and prefill."""
 
+import functools
 import math
 
 import jax
@@ -25,14 +26,20 @@ ATTENTION = "attention"
 
 
 def attend_block(
-    first: Int[Array, ""], q: Float[Array, "T N H"], k: Float[Array, "S K H"], v: Float[Array, "S K H"]
+    first: Int[Array, ""],
+    q: Float[Array, "T N H"],
+    k: Float[Array, "S K H"],
+    v: Float[Array, "S K H"],
+    segments: Int[Array, "S"] | None,
 ) -> Float[Array, "T N H"]:
-    """Attention of the queries at positions `first`.. to every position not after them."""
+    """Attention of the queries at positions `first`.. to every position not after them, in the same segment."""
     queries, heads, dim = q.shape
     keys, kv_heads = k.shape[:2]
     grouped = q.reshape(queries, kv_heads, -1, dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, dim)
     scores = jnp.einsum("KTH,SKH->KTS", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(dim)
     visible = jnp.arange(keys) <= first + jnp.arange(queries)[:, None]
+    if segments is not None:
+        visible &= segments[jnp.minimum(first + jnp.arange(queries), keys - 1)][:, None] == segments
     scores = jnp.where(jnp.tile(visible, (heads // kv_heads, 1)), scores, HIDDEN)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     out = jnp.einsum("KTS,SKH->KTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -41,12 +48,15 @@ def attend_block(
 
 
 def attend_sequence(
-    q: Float[Array, "T N H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"]
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    segments: Int[Array, "T"] | None = None,
 ) -> Float[Array, "T N H"]:
     """Softmax(q k^T / sqrt(H)) v under a causal mask, a block of queries at a time, scores recomputed backward."""
     size = min(QUERY_BLOCK, len(q))
     blocks = jnp.pad(q, ((0, -len(q) % size), (0, 0), (0, 0))).reshape(-1, size, *q.shape[1:])
-    block = jax.checkpoint(lambda first, queries: attend_block(first, queries, k, v))
+    block = jax.checkpoint(lambda first, queries: attend_block(first, queries, k, v, segments))
     out = jax.lax.map(lambda args: block(*args), (jnp.arange(len(blocks)) * size, blocks))
     return checkpoint_name(out.reshape(-1, *q.shape[1:])[: len(q)], ATTENTION)
 
@@ -57,7 +67,11 @@ def splash_block(length: int) -> int:
 
 
 def splash_attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], interpret: bool = False
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"] | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Causal attention by JAX's own TPU kernel, padded at the end to a whole number of tiles.
 
@@ -89,30 +103,36 @@ def splash_attention(
         return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
 
     scaled = q * jnp.asarray(1 / math.sqrt(q.shape[-1]), q.dtype)
-    out = jax.vmap(kernel)(heads_first(scaled), heads_first(k), heads_first(v))
+    if segments is not None:
+        padding = jnp.pad(segments, ((0, 0), (0, padded - length)))
+        segments = splash_attention_kernel.SegmentIds(padding, padding)
+    out = jax.vmap(kernel)(heads_first(scaled), heads_first(k), heads_first(v), segments)
     return out.swapaxes(1, 2)[:, :length]
 
 
 def causal_attention(
-    platform: str, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+    platform: str,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Causal attention of every sequence: a kernel on TPU; on the CPU one by one, which is faster there."""
+    """Causal attention of every row, within its segments: a kernel on TPU; on the CPU one by one, faster there."""
     if platform == "tpu":
-        return splash_attention(q, k, v)
+        return splash_attention(q, k, v, segments)
     if platform == "cpu":
-        return jax.lax.map(lambda qkv: attend_sequence(*qkv), (q, k, v))
-    return jax.vmap(attend_sequence)(q, k, v)
+        return jax.lax.map(lambda row: attend_sequence(*row), (q, k, v, segments))
+    return jax.vmap(attend_sequence)(q, k, v, segments)
 
 
-def attend_on(mesh: Mesh) -> Attend:
-    """Causal attention of sequences spread over the mesh, in the form the model calls."""
+def attend_on(mesh: Mesh, segments: Int[Array, "B T"] | None = None) -> Attend:
+    """Causal attention of rows spread over the mesh, in the form the model calls."""
     platform = mesh.devices.flat[0].platform
     rows = PartitionSpec(DATA)
 
     def attend(layer, q, k, v, carry):
-        def local(q, k, v):
-            return causal_attention(platform, q, k, v)
-
-        return jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(q, k, v), carry
+        local = functools.partial(causal_attention, platform)
+        spread = jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+        return spread(q, k, v, segments), carry
 
     return attend

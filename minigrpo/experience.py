@@ -14,9 +14,9 @@ from minigrpo.config import DataOptions, LossOptions, RewardOptions, RolloutOpti
 from minigrpo.data import Prompts, batch_numbers
 from minigrpo.model import Params, join
 from minigrpo.optimizer import TrainState
+from minigrpo.packing import place_batch
 from minigrpo.rewards import Reward, score_completions
 from minigrpo.rollout import Roller, Rollout
-from minigrpo.sharding import by_sequence, put
 from minigrpo.start import Setup
 
 
@@ -205,13 +205,9 @@ def make_batches(job: Job, experience: Experience, advantages: np.ndarray, state
     whole = host_batch(job, experience, advantages)
     shares = np.split(np.arange(len(whole.tokens)), job.options(StepOptions).num_minibatches)
     shares = [rows for rows in shares if whole.completion_lengths[rows].any()] or shares[:1]
-    batches = [place_batch(job, jax.tree.map(lambda x, rows=rows: x[rows], whole)) for rows in shares]
+    mesh, parts, packing = job.setup.mesh, job.trainer.parts, job.options(StepOptions).packing
+    batches = [place_batch(mesh, jax.tree.map(lambda x, rows=rows: x[rows], whole), parts, packing) for rows in shares]
     return jax.block_until_ready([score_batch(job, batch, state) for batch in batches])
-
-
-def place_batch(job: Job, batch: grpo.Batch) -> grpo.Batch:
-    mesh = job.setup.mesh
-    return put(mesh, grpo.pad_rows(batch, mesh.size * job.trainer.parts), by_sequence(mesh))
 
 
 def score_batch(job: Job, batch: grpo.Batch, state: TrainState) -> grpo.Batch:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minigrpo import losses
 from minigrpo.attention import ATTENTION, attend_on
 from minigrpo.config import LossOptions
-from minigrpo.logprobs import Head, completion_logprobs
+from minigrpo.logprobs import Head, completion_logprobs, logprobs_after
 from minigrpo.model import Params, join, unchanged
 from minigrpo.optimizer import TrainState, apply_gradients
 from minigrpo.sharding import Layout, by_sequence
@@ -40,6 +40,21 @@ CHECKPOINT_POLICIES = {
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Packed:
+    """How a batch's R rows hold its B sequences, several in one; minigrpo.packing lays them out.
+
+    A row and its sequences are always on the same device and in the same part of the batch.
+    """
+
+    positions: Any  # int32 [R, T], every token's in its own sequence
+    segments: Any  # int32 [R, T], the row's sequences from 1 on; 0 is padding
+    scored: Any  # int32 [R, C], the tokens of the row whose successors are scored: all of its completions'
+    targets: Any  # int32 [R, C], these successors
+    starts: Any  # int32 [B], where a sequence's completion starts in the scored ones of its part of one device
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """Sequences to train on. Row b's prompt fills tokens[b, :prompt_lengths[b]]; its completion follows at once.
 
@@ -47,7 +62,7 @@ class Batch:
     completions [8, 2, 0], completion_lengths 2.
     """
 
-    tokens: Any  # int32 [B, T]
+    tokens: Any  # int32 [B, T], or [R, T] if packed
     prompt_lengths: Any  # int32 [B]
     completions: Any  # int32 [B, C]
     completion_lengths: Any  # int32 [B]
@@ -59,6 +74,7 @@ class Batch:
     ref_logprobs: Any = None  # float [B, C] or None
     left_out: Any = None  # bool [B] or None
     """Completions that count in the loss's denominators but teach nothing."""
+    packed: Packed | None = None
 
     @property
     def completion_mask(self) -> Bool[Array, "B C"]:
@@ -270,10 +286,23 @@ def score(
     model = nnx.merge(trainer.graph, params)
     policy = CHECKPOINT_POLICIES[trainer.remat]
     remat = unchanged if policy is None else functools.partial(jax.checkpoint, policy=policy)
+    rows, head = batch.packed, model.head_weights()
     positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
-    attend = attend_on(trainer.head.mesh)
+    attend = attend_on(trainer.head.mesh, rows and rows.segments)
+    positions = positions if rows is None else rows.positions
     hidden, _ = model(batch.tokens, positions, attend, None, trainer.layout, remat, dropout=dropout)
-    return completion_logprobs(trainer.head, hidden, model.head_weights(), batch.prompt_lengths, batch.completions)
+    if rows is None:
+        return completion_logprobs(trainer.head, hidden, head, batch.prompt_lengths, batch.completions)
+    scores = logprobs_after(trainer.head, hidden, head, rows.scored, rows.targets)
+    return tuple(of_sequences(trainer.head.mesh.size, rows, x, batch.completions.shape[1]) for x in scores)
+
+
+def of_sequences(devices: int, rows: Packed, scores: Float[Array, "R C"], length: int) -> Float[Array, "B C"]:
+    """Rows' scores by sequence; those past a completion's end mean nothing."""
+    own = scores.reshape(devices, -1)
+    places = rows.starts.reshape(devices, -1, 1) + jnp.arange(length)
+    places = jnp.minimum(places, own.shape[1] - 1).reshape(devices, -1)
+    return jnp.take_along_axis(own, places, axis=1).reshape(-1, length)
 
 
 def in_parts(trainer: Trainer, tree: Any) -> Any:
@@ -287,6 +316,13 @@ def in_parts(trainer: Trainer, tree: Any) -> Any:
     return jax.tree.map(split, tree)
 
 
+def parts_used(trainer: Trainer, lengths: Int[Array, "P B"]) -> int | Array:
+    """Parts up to the last one with a completion; the only one is always computed."""
+    if trainer.parts == 1:
+        return 1
+    return jnp.max(jnp.where((lengths > 0).any(axis=1), jnp.arange(1, trainer.parts + 1), 0))
+
+
 def from_parts(trainer: Trainer, x: Array) -> Array:
     """The inverse of `in_parts`."""
     rows = x.reshape(trainer.parts, trainer.head.mesh.size, -1, *x.shape[2:]).swapaxes(0, 1)
@@ -296,8 +332,15 @@ def from_parts(trainer: Trainer, x: Array) -> Array:
 @functools.partial(jax.jit, static_argnums=0)
 def batch_logprobs(trainer: Trainer, params: Params, batch: Batch) -> Float[Array, "B C"]:
     """Log-probs of the batch's completions: the reference and the old-policy pass."""
-    parts = jax.lax.map(lambda part: score(trainer, params, part)[0], in_parts(trainer, batch))
-    return jax.lax.with_sharding_constraint(from_parts(trainer, parts), by_sequence(trainer.head.mesh))
+    parts = in_parts(trainer, batch)
+
+    def fill(index, scored):
+        logprobs, _ = score(trainer, params, jax.tree.map(lambda x: x[index], parts))
+        return scored.at[index].set(logprobs)
+
+    empty = jnp.zeros(parts.completions.shape, jnp.float32)
+    scored = jax.lax.fori_loop(0, parts_used(trainer, parts.completion_lengths), fill, empty)
+    return jax.lax.with_sharding_constraint(from_parts(trainer, scored), by_sequence(trainer.head.mesh))
 
 
 def dropout_keys(trainer: Trainer, updates: Array, rows: int) -> Array | None:
@@ -321,18 +364,22 @@ def update(trainer: Trainer, state: TrainState, batch: Batch, frozen: Params) ->
         logprobs, entropy = score(trainer, join(params, frozen), batch, keys)
         return trainer.objective(batch, weights, logprobs, entropy)
 
-    def accumulate(total, part):
-        (loss, aux), grads = jax.value_and_grad(part_loss, has_aux=True)(state.params, part)
-        summed = jax.tree.map(jnp.add, total, (loss, aux["sums"], grads))
-        return summed, aux["largest"]
-
     keys = dropout_keys(trainer, state.updates, len(batch.tokens))
     parts = in_parts(trainer, (batch, weights, keys))
+
+    def accumulate(index, total):
+        part = jax.tree.map(lambda x: x[index], parts)
+        (loss, aux), grads = jax.value_and_grad(part_loss, has_aux=True)(state.params, part)
+        summed = jax.tree.map(jnp.add, total[0], (loss, aux["sums"], grads))
+        return summed, jax.tree.map(jnp.maximum, total[1], aux["largest"])
+
     first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(lambda: part_loss(state.params, first))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1]["sums"], state.params))
-    (loss, sums, grads), largest = jax.lax.scan(accumulate, zeros, parts)
+    loss, aux = jax.eval_shape(lambda: part_loss(state.params, first))
+    shapes = (loss, aux["sums"], state.params), aux["largest"]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    turns = parts_used(trainer, parts[0].completion_lengths)
+    (loss, sums, grads), largest = jax.lax.fori_loop(0, turns, accumulate, zeros)
     new_state, applied = apply_gradients(trainer.optimizer, state, loss, grads)
     tokens = jnp.maximum(batch.completion_lengths.sum(), 1)
     means = {name: value / tokens for name, value in sums.items()}
-    return new_state, {"loss": loss} | applied | means | {name: value.max() for name, value in largest.items()}
+    return new_state, {"loss": loss} | applied | means | largest

@@ -94,8 +94,11 @@ def loop_length(condition: str) -> int | None:
     return int(constant[1]) if constant else None
 
 
-def collectives(text: str) -> dict[str, Traffic]:
-    """Kind -> its traffic, from the optimised HLO of a program."""
+def collectives(text: str, open_turns: int | None = None) -> dict[str, Traffic]:
+    """Kind -> its traffic, from the optimised HLO of a program.
+
+    `open_turns` is how often loops run whose length is decided at run time; without it what is in them is told apart.
+    """
     _, *pieces = COMPUTATION.split(text)
     starts, names, texts = pieces[::3], pieces[1::3], pieces[2::3]
     bodies = dict(zip(names, texts, strict=True))
@@ -112,7 +115,7 @@ def collectives(text: str) -> dict[str, Traffic]:
                 found[kind].runs += times
                 found[kind].bytes += times * result_bytes(shapes, bool(started))
         for condition, inner in WHILE.findall(body):
-            length = loop_length(bodies.get(condition, ""))
+            length = loop_length(bodies.get(condition, "")) or open_turns
             walk(inner, times * (1 if length is None else length), is_open or length is None)
         branches = [part.strip().lstrip("%") for group in BRANCHES.findall(body) for part in group.split(",")]
         for called in [*CALLED.findall(body), *branches]:

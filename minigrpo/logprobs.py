@@ -224,8 +224,18 @@ def completion_logprobs(
     Row b's prompt fills positions 0..prompt_lengths[b]-1 and its completion follows; only completion positions are
     scored. Values past a completion's end mean nothing: mask them.
     """
-    batch, length = completions.shape
-    before = jnp.minimum(prompt_lengths[:, None] - 1 + jnp.arange(length), hidden.shape[1] - 1)
+    before = jnp.minimum(prompt_lengths[:, None] - 1 + jnp.arange(completions.shape[1]), hidden.shape[1] - 1)
+    return logprobs_after(head, hidden, weights, before, completions)
+
+
+def logprobs_after(
+    head: Head,
+    hidden: Float[Array, "R T D"],
+    weights: Float[Array, "V D"],
+    before: Int[Array, "R C"],
+    targets: Int[Array, "R C"],
+) -> tuple[Float[Array, "R C"], Float[Array, "R C"]]:
+    """Log-prob and entropy of `targets` as successors of the tokens at the positions `before` in their rows."""
     scored = jnp.take_along_axis(hidden, before[:, :, None], axis=1)
-    logprobs, entropy = token_logprobs(head, scored.reshape(batch * length, -1), weights, completions.reshape(-1))
-    return logprobs.reshape(batch, length), entropy.reshape(batch, length)
+    logprobs, entropy = token_logprobs(head, scored.reshape(before.size, -1), weights, targets.reshape(-1))
+    return logprobs.reshape(before.shape), entropy.reshape(before.shape)

@@ -10,9 +10,10 @@ from jaxtyping import Float
 from minigrpo import grpo
 from minigrpo.config import DataOptions, RolloutOptions, StepOptions, UsageError
 from minigrpo.data import Prompts, read_recorded, tokenize
-from minigrpo.experience import Experience, Job, advantages, host_batch, place_batch, step_numbers
+from minigrpo.experience import Experience, Job, advantages, host_batch, step_numbers
 from minigrpo.model import Params
 from minigrpo.optimizer import TrainState
+from minigrpo.packing import place_batch
 from minigrpo.rollout import Rollout
 from minigrpo.start import Setup
 
@@ -78,7 +79,8 @@ def validation_batches(job: Job, data: Prompts) -> list[tuple[Experience, grpo.B
     batches = []
     for first in range(0, len(data), size):
         experience = take_responses(held, data, list(range(first, min(first + size, len(data)))), [0, first])
-        batch = place_batch(held, host_batch(held, experience, advantages(held, experience)))
+        batch = host_batch(held, experience, advantages(held, experience))
+        batch = place_batch(job.setup.mesh, batch, job.trainer.parts, packing=False)
         batches.append((experience, batch))
     return batches
 

@@ -41,6 +41,7 @@ from minigrpo.config import (
 from minigrpo.lora import make_lora
 from minigrpo.model import ModelConfig, abstract_params, join, parse_config, read_config, split_trained
 from minigrpo.optimizer import TrainState
+from minigrpo.packing import lay_out
 from minigrpo.rollout import RolloutPlan, decode_weights, least_pages, num_pages, run_mesh, spread
 from minigrpo.sharding import arrange, by_sequence, check_divisible, replicated
 from minigrpo.sources import placed
@@ -162,22 +163,20 @@ def placed_reference(programs: Programs) -> Any:
 
 
 def placed_batch(programs: Programs, trainer: grpo.Trainer, rows: int) -> grpo.Batch:
-    """A full batch of `rows` sequences and the padding that training adds, all at full length, to be scored."""
-    rows += -rows % (programs.mesh.size * trainer.parts)
+    """A batch of `rows` sequences as training lays it out, of the shapes it has when all are of full length."""
     prompt = programs.settings[DataOptions].max_prompt_length
     completion = programs.settings[RolloutOptions].max_completion_length
-
-    def place(dtype, *sizes):
-        return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=by_sequence(programs.mesh))
-
-    return grpo.Batch(
-        tokens=place(np.int32, prompt + completion),
-        prompt_lengths=place(np.int32),
-        completions=place(np.int32, completion),
-        completion_lengths=place(np.int32),
-        advantages=place(np.float32),
-        rollout_logprobs=place(np.float32, completion),
+    full = grpo.Batch(
+        tokens=np.ones((rows, prompt + completion), np.int32),
+        prompt_lengths=np.full(rows, prompt, np.int32),
+        completions=np.ones((rows, completion), np.int32),
+        completion_lengths=np.full(rows, completion, np.int32),
+        advantages=np.zeros(rows, np.float32),
+        rollout_logprobs=np.zeros((rows, completion), np.float32),
     )
+    batch = lay_out(programs.mesh.size, full, trainer.parts, programs.settings[StepOptions].packing)
+    sharding = by_sequence(programs.mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
 
 
 def compile_phase(programs: Programs, counted: Counted, function: Any, *arguments: Any) -> Phase:
@@ -186,7 +185,7 @@ def compile_phase(programs: Programs, counted: Counted, function: Any, *argument
     try:
         with jax.sharding.use_abstract_mesh(programs.mesh.abstract_mesh):
             compiled = function.lower(*arguments).compile()
-        used, traffic = hlo.memory_of(compiled), hlo.collectives(compiled.as_text())
+        used, traffic = hlo.memory_of(compiled), hlo.collectives(compiled.as_text(), counted.turns)
     except jax.errors.JaxRuntimeError as error:
         used, traffic = hlo.Memory(0, hlo.memory_wanted(error), 0, 0), {}
     return Phase(used, counted.resident, traffic, time.perf_counter() - started, counted.flops, counted.moved)
@@ -288,7 +287,7 @@ def plan_scoring(programs: Programs, trainer: grpo.Trainer, work: Work, resident
     batch = placed_batch(programs, trainer, work.rows)
     moved = trainer.parts * work.weights * programs.dtype.itemsize
     flops = sum(work.score_flops()) / programs.mesh.size
-    counted = Counted(resident, flops, moved, budget.scoring_scratch(programs, work, trainer.parts))
+    counted = Counted(resident, flops, moved, budget.scoring_scratch(programs, work, trainer.parts), trainer.parts)
     return measure(programs, counted, grpo.batch_logprobs, trainer, params, batch)
 
 
@@ -306,7 +305,8 @@ def plan_update(programs: Programs, trainer: grpo.Trainer, work: Work, resident:
     moved = 3 * trainer.parts * weights + 2 * saved + 2 * bytes_on_chip(state)
     flops = work.update_flops(trainer.remat) / programs.mesh.size
     scratch = budget.update_scratch(programs, work, trainer.parts, bytes_on_chip(state.params))
-    return measure(programs, Counted(resident, flops, moved, scratch), grpo.update, trainer, state, batch, frozen)
+    counted = Counted(resident, flops, moved, scratch, trainer.parts)
+    return measure(programs, counted, grpo.update, trainer, state, batch, frozen)
 
 
 def make_plan(programs: Programs) -> dict[str, Phase]:

@@ -117,10 +117,9 @@ def give_up(folder: RunFolder, step: int, batches: list[grpo.Batch], count: int)
     """Saves the step's batch, in which a loss or gradient is not finite, and ends the run."""
     batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches)
     path = folder.folder / f"not-finite-step-{step}.npz"
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    whole: dict[str, Any] = multihost_utils.process_allgather(
-        {name: value for name, value in fields.items() if value is not None}, tiled=True
-    )
+    leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    whole: dict[str, Any] = multihost_utils.process_allgather(named, tiled=True)
     if folder.writes:
         np.savez(path, **whole)
     raise UsageError(

@@ -37,6 +37,8 @@ class Counted:
     """Bytes read and written."""
     scratch: int
     """Bytes besides its arguments, by arithmetic."""
+    turns: int | None = None
+    """Of a loop whose length is decided at run time, when all of the work is there."""
 
 
 def bytes_on_chip(tree: Any) -> int:

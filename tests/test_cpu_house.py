@@ -19,7 +19,7 @@ LEVELS = [
     {"attention", "cache", "weights", "optimizer", "report"},
     {"lora"},
     {"sources", "grpo", "rollout", "work"},
-    {"start"},
+    {"start", "packing"},
     {"memory", "experience"},
     {"offline", "evaluate", "generate", "budget"},
     {"train", "sft", "tiny", "plan"},
