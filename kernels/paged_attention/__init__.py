@@ -33,4 +33,5 @@ def paged_attention(
         raise ValueError(f"pages of width {width} do not hold kv heads that {heads} query heads of {dim} can share")
     if device.platform == "tpu":
         return tpu.paged_attention(q, pages, layer, lengths, page_table, tpu.read_tuning(device.device_kind))
-    return xla.paged_attention(q, pages, layer, lengths, page_table)
+    size = xla.CPU_BLOCK_TOKENS if device.platform == "cpu" else xla.BLOCK_TOKENS
+    return xla.paged_attention(q, pages, layer, lengths, page_table, size)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-BLOCK_TOKENS = 128
-"""Context tokens read per loop turn, in pieces that divide both this and the page. Independent of the page size, so that
+BLOCK_TOKENS, CPU_BLOCK_TOKENS = 128, 64
+"""Context tokens read per loop turn, in pieces that divide this and the page. Independent of the page size, so that
 results do not depend on it."""
 
 
@@ -30,23 +30,24 @@ def paged_attention(
     layer: Int[Array, ""],
     lengths: Int[Array, "B"],
     page_table: Int[Array, "B M"],
+    size: int = BLOCK_TOKENS,
 ) -> Float[Array, "B N H"]:
-    """As the package's `paged_attention`."""
+    """As the package's `paged_attention`, in blocks of `size` tokens."""
     batch, heads, dim = q.shape
     layers, _, page_size, width = pages.shape
     kv_heads = width // (2 * dim)
     grouped = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads, dim) / math.sqrt(dim)
-    piece = math.gcd(page_size, BLOCK_TOKENS)
+    piece = math.gcd(page_size, size)
     pieces = pages.reshape(layers, -1, piece, width)
 
     def block(index, state):
         peak, total, acc = state
-        first = index * BLOCK_TOKENS + jnp.arange(0, BLOCK_TOKENS, piece)
+        first = index * size + jnp.arange(0, size, piece)
         entries = jnp.minimum(first // page_size, page_table.shape[1] - 1)
         wanted = page_table[:, entries] * (page_size // piece) + first % page_size // piece
         wanted = jnp.where(first < lengths[:, None], wanted, 0)
-        rows = pieces[layer, wanted].reshape(batch, BLOCK_TOKENS, kv_heads, 2, dim)
-        valid = index * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS) < lengths[:, None]
+        rows = pieces[layer, wanted].reshape(batch, size, kv_heads, 2, dim)
+        valid = index * size + jnp.arange(size) < lengths[:, None]
         scores = jnp.einsum("BSKH,BKGH->BKSG", rows[:, :, :, 0].astype(jnp.float32), grouped)
         scores = jnp.where(valid[:, None, None], scores.swapaxes(2, 3), -jnp.inf)
         new_peak = jnp.maximum(peak, scores.max(axis=-1))
@@ -59,6 +60,6 @@ def paged_attention(
     lead = grouped.shape[:3]
     lowest = jnp.full(lead, jnp.finfo(jnp.float32).min)
     state = (lowest, jnp.zeros(lead, jnp.float32), jnp.zeros(grouped.shape, jnp.float32))
-    blocks = (jnp.max(lengths) + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    blocks = (jnp.max(lengths) + size - 1) // size
     _, total, acc = jax.lax.fori_loop(0, blocks, block, state)
     return (acc / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]).astype(q.dtype).reshape(q.shape)
