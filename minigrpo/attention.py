@@ -103,10 +103,9 @@ def splash_attention(
         return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
 
     scaled = q * jnp.asarray(1 / math.sqrt(q.shape[-1]), q.dtype)
-    if segments is not None:
-        padding = jnp.pad(segments, ((0, 0), (0, padded - length)))
-        segments = splash_attention_kernel.SegmentIds(padding, padding)
-    out = jax.vmap(kernel)(heads_first(scaled), heads_first(k), heads_first(v), segments)
+    ids = None if segments is None else jnp.pad(segments, ((0, 0), (0, padded - length)))
+    both = None if ids is None else splash_attention_kernel.SegmentIds(ids, ids)
+    out = jax.vmap(kernel)(heads_first(scaled), heads_first(k), heads_first(v), both)
     return out.swapaxes(1, 2)[:, :length]
 
 

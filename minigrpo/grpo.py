@@ -288,16 +288,18 @@ def score(
     remat = unchanged if policy is None else functools.partial(jax.checkpoint, policy=policy)
     rows, head = batch.packed, model.head_weights()
     positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
-    attend = attend_on(trainer.head.mesh, rows and rows.segments)
-    positions = positions if rows is None else rows.positions
+    attend = attend_on(trainer.head.mesh)
+    if rows is not None:
+        positions, attend = rows.positions, attend_on(trainer.head.mesh, rows.segments)
     hidden, _ = model(batch.tokens, positions, attend, None, trainer.layout, remat, dropout=dropout)
     if rows is None:
         return completion_logprobs(trainer.head, hidden, head, batch.prompt_lengths, batch.completions)
-    scores = logprobs_after(trainer.head, hidden, head, rows.scored, rows.targets)
-    return tuple(of_sequences(trainer.head.mesh.size, rows, x, batch.completions.shape[1]) for x in scores)
+    logprobs, entropy = logprobs_after(trainer.head, hidden, head, rows.scored, rows.targets)
+    sequences = functools.partial(of_sequences, trainer.head.mesh.size, rows, batch.completions.shape[1])
+    return sequences(logprobs), sequences(entropy)
 
 
-def of_sequences(devices: int, rows: Packed, scores: Float[Array, "R C"], length: int) -> Float[Array, "B C"]:
+def of_sequences(devices: int, rows: Packed, length: int, scores: Float[Array, "R C"]) -> Float[Array, "B C"]:
     """Rows' scores by sequence; those past a completion's end mean nothing."""
     own = scores.reshape(devices, -1)
     places = rows.starts.reshape(devices, -1, 1) + jnp.arange(length)

@@ -30,7 +30,8 @@ class Row:
 
 def deal(sizes: Int[np.ndarray, "B"], devices: int) -> list[list[int]]:
     """Each device's sequences: longest first, each to the device with fewest tokens of those with room."""
-    most, shares, loads = -(-len(sizes) // devices), [[] for _ in range(devices)], [0] * devices
+    shares: list[list[int]] = [[] for _ in range(devices)]
+    most, loads = -(-len(sizes) // devices), [0] * devices
     for sequence in np.argsort(-sizes, kind="stable"):
         free = (device for device in range(devices) if len(shares[device]) < most)
         device = min(free, key=loads.__getitem__)
@@ -113,10 +114,11 @@ def pack(batch: Batch, devices: int, parts: int) -> Batch:
             sequences = [sequence for row in here for sequence in row.sequences]
             order[device, part, : len(sequences)] = sequences
             starts[device, part, : len(sequences)] = [i * most + at for i, row in enumerate(done) for at in row]
-    tokens, *others = (x.reshape(-1, x.shape[3]) for x in arrays)
+    tokens, positions, segments, scored, targets = (x.reshape(-1, x.shape[3]) for x in arrays)
     with_empty = pad_rows(batch, len(batch.tokens) + 1)  # the last row stands where a part has fewer sequences
     moved = jax.tree.map(lambda x: x[order.reshape(-1)], with_empty)
-    return dataclasses.replace(moved, tokens=tokens, packed=Packed(*others, starts=starts.reshape(-1)))
+    packed = Packed(positions, segments, scored, targets, starts.reshape(-1))
+    return dataclasses.replace(moved, tokens=tokens, packed=packed)
 
 
 def lay_out(devices: int, batch: Batch, parts: int, packing: bool) -> Batch:
