@@ -25,14 +25,8 @@ from minigrpo.start import Programs
 from minigrpo.work import Phase, Work
 
 MIB = 1 << 20
-JOB = {
-    "model": "Qwen/Qwen3-1.7B",
-    "batch_size": 32,
-    "num_generations": 8,
-    "max_prompt_length": 256,
-    "max_completion_length": 2048,
-}
-"""Flags whose defaults are others here."""
+JOB = {"model": "Qwen/Qwen3-1.7B", "batch_size": 32, "max_prompt_length": 256, "max_completion_length": 2048}
+FOOTER = f"defaults here: {', '.join(f'--{name}={value}' for name, value in JOB.items())}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +38,8 @@ class BenchOptions(Options):
 
 def parse_layouts(flag: str) -> list[tuple[str, str]]:
     pairs = [part.split("=") for part in flag.split(";")]
-    if any(len(pair) != 2 for pair in pairs):
-        raise UsageError(f"--layouts={flag}: must be topology=mesh pairs separated by ;, such as v6e:2x4=4,2")
+    if any(len(pair) != 2 or pair[0].startswith("gpu") for pair in pairs):
+        raise UsageError(f"--layouts={flag}: must be TPU topology=mesh pairs separated by ;, such as v6e:2x4=4,2")
     return [(topology, mesh) for topology, mesh in pairs]
 
 
@@ -57,11 +51,12 @@ def programs_for(settings: Settings, topology: str, mesh: str, pool_pages: int) 
     return make_programs(Settings(sections, settings.explicit))[0]
 
 
-def worst_case(programs: Programs) -> int:
-    """Pages of a pool in which every slot may reach its full length."""
+def worst_case(programs: Programs) -> tuple[int, int]:
+    """Fewest pages of a pool, and those with which every slot may reach its full length."""
     plan, prompts = prompt_rows(programs, count_resident(programs, programs.trainer(1, 1)))
     own = own_rows(prompts)
-    return least_pages(plan, own) + (min(plan.slots, own.tokens.shape[0] * plan.group) - 1) * plan.own_pages()
+    least, slots = least_pages(plan, own), min(plan.slots, own.tokens.shape[0] * plan.group)
+    return least, least + (slots - 1) * plan.own_pages()
 
 
 def compile_rollout(programs: Programs) -> Phase:
@@ -117,18 +112,20 @@ def main(settings: Settings) -> int:
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     jax.config.update("jax_platforms", "cpu")
     settings = settings.with_defaults(JOB)
+    if settings[RolloutOptions].pool_pages:
+        raise UsageError("--pool_pages: this bench takes the worst case's pages and half of them; leave it out")
     layouts = parse_layouts(settings[BenchOptions].layouts)
+    pools = [worst_case(programs_for(settings, *layout, 0)) for layout in layouts]  # all are tried before any compiles
+    cycles = kernel_cycles(settings, layouts[0][0])
     sys.stderr.write(HEADER)
     rows = []
-    for topology, mesh in layouts:
-        most = worst_case(programs_for(settings, topology, mesh, 0))
-        for pool, pages in (("whole", most), ("half", most // 2)):
+    for (topology, mesh), (least, most) in zip(layouts, pools, strict=True):
+        for pool, pages in (("whole", most), ("half", max(least, most // 2))):
             programs = programs_for(settings, topology, mesh, pages)
             phase = compile_rollout(programs)
             pool_bytes = pages * memory.page_bytes(programs, settings[RolloutOptions].page_size)
             sys.stderr.write(describe(topology, mesh, pool, pool_bytes, phase))
             rows.append(figures(topology, mesh, pool, pool_bytes, phase))
-    cycles = kernel_cycles(settings, layouts[0][0])
     report = {"bench": "rollout_compile", "jax": jax.__version__, "rollouts": rows, "kernel": cycles}
     sys.stdout.write(json.dumps(report) + "\n")
     return 0
@@ -136,4 +133,4 @@ def main(settings: Settings) -> int:
 
 if __name__ == "__main__":
     sections = (*(section for section in SECTIONS if section is not PlanOptions), BenchOptions)
-    run_command("python bench/rollout_compile.py", __doc__ or "", sections, main)
+    run_command("python bench/rollout_compile.py", __doc__ or "", sections, main, FOOTER)

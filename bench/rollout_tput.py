@@ -59,9 +59,12 @@ class BenchOptions(Options):
 def copy_bandwidth() -> float:
     """Bytes read and written per second where a large array is rewritten in place, best of five."""
     x = jnp.ones((COPY_BYTES >> 12, 1 << 10), jnp.float32)
-    rewrite = jax.jit(lambda x: jax.lax.fori_loop(0, COPIES, lambda _, x: x + 1, x)[:, :1])
-    jax.block_until_ready(rewrite(x))
-    return 2 * COPIES * COPY_BYTES / min(timed(lambda: jax.block_until_ready(rewrite(x)))[0] for _ in range(5))
+    rewrite = jax.jit(lambda x: jax.lax.fori_loop(0, COPIES, lambda _, x: x + 1, x), donate_argnums=0)
+    best, x = float("inf"), jax.block_until_ready(rewrite(x))
+    for _ in range(5):
+        seconds, x = timed(lambda x=x: jax.block_until_ready(rewrite(x)))
+        best = min(best, seconds)
+    return 2 * COPIES * COPY_BYTES / best
 
 
 def timed(call):
@@ -167,15 +170,15 @@ def make_job(options: BenchOptions) -> Job:
     )
 
 
-def occupancy_over_time(job: Job) -> list[float]:
-    """Share of the slots decoding, for each tenth of the last rollout's steps; it is run once more, untimed."""
+def occupancy_over_time(job: Job, step: int) -> list[float]:
+    """Share of the slots decoding, for each tenth of a rollout's steps; it is run once more, untimed."""
     total = job.options.prompts * job.options.generations // job.mesh.size
     shares: list[float] = []
 
     def watch(completions, positions, tokens):
         shares.append(float((np.asarray(completions) < total).sum()) / min(job.options.slots, total))
 
-    job.roller(job.options.new_tokens, watch)(job.options.repeats)
+    job.roller(job.options.new_tokens, watch)(step)
     jax.effects_barrier()
     return [round(float(np.mean(part)), 3) for part in np.array_split(shares, 10) if len(part)]
 
@@ -209,10 +212,11 @@ def measure(options: BenchOptions) -> int:
     runs = [timed(lambda i=i: generate(i)) for i in range(1, options.repeats + 1)]
     peak = memory_mib(device)
     rates = [float(result.lengths.sum()) / seconds for seconds, result in runs]
-    seconds, last = statistics.median(seconds for seconds, _ in runs), runs[-1][1]
+    number = sorted(range(options.repeats), key=lambda i: runs[i][0])[options.repeats // 2]
+    seconds, last = runs[number]  # the run of median time
     reading, computing = limit_seconds(job, last, bandwidth, flop_rate)
     later, decoding = float(last.lengths.sum()) - options.prompts * options.generations, seconds - prefill_seconds
-    over_time = occupancy_over_time(job)
+    over_time = occupancy_over_time(job, number + 1)
     report = {
         "bench": "rollout_tput",
         "jax": jax.__version__,
@@ -228,7 +232,7 @@ def measure(options: BenchOptions) -> int:
         "tokens_per_second_min": round(min(rates), 1),
         "tokens_per_second_max": round(max(rates), 1),
         "prefill_tokens_per_second": round(sum(map(len, job.prompts)) / prefill_seconds, 1),
-        "decode_tokens_per_second": round(later / decoding, 1) if decoding > 0 else None,
+        "decode_tokens_per_second": round(later / decoding, 1) if later and decoding > 0 else None,
         "decode_steps": last.decode_steps,
         "occupancy": round(last.occupancy, 3),
         "occupancy_over_time": over_time,
@@ -241,7 +245,7 @@ def measure(options: BenchOptions) -> int:
         f"ours:  {seconds:.3f} s, {report['tokens_per_second']:.0f} tokens/s (median of {options.repeats}), "
         f"{report['share_of_limit']:.0%} of the limit; prefill and first token {prefill_seconds:.3f} s, "
         f"{report['prefill_tokens_per_second']:.0f} prompt tokens/s; "
-        f"then {report['decode_tokens_per_second']} tokens/s\n"
+        f"later tokens {report['decode_tokens_per_second'] or 'too few to time'} per s\n"
         f"slots decoding, by tenths of the steps: {' '.join(f'{share:.0%}' for share in over_time)}; "
         f"{peak:.0f} MiB at the peak\n"
     )

@@ -29,8 +29,9 @@ from minigrpo.config import (
 from minigrpo.logprobs import Head
 from minigrpo.model import ModelConfig, abstract_params
 from minigrpo.optimizer import TrainState, init_state, make_optimizer
+from minigrpo.packing import place_batch
 from minigrpo.rollout import Roller
-from minigrpo.sharding import Layout, by_sequence, make_mesh, put, start_platform
+from minigrpo.sharding import Layout, make_mesh, start_platform
 from minigrpo.start import choose_tiles
 from minigrpo.weights import random_params
 from minigrpo.work import Work
@@ -126,7 +127,7 @@ class Stepper:
         batch = grpo.assemble(rows, rollout.tokens, rollout.lengths, limits)
         advantages = grpo.group_advantages(rewards, options.generations, "group")
         batch = dataclasses.replace(batch, advantages=advantages, rollout_logprobs=rollout.logprobs)
-        batch = put(self.mesh, grpo.pad_rows(batch, self.mesh.size), by_sequence(self.mesh))
+        batch = place_batch(self.mesh, batch, self.trainer.parts, packing=True)
         self.state, metrics = jax.block_until_ready(grpo.update(self.trainer, self.state, batch, {}))
         ended = time.perf_counter()
         assert np.isfinite(float(metrics["loss"]))

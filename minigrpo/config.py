@@ -239,7 +239,9 @@ class StepOptions(Options):
     gradient_accumulation_steps: str = option(
         "auto", "parts the update is computed in, which changes no number; auto fits memory"
     )
-    packing: bool = option(True, "short sequences share a row in the update, which changes no number")
+    packing: bool = option(
+        True, "short sequences share rows in the update, changing no number; not with --lora_dropout"
+    )
     max_steps: int = option(0, "steps to train; 0 means --num_epochs over the data", low=0)
     num_epochs: float = option(1.0, "passes over the data when --max_steps is 0", above=0.0)
     seed: int = option(0, "seed of shuffling, sampling and random weights", low=0, high=LARGEST_SEED)

@@ -58,6 +58,7 @@ class Packed:
 class Batch:
     """Sequences to train on. Row b's prompt fills tokens[b, :prompt_lengths[b]]; its completion follows at once.
 
+    If packed, rows of tokens are what `packed` says, and b counts sequences.
     Rows of completion length 0 are padding. Example of one row: tokens [5, 6, 7, 8, 2, 0], prompt_lengths 3,
     completions [8, 2, 0], completion_lengths 2.
     """

@@ -97,7 +97,8 @@ def loop_length(condition: str) -> int | None:
 def collectives(text: str, open_turns: int | None = None) -> dict[str, Traffic]:
     """Kind -> its traffic, from the optimised HLO of a program.
 
-    `open_turns` is how often loops run whose length is decided at run time; without it what is in them is told apart.
+    `open_turns` is how often every loop runs whose length is decided at run time; without it what is in them is told
+    apart.
     """
     _, *pieces = COMPUTATION.split(text)
     starts, names, texts = pieces[::3], pieces[1::3], pieces[2::3]

@@ -63,10 +63,10 @@ def fill_rows(batch: Batch, sequences: list[int]) -> list[Row]:
 
 
 def rows_per_part(rows: int, most: int, parts: int) -> int:
-    """`most`, halved or not: what computes the fewest rows when `rows` are computed in no more than `parts`."""
+    """`most`, halved or not: what costs least to compute `rows` in no more than `parts`, a part costing a row more."""
     sizes = [most >> halvings for halvings in range(most.bit_length())]
     turns = {size: -(-rows // size) for size in sizes}
-    return min((size for size in sizes if turns[size] <= parts), key=lambda size: turns[size] * size)
+    return min((size for size in sizes if turns[size] <= parts), key=lambda size: turns[size] * (size + 1))
 
 
 @dataclasses.dataclass

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from minigrpo import grpo, start
 from minigrpo.checkpoint import Checkpoints, check_same_run
@@ -30,7 +29,7 @@ from minigrpo.config import (
 )
 from minigrpo.data import Prompts, is_file, load_dataset, tokenize
 from minigrpo.evaluate import accuracy, held_out
-from minigrpo.experience import Experience, Job, advantages, make_batches, move_reference, sampled
+from minigrpo.experience import Experience, Job, advantages, host_batch, make_batches, move_reference, sampled
 from minigrpo.memory import choose_parts, held_bytes, pool_limit
 from minigrpo.metrics import (
     RunFolder,
@@ -91,7 +90,8 @@ def train(run: Run, state: TrainState, first_step: int, folder: RunFolder, check
         folder.append("completions.jsonl", samples(job, step, experience))
         skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped_updates"] else 0
         if skipped_in_a_row == options.max_skipped_steps:
-            give_up(folder, step + 1, batches, options.max_skipped_steps)
+            batch = host_batch(job, experience, advantages(job, experience))
+            give_up(folder, step + 1, batch, options.max_skipped_steps)
         if run.check and (step + 1) % options.eval_steps == 0:
             evaluate(run.check(state), step + 1, folder)
         if options.save_steps and (step + 1) % options.save_steps == 0:
@@ -113,15 +113,12 @@ def improve(job: Job, state: TrainState, batches: list[grpo.Batch]) -> tuple[Tra
     return state, {name: float(np.mean([update[name] for update in last])) for name in last[0]} | own
 
 
-def give_up(folder: RunFolder, step: int, batches: list[grpo.Batch], count: int) -> None:
+def give_up(folder: RunFolder, step: int, batch: grpo.Batch, count: int) -> None:
     """Saves the step's batch, in which a loss or gradient is not finite, and ends the run."""
-    batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches)
     path = folder.folder / f"not-finite-step-{step}.npz"
-    leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-    whole: dict[str, Any] = multihost_utils.process_allgather(named, tiled=True)
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     if folder.writes:
-        np.savez(path, **whole)
+        np.savez(path, **{name: value for name, value in fields.items() if value is not None})
     raise UsageError(
         f"--max_skipped_steps={count}: the loss or gradient of {count} steps in a row was not finite, so nothing was "
         f"learned from them; the last one's batch is {path}. Start again with a lower --learning_rate"

@@ -13,7 +13,7 @@ from minigrpo import grpo
 from minigrpo.attention import attend_sequence, splash_attention
 from minigrpo.config import LossOptions
 from minigrpo.optimizer import init_state
-from minigrpo.packing import MOST_IN_A_ROW, pack, place_batch
+from minigrpo.packing import MOST_IN_A_ROW, pack, place_batch, rows_per_part
 
 
 def random_batch(seed, rows, limits=(24, 40)):
@@ -73,6 +73,17 @@ def test_short_sequences_take_fewer_rows_and_long_ones_no_more():
     assert pack(full, 8, 2).tokens.shape == full.tokens.shape
     lengths = pack(short, 2, 4).completion_lengths.reshape(2, 4, -1)
     assert (lengths[:, :1] > 0).any() and not (lengths[:, 1:] > 0).any(axis=(0, 2)).all()
+
+
+def test_a_batch_without_completions_has_nothing_to_compute():
+    batch = grpo.assemble([[1, 2], [3]], np.zeros((2, 40), np.int32), np.array([0, 0]), (24, 40))
+    packed = pack(batch, 2, 2)
+    assert not packed.packed.segments.any() and not packed.completion_lengths.any()
+
+
+def test_parts_are_few_and_rows_too():
+    assert [rows_per_part(rows, 16, 16) for rows in (1, 9, 16, 17, 33)] == [1, 4, 16, 4, 8]
+    assert rows_per_part(33, 64, 1) == 64 and rows_per_part(30, 64, 1) == 32
 
 
 def test_attention_stays_within_segments():

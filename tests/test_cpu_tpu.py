@@ -160,6 +160,7 @@ def test_collectives_are_counted_with_their_loops():
     found = hlo.collectives(HLO)
     assert found["all-gather"] == hlo.Traffic(runs=3, bytes=3 * 8 * 128 * 2)
     assert found["all-reduce"] == hlo.Traffic(runs=1, bytes=24, runs_in_open_loops=1, bytes_in_open_loops=24)
+    assert hlo.collectives(HLO, open_turns=5)["all-reduce"] == hlo.Traffic(runs=6, bytes=6 * 24)
 
 
 def test_a_program_too_large_says_how_much_it_wanted():
