@@ -1,7 +1,7 @@
 """The rollout compiled for TPU chips: `python bench/rollout_compile.py`. No TPU needed, nothing timed; last line JSON.
 
 For every topology and mesh the whole rollout program of `minigrpo.train` is compiled by the real TPU compiler, and for
-the pool of the worst case also with half of it; then the kernel's cycles are counted (bench/kernel_cycles.py).
+the pool of the worst case also with half of it; the kernel's cycles are counted too (bench/kernel_cycles.py).
 """
 
 import dataclasses

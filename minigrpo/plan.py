@@ -174,7 +174,7 @@ def placed_batch(programs: Programs, trainer: grpo.Trainer, rows: int) -> grpo.B
         advantages=np.zeros(rows, np.float32),
         rollout_logprobs=np.zeros((rows, completion), np.float32),
     )
-    batch = lay_out(programs.mesh.size, full, trainer.parts, programs.settings[StepOptions].packing)
+    batch = lay_out(programs.mesh.size, full, trainer.parts, programs.packing)
     sharding = by_sequence(programs.mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
 

@@ -92,6 +92,8 @@ def check_lora(settings: Settings, config: ModelConfig) -> None:
             f"--rollout_correction={loss.rollout_correction}: would correct --lora_dropout={config.lora.dropout} too; "
             "set one of them to none or 0"
         )
+    if settings[StepOptions].packing and "packing" in settings.explicit and config.lora.dropout:
+        raise UsageError(f"--packing=true: not with --lora_dropout={config.lora.dropout}; leave one of them out")
 
 
 def check_quantize(config: ModelConfig) -> None:
@@ -155,6 +157,11 @@ class Programs:
             parts=parts,
             dropout_seed=self.settings[StepOptions].seed if self.config.lora and self.config.lora.dropout else None,
         )
+
+    @property
+    def packing(self) -> bool:
+        """Whether sequences share rows in the update; never under dropout, which has a key per row."""
+        return self.settings[StepOptions].packing and not (self.config.lora and self.config.lora.dropout)
 
     @property
     def trained_dtype(self) -> Any:
