@@ -59,7 +59,7 @@ def compile_kernel(options: BenchOptions, tuning: tpu.Tuning) -> None:
         shape((options.sequences, entries), np.int32),
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        jax.jit(lambda *args: tpu.paged_attention(*args, tuning)).lower(*arguments).compile()
+        jax.jit(lambda *args: tpu.tuned_attention(*args, tuning)).lower(*arguments).compile()
 
 
 @dataclasses.dataclass(frozen=True)

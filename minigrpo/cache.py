@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from minigrpo.model import ModelConfig
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +18,6 @@ class Pool:
 
     stack: Any  # int32 [P]
     top: Any  # int32 scalar
-
-
-def empty_pages(config: ModelConfig, num_pages: int, page_size: int, dtype: Any) -> Array:
-    """Zeroed pages [L, num_pages, page_size, 2*K*H]."""
-    width = 2 * config.num_key_value_heads * config.head_dim
-    return jnp.zeros((config.num_hidden_layers, num_pages, page_size, width), dtype)
 
 
 def full_pool(num_pages: int, reserved: Int[Array, ""]) -> Pool:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minigrpo import cache
 from minigrpo.attention import causal_attention
 from minigrpo.config import RolloutOptions, UsageError
-from minigrpo.kernels.paged_attention import append_rows, paged_attention
+from minigrpo.kernels.paged_attention import append_rows, empty_pages, fill_pages, paged_attention
 from minigrpo.lora import merge
 from minigrpo.model import EachLayer, ModelConfig, Params, Qwen, abstract_params, unembed
 from minigrpo.sampling import Sampler, sample
@@ -30,8 +30,8 @@ from minigrpo.sharding import DATA, Layout, by_sequence, in_dtype, put, replicat
 WAITING, RUNNING, DONE = 0, 1, 2
 PREFILL_ROWS = 8
 """Prompts prefilled at a time on one device."""
-TAIL_SHRINK = 4
-"""When no completion waits, the batch shrinks by this factor each time the running ones fit."""
+TAIL_SHRINK, CPU_TAIL_SHRINK = 4, 2
+"""When no completion waits, the batch shrinks by this factor each time the running ones fit. Every size is compiled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Slots:
 class State:
     """One device's rollout in progress."""
 
-    pages: Any  # float [L, P, S, W]
+    pages: Any  # float [L, P, ...], laid out as the platform's attention reads them
     pool: cache.Pool
     slots: Slots
     status: Any  # int32 [B]
@@ -176,7 +176,9 @@ def num_pages(plan: RolloutPlan, prompts: Prompts) -> int:
     return given
 
 
-def prefill(plan: RolloutPlan, model: Qwen, prompts: Prompts, table: Array, pages: Array) -> Array:
+def prefill(
+    plan: RolloutPlan, model: Qwen, each_layer: EachLayer, prompts: Prompts, table: Array, pages: Array
+) -> Array:
     """Writes keys and values of every prompt into its pages, PREFILL_ROWS prompts at a time."""
     rows, width = prompts.tokens.shape
     chunk = min(PREFILL_ROWS, rows)
@@ -189,10 +191,10 @@ def prefill(plan: RolloutPlan, model: Qwen, prompts: Prompts, table: Array, page
         tokens, targets = chunked
 
         def attend(layer, q, k, v, pages):
-            kv = jnp.stack([k, v], axis=3).reshape(chunk, entries, plan.page_size, -1).astype(pages.dtype)
-            return causal_attention(plan.device.platform, q, k, v), pages.at[layer, targets].set(kv, mode="drop")
+            out = causal_attention(plan.device.platform, q, k, v)
+            return out, fill_pages(plan.device, pages, layer, targets, k, v)
 
-        return model(tokens, positions, attend, pages, Layout(plan.dtype))[1], None
+        return model(tokens, positions, attend, pages, Layout(plan.dtype), each_layer=each_layer)[1], None
 
     chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, x.shape[1]), (padded, targets))
     return jax.lax.scan(fill, pages, chunks)[0]
@@ -284,7 +286,7 @@ def next_tokens(
     lengths = jnp.where(active, slots.length + 1, 0)
 
     def attend(layer, q, k, v, pages):
-        pages = append_rows(pages, layer, page, slots.length % plan.page_size, k[:, 0], v[:, 0])
+        pages = append_rows(plan.device, pages, layer, page, slots.length % plan.page_size, k[:, 0], v[:, 0])
         return paged_attention(plan.device, q[:, 0], pages, layer, lengths, slots.table)[:, None], pages
 
     hidden, pages = model(
@@ -327,11 +329,11 @@ def shrink(state: State, size: int) -> State:
     return update(state, slots=jax.tree.map(lambda x: x[order], state.slots))
 
 
-def batch_sizes(slots: int) -> list[int]:
-    """64 -> [64, 16, 4]: the batch's size at first and in the tail."""
+def batch_sizes(slots: int, shrink: int) -> list[int]:
+    """64, 4 -> [64, 16, 4]: the batch's size at first and in the tail."""
     sizes = [slots]
-    while sizes[-1] > TAIL_SHRINK:
-        sizes.append(-(-sizes[-1] // TAIL_SHRINK))
+    while sizes[-1] > shrink:
+        sizes.append(-(-sizes[-1] // shrink))
     return sizes
 
 
@@ -358,29 +360,38 @@ def layer_runner(plan: RolloutPlan, model: Qwen) -> EachLayer:
     return functools.partial(one_by_one, jax.lax.optimization_barrier(layers))
 
 
-def decode_all(plan: RolloutPlan, model: Qwen, prompts: Prompts, uniforms: Array, table: Array, state: State) -> State:
+def decode_all(
+    plan: RolloutPlan,
+    model: Qwen,
+    each_layer: EachLayer,
+    prompts: Prompts,
+    uniforms: Array,
+    table: Array,
+    state: State,
+) -> State:
     """Decodes until every completion is done, in a batch that shrinks once fewer are left than it holds."""
-    each_layer = layer_runner(plan, model)
 
     def step(state):
         state = jax.lax.while_loop(can_admit, functools.partial(admit, plan, prompts, table), state)
         return decode(plan, model, each_layer, prompts, uniforms, extend(plan, state))
 
-    sizes = batch_sizes(state.slots.token.shape[0])
+    shrink_by = CPU_TAIL_SHRINK if plan.device.platform == "cpu" else TAIL_SHRINK
+    sizes = batch_sizes(state.slots.token.shape[0], shrink_by)
     for size, following in zip(sizes, sizes[1:] + [0], strict=True):
         state = shrink(state, size)
         state = jax.lax.while_loop(functools.partial(more_left_than, following), step, state)
     return state
 
 
-def start(plan: RolloutPlan, model: Qwen, prompts: Prompts) -> tuple[State, Array]:
+def start(plan: RolloutPlan, model: Qwen, each_layer: EachLayer, prompts: Prompts) -> tuple[State, Array]:
     """The state after prefill, with every slot empty, and the prompts' page tables."""
     rows, width = prompts.tokens.shape
     total, slots = rows * plan.group, min(plan.slots, rows * plan.group)
     table, taken = prompt_tables(plan, prompts)
     size = num_pages(plan, prompts)
-    pages = cache.empty_pages(plan.model, size, plan.page_size, plan.dtype)
-    pages = prefill(plan, model, prompts, table, pages)
+    layers, kv_heads, head_dim = plan.model.num_hidden_layers, plan.model.num_key_value_heads, plan.model.head_dim
+    pages = empty_pages(plan.device, layers, size, plan.page_size, kv_heads, head_dim, plan.dtype)
+    pages = prefill(plan, model, each_layer, prompts, table, pages)
     zeros = jnp.zeros(slots, jnp.int32)
     empty = Slots(zeros + total, zeros, zeros, zeros, jnp.full((slots, plan.max_pages(width)), size, jnp.int32))
     state = State(
@@ -413,8 +424,9 @@ def all_uniforms(plan: RolloutPlan, prompts: Prompts, key: Array) -> Float[Array
 def run_device(plan: RolloutPlan, params: Params, prompts: Prompts, key: Array):
     """One device's whole rollout -> tokens, log-probs, lengths, and [steps, busy] counts."""
     model = nnx.merge(plan.graph, params)
-    state, table = start(plan, model, prompts)
-    state = decode_all(plan, model, prompts, all_uniforms(plan, prompts, key), table, state)
+    each_layer = layer_runner(plan, model)
+    state, table = start(plan, model, each_layer, prompts)
+    state = decode_all(plan, model, each_layer, prompts, all_uniforms(plan, prompts, key), table, state)
     return state.tokens, state.logprobs, state.lengths, jnp.stack([state.steps, state.busy])[None]
 
 

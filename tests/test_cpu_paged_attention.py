@@ -1,5 +1,7 @@
 """Paged attention against a float64 oracle, with poison wherever nothing may be read."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from minigrpo.kernels import reference
-from minigrpo.kernels.paged_attention import append_rows, paged_attention, tpu
+from minigrpo.kernels.paged_attention import empty_pages, fill_pages, paged_attention, tpu, xla
 
 TOLERANCE = {np.float32: 2e-6, jnp.bfloat16: 1e-2}
 
@@ -33,16 +35,27 @@ def block_of_two_pages(pages):
     return tpu.Tuning(block_bytes=2 * pages[0, 0].nbytes, buffers=3)
 
 
+def split_rows(rows, dim):
+    """Keys and values [..., K, H] of token rows k0 v0 k1 v1 ..."""
+    pairs = rows.reshape(*rows.shape[:-1], -1, 2, dim)
+    return pairs[..., 0, :], pairs[..., 1, :]
+
+
 def attend_xla(q, pages, *rest):
-    return paged_attention(jax.devices()[0], q, pages, *rest)
+    """On this machine, with the same pages laid out for it."""
+    device, (layers, count, page_size, width), dim = jax.devices()[0], pages.shape, q.shape[2]
+    own = empty_pages(device, layers, count, page_size, width // (2 * dim), dim, pages.dtype)
+    for layer in range(layers):
+        own = fill_pages(device, own, jnp.int32(layer), jnp.arange(count)[:, None], *split_rows(pages[layer], dim))
+    return paged_attention(device, q, own, *rest)
 
 
 def attend_pallas(q, pages, *rest):
-    return tpu.paged_attention(q, pages, *rest, block_of_two_pages(pages), interpret=True)
+    return tpu.tuned_attention(q, pages, *rest, block_of_two_pages(pages), interpret=True)
 
 
 def attend_emulated(q, pages, *rest):
-    return tpu.paged_attention(q, pages, *rest, block_of_two_pages(pages), interpret=pltpu.InterpretParams())
+    return tpu.tuned_attention(q, pages, *rest, block_of_two_pages(pages), interpret=pltpu.InterpretParams())
 
 
 def check(attend, heads, kv_heads, dim, page_size, dtype, extra=()):
@@ -57,7 +70,7 @@ def check(attend, heads, kv_heads, dim, page_size, dtype, extra=()):
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 128), (14, 2, 64), (12, 2, 128), (4, 4, 32)])
-@pytest.mark.parametrize("page_size", [8, 16, 64])
+@pytest.mark.parametrize("page_size", [8, 16, 24, 64, 128])
 def test_xla_equals_oracle(dtype, heads, kv_heads, dim, page_size):
     check(attend_xla, heads, kv_heads, dim, page_size, dtype, extra=(131,))
 
@@ -110,20 +123,43 @@ def test_large_scores_do_not_overflow():
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-def test_append_writes_one_row_and_drops_rows_without_a_page():
-    pages = jnp.zeros((2, 3, 4, 16))
+def test_a_tpu_page_holds_token_rows_of_key_and_value_pairs():
+    pages = jnp.zeros((2, 3, *tpu.page_shape(4, 2, 4)))
     k, v = np.arange(16.0).reshape(2, 2, 4), -np.arange(16.0).reshape(2, 2, 4)
-    out = append_rows(pages, jnp.int32(1), jnp.array([2, 3]), jnp.array([1, 0]), jnp.asarray(k), jnp.asarray(v))
-    want = np.zeros(pages.shape)
+    out = tpu.append_rows(pages, jnp.int32(1), jnp.array([2, 3]), jnp.array([1, 0]), jnp.asarray(k), jnp.asarray(v))
+    want = np.zeros((2, 3, 4, 16))
     want[1, 2, 1] = np.concatenate([k[0, 0], v[0, 0], k[0, 1], v[0, 1]])
     np.testing.assert_array_equal(out, want)
 
 
-def test_mismatched_width_is_refused():
-    with pytest.raises(ValueError, match="width 24 do not hold kv heads"):
-        attend_xla(
+@pytest.mark.parametrize("path", [tpu, xla])
+@pytest.mark.parametrize("page_size", [8, 128])
+def test_appending_tokens_and_filling_pages_are_the_same(path, page_size):
+    """And neither writes anything where there is no page, or in another layer."""
+    rng = np.random.default_rng(0)
+    k, v = (jnp.asarray(rng.normal(size=(2, 2 * page_size, 2, 4)), jnp.float32) for _ in "kv")
+    table = jnp.array([[3, 9], [0, 2]])
+    empty = jnp.zeros((2, 5, *path.page_shape(page_size, 2, 4)))
+    filled = path.fill_pages(empty, jnp.int32(1), table, k, v)
+
+    def append(pages, token):
+        page = table[:, token // page_size]
+        return path.append_rows(pages, jnp.int32(1), page, jnp.full(2, token % page_size), k[:, token], v[:, token])
+
+    appended = functools.reduce(append, range(2 * page_size), empty)
+    np.testing.assert_array_equal(appended, filled)
+    written = np.concatenate([np.concatenate([x[0, :page_size], *x[1:]]).ravel() for x in (k, v)])
+    np.testing.assert_array_equal(np.sort(filled[1, jnp.array([3, 0, 2])].ravel()), np.sort(written))
+    assert not np.asarray(filled[0]).any() and not np.asarray(filled[1, jnp.array([1, 4])]).any()
+
+
+def test_pages_of_other_heads_are_refused():
+    assert tpu.kv_heads(jnp.zeros((1, 1, 4, 24)), 16) == xla.kv_heads(jnp.zeros((1, 1, 2, 2, 24)), 16) == 0
+    with pytest.raises(ValueError, match="do not hold kv heads that 4 query heads of 16 can share"):
+        paged_attention(
+            jax.devices()[0],
             jnp.zeros((1, 4, 16)),
-            jnp.zeros((1, 1, 4, 24)),
+            jnp.zeros((1, 1, 2, 3, 64)),
             jnp.int32(0),
             jnp.ones(1, jnp.int32),
             jnp.zeros((1, 1), jnp.int32),

@@ -1,37 +1,75 @@
 """Decode attention over a paged KV cache: a Pallas kernel on TPU, XLA elsewhere.
 
-Pages have the layout [L, num_pages, page_size, 2*K*H]: the lanes of one token row are k0 v0 k1 v1 ..., one pair of
-head vectors per kv head. One page is contiguous, and sharding the lanes shards the heads.
+Pages are [L, num_pages, ...]: what comes after is one page of one layer, contiguous, laid out as its reader likes it.
+On TPU it is [page_size, 2*K*H], the lanes of one token row being k0 v0 k1 v1 ..., one pair of head vectors per kv head,
+so that sharding the lanes shards the heads; elsewhere it is [2, K, page_size, H], keys before values.
 """
 
+from types import ModuleType
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from . import tpu, xla
-from .xla import append_rows
 
-__all__ = ["append_rows", "paged_attention"]
+__all__ = ["append_rows", "empty_pages", "fill_pages", "paged_attention"]
+
+
+def path(device: jax.Device) -> ModuleType:
+    """What reads and writes pages on a device."""
+    return tpu if device.platform == "tpu" else xla
+
+
+def empty_pages(
+    device: jax.Device, layers: int, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: Any
+) -> Float[Array, "L P ..."]:
+    """Zeroed pages of a device that the program is for."""
+    return jnp.zeros((layers, num_pages, *path(device).page_shape(page_size, kv_heads, head_dim)), dtype)
+
+
+def append_rows(
+    device: jax.Device,
+    pages: Float[Array, "L P ..."],
+    layer: Int[Array, ""],
+    page: Int[Array, "B"],
+    offset: Int[Array, "B"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+) -> Float[Array, "L P ..."]:
+    """Writes one token per sequence at `offset` of `page`; a page >= P writes nothing."""
+    return path(device).append_rows(pages, layer, page, offset, k, v)
+
+
+def fill_pages(
+    device: jax.Device,
+    pages: Float[Array, "L P ..."],
+    layer: Int[Array, ""],
+    page: Int[Array, "B M"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+) -> Float[Array, "L P ..."]:
+    """Writes whole pages, T being M times the page size; a page >= P writes nothing."""
+    return path(device).fill_pages(pages, layer, page, k, v)
 
 
 def paged_attention(
     device: jax.Device,
     q: Float[Array, "B N H"],
-    pages: Float[Array, "L P S W"],
+    pages: Float[Array, "L P ..."],
     layer: Int[Array, ""],
     lengths: Int[Array, "B"],
     page_table: Int[Array, "B M"],
 ) -> Float[Array, "B N H"]:
     """Softmax(q k^T / sqrt(H)) v of one query per sequence over its first `lengths` cached tokens.
 
-    Token t of sequence b is row t % S of page page_table[b, t // S]. Entries of page_table past the length, and rows
-    past it in the last page, are never used, whatever they hold. A sequence of length 0 gets zeros. `device` is one of
-    those the program is for. ValueError when the pages' width does not hold kv heads that the query heads can share.
+    Token t of sequence b is token t % page_size of page page_table[b, t // page_size]. Entries of page_table past the
+    length, and tokens past it in the last page, are never used, whatever they hold. A sequence of length 0 gets zeros.
+    ValueError when the pages do not hold kv heads that the query heads can share.
     """
     heads, dim = q.shape[1:]
-    width = pages.shape[3]
-    if width % (2 * dim) or heads % (width // (2 * dim)):
-        raise ValueError(f"pages of width {width} do not hold kv heads that {heads} query heads of {dim} can share")
-    if device.platform == "tpu":
-        return tpu.paged_attention(q, pages, layer, lengths, page_table, tpu.read_tuning(device.device_kind))
-    size = xla.CPU_BLOCK_TOKENS if device.platform == "cpu" else xla.BLOCK_TOKENS
-    return xla.paged_attention(q, pages, layer, lengths, page_table, size)
+    kv_heads = path(device).kv_heads(pages, dim)
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"pages {pages.shape} do not hold kv heads that {heads} query heads of {dim} can share")
+    return path(device).paged_attention(device, q, pages, layer, lengths, page_table)

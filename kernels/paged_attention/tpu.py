@@ -41,6 +41,40 @@ def read_tuning(device_kind: str) -> Tuning:
     return Tuning(**values.get(device_kind, {}))
 
 
+def page_shape(page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    return page_size, 2 * kv_heads * head_dim
+
+
+def kv_heads(pages: Float[Array, "L P S W"], head_dim: int) -> int:
+    """How many heads of this size the pages hold; 0 if they hold others."""
+    return 0 if pages.shape[3] % (2 * head_dim) else pages.shape[3] // (2 * head_dim)
+
+
+def append_rows(
+    pages: Float[Array, "L P S W"],
+    layer: Int[Array, ""],
+    page: Int[Array, "B"],
+    offset: Int[Array, "B"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+) -> Float[Array, "L P S W"]:
+    """As the package's `append_rows`."""
+    rows = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1).astype(pages.dtype)
+    return pages.at[layer, page, offset].set(rows, mode="drop")
+
+
+def fill_pages(
+    pages: Float[Array, "L P S W"],
+    layer: Int[Array, ""],
+    page: Int[Array, "B M"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+) -> Float[Array, "L P S W"]:
+    """As the package's `fill_pages`."""
+    rows = jnp.stack([k, v], axis=3).reshape(*page.shape, *pages.shape[2:]).astype(pages.dtype)
+    return pages.at[layer, page].set(rows, mode="drop")
+
+
 def pages_per_block(tuning: Tuning, page_bytes: int, max_pages: int) -> int:
     return max(1, min(tuning.block_bytes // page_bytes, max_pages))
 
@@ -231,6 +265,18 @@ def kernel(shape: Shape, *args):
 
 
 def paged_attention(
+    device: jax.Device,
+    q: Float[Array, "B N H"],
+    pages: Float[Array, "L P S W"],
+    layer: Int[Array, ""],
+    lengths: Int[Array, "B"],
+    page_table: Int[Array, "B M"],
+) -> Float[Array, "B N H"]:
+    """As the package's `paged_attention`."""
+    return tuned_attention(q, pages, layer, lengths, page_table, read_tuning(device.device_kind))
+
+
+def tuned_attention(
     q: Float[Array, "B N H"],
     pages: Float[Array, "L P S W"],
     layer: Int[Array, ""],
@@ -239,13 +285,12 @@ def paged_attention(
     tuning: Tuning,
     interpret: Any = False,
 ) -> Float[Array, "B N H"]:
-    """As the package's `paged_attention`, on TPU; `interpret` as in pallas_call runs it elsewhere."""
+    """The same with a given tuning; `interpret` as in pallas_call runs it elsewhere."""
     batch, heads, dim = q.shape
     page_size, width = pages.shape[2:]
-    kv_heads = width // (2 * dim)
     row_bytes = width * pages.dtype.itemsize
     block_pages = pages_per_block(tuning, row_bytes * page_size, page_table.shape[1])
-    shape = Shape(batch, heads, kv_heads, dim, page_size, page_table.shape[1], block_pages, tuning.buffers)
+    shape = Shape(batch, heads, kv_heads(pages, dim), dim, page_size, page_table.shape[1], block_pages, tuning.buffers)
     one = pl.BlockSpec((1, heads, dim), lambda sequence, *_: (sequence, 0, 0))
     call = pl.pallas_call(
         functools.partial(kernel, shape),

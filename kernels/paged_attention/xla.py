@@ -1,4 +1,8 @@
-"""Paged attention and cache append in plain XLA: the path of CPU and GPU."""
+"""Paged attention in plain XLA, the path of CPU and GPU.
+
+A page is cut into pieces of at most PIECE_TOKENS tokens; in a piece a head's keys lie [H, S] and its values [S, H], as
+the two products read them.
+"""
 
 import math
 
@@ -6,55 +10,90 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+PIECE_TOKENS = 64
+"""A piece has the most tokens that divide this and the page."""
+
 BLOCK_TOKENS, CPU_BLOCK_TOKENS = 128, 64
-"""Context tokens read per loop turn, in pieces that divide this and the page. Independent of the page size, so that
-results do not depend on it."""
+"""Context tokens read per loop turn. Independent of the page size, so that results do not depend on it."""
+
+
+def page_shape(page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    """[keys and values of every piece, K, H*S]."""
+    piece = math.gcd(page_size, PIECE_TOKENS)
+    return 2 * page_size // piece, kv_heads, piece * head_dim
+
+
+def kv_heads(pages: Float[Array, "L P R K W"], head_dim: int) -> int:
+    """How many heads of this size the pages hold; 0 if they hold others."""
+    return 0 if pages.shape[4] % head_dim else pages.shape[3]
 
 
 def append_rows(
-    pages: Float[Array, "L P S W"],
+    pages: Float[Array, "L P R K W"],
     layer: Int[Array, ""],
     page: Int[Array, "B"],
     offset: Int[Array, "B"],
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
-) -> Float[Array, "L P S W"]:
-    """Writes one token row per sequence at pages[layer, page, offset]; a page >= P writes nothing."""
-    rows = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1).astype(pages.dtype)
-    return pages.at[layer, page, offset].set(rows, mode="drop")
+) -> Float[Array, "L P R K W"]:
+    """As the package's `append_rows`."""
+    layers, _, pairs, heads, width = pages.shape
+    dim = k.shape[2]
+    piece, token = page * (pairs // 2) + offset // (width // dim), offset % (width // dim)
+    keys = pages.reshape(layers, -1, 2, heads, dim, width // dim)
+    keys = keys.at[layer, piece, 0, :, :, token].set(k.astype(pages.dtype), mode="drop")
+    values = keys.reshape(layers, -1, 2, heads, width // dim, dim)
+    return values.at[layer, piece, 1, :, token].set(v.astype(pages.dtype), mode="drop").reshape(pages.shape)
+
+
+def fill_pages(
+    pages: Float[Array, "L P R K W"],
+    layer: Int[Array, ""],
+    page: Int[Array, "B M"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+) -> Float[Array, "L P R K W"]:
+    """As the package's `fill_pages`."""
+    lead = (*page.shape, pages.shape[2] // 2)
+    keys, values = (x.reshape(*lead, -1, *x.shape[2:]).astype(pages.dtype) for x in (k, v))
+    laid_out = jnp.einsum("BMCSKH->BMCKHS", keys), jnp.einsum("BMCSKH->BMCKSH", values)
+    pairs = jnp.stack([x.reshape(*lead, *pages.shape[3:]) for x in laid_out], axis=3)
+    return pages.at[layer, page].set(pairs.reshape(*page.shape, *pages.shape[2:]), mode="drop")
 
 
 def paged_attention(
+    device: jax.Device,
     q: Float[Array, "B N H"],
-    pages: Float[Array, "L P S W"],
+    pages: Float[Array, "L P R K W"],
     layer: Int[Array, ""],
     lengths: Int[Array, "B"],
     page_table: Int[Array, "B M"],
-    size: int = BLOCK_TOKENS,
 ) -> Float[Array, "B N H"]:
-    """As the package's `paged_attention`, in blocks of `size` tokens."""
-    batch, heads, dim = q.shape
-    layers, _, page_size, width = pages.shape
-    kv_heads = width // (2 * dim)
+    """As the package's `paged_attention`."""
+    (batch, heads, dim), (layers, _, pairs, kv_heads, width) = q.shape, pages.shape
+    size = CPU_BLOCK_TOKENS if device.platform == "cpu" else BLOCK_TOKENS
     grouped = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads, dim) / math.sqrt(dim)
-    piece = math.gcd(page_size, size)
-    pieces = pages.reshape(layers, -1, piece, width)
+    piece, count = width // dim, pairs // 2
+    pieces = pages.reshape(layers, -1, 2, kv_heads, width)
 
     def block(index, state):
         peak, total, acc = state
         first = index * size + jnp.arange(0, size, piece)
-        entries = jnp.minimum(first // page_size, page_table.shape[1] - 1)
-        wanted = page_table[:, entries] * (page_size // piece) + first % page_size // piece
+        entry = jnp.minimum(first // (count * piece), page_table.shape[1] - 1)
+        wanted = page_table[:, entry] * count + first // piece % count
         wanted = jnp.where(first < lengths[:, None], wanted, 0)
-        rows = pieces[layer, wanted].reshape(batch, size, kv_heads, 2, dim)
+        keys = pieces[layer, wanted, 0].reshape(batch, -1, kv_heads, dim, piece)
+        keys = jnp.moveaxis(keys, 1, 3).reshape(batch, kv_heads, dim, size)
+        values = pieces[layer, wanted, 1].reshape(batch, -1, kv_heads, piece, dim)
+        values = values.swapaxes(1, 2).reshape(batch, kv_heads, size, dim)
         valid = index * size + jnp.arange(size) < lengths[:, None]
-        scores = jnp.einsum("BSKH,BKGH->BKSG", rows[:, :, :, 0].astype(jnp.float32), grouped)
-        scores = jnp.where(valid[:, None, None], scores.swapaxes(2, 3), -jnp.inf)
+        scores = jnp.einsum("BKGH,BKHS->BKGS", grouped, keys.astype(jnp.float32))
+        scores = jnp.where(valid[:, None, None], scores, -jnp.inf)
         new_peak = jnp.maximum(peak, scores.max(axis=-1))
         weights = jnp.exp(scores - new_peak[..., None])
         rescale = jnp.exp(peak - new_peak)
-        values = jnp.where(valid[:, :, None, None], rows[:, :, :, 1], 0)
-        update = jnp.einsum("BKGS,BSKH->BKGH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        values = jnp.where(valid[:, None, :, None], values, 0)
+        update = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return new_peak, total * rescale + weights.sum(axis=-1), acc * rescale[..., None] + update
 
     lead = grouped.shape[:3]
