@@ -1,7 +1,7 @@
 """Memory and time of log-probs with gradients, full logits against ours: `python bench/logprob_memory.py`.
 
 On this machine, each in processes of its own, in turn; and with --topology compiled for one TPU mesh, where bytes are
-the compiler's. Last line JSON.
+the compiler's and times the cycles that it estimates, one operation after the other. Last line JSON.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from minigrpo import hlo
+from minigrpo.chips import CHIPS
 from minigrpo.config import Options, Settings, option, parse_mesh, run_command
 from minigrpo.logprobs import Head, token_logprobs
 from minigrpo.plan import topology_mesh
@@ -127,25 +128,31 @@ def in_turn(options: BenchOptions) -> dict:
     }
 
 
-def scratch(mesh: Mesh, program, shapes) -> int:
-    """Bytes of temporaries per chip; where the program does not fit, all that the compiler wanted."""
+def counted(mesh: Mesh, program, shapes) -> tuple[int, int | None]:
+    """Bytes of temporaries and estimated cycles per chip; if it does not fit, all bytes that were wanted, and None."""
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return hlo.memory_of(program.lower(*shapes).compile()).temporaries
+            done = program.lower(*shapes).compile()
     except jax.errors.JaxRuntimeError as error:
-        return hlo.memory_wanted(error)
+        return hlo.memory_wanted(error), None
+    return hlo.memory_of(done).temporaries, hlo.estimated_cycles(done.as_text())
 
 
 def compiled_for(options: BenchOptions) -> dict:
-    """Scratch per chip of forward and of gradients, for both variants."""
+    """Scratch and counted milliseconds per chip of forward and of gradients, for both variants."""
     mesh = topology_mesh(options.topology, options.mesh)
     head = Head(mesh, options.vocab, 1.0, choose_tiles(mesh))
     shapes = arguments(options, mesh, jnp.bfloat16)
+    clock = CHIPS[options.topology.split(":")[0]].clock * 1e6
     report: dict[str, dict] = {}
     for variant in VARIANTS:
         report[variant] = {}
-        for name, program in zip(("forward_gib", "gradients_gib"), programs(variant, head), strict=True):
-            report[variant][name] = round(scratch(mesh, program, shapes) / 2**30, 3)
+        for name, program in zip(("forward", "gradients"), programs(variant, head), strict=True):
+            scratch, cycles = counted(mesh, program, shapes)
+            milliseconds = None if cycles is None else round(cycles / clock, 1)
+            report[variant] |= {f"{name}_gib": round(scratch / 2**30, 3), f"{name}_ms": milliseconds}
+            took = "does not fit" if milliseconds is None else f"{milliseconds} ms counted"
+            sys.stderr.write(f"{variant}, {name}: {scratch / 2**30:.2f} GiB of scratch, {took}\n")
     return report
 
 

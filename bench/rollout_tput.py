@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from environment import PEERS, last_json, tunix_python
 from jax.sharding import Mesh
-from train_step import matmul_rate, model_config, peak_mib
+from train_step import matmul_rate, model_config, peak_mib, stop_tokens
 
 from minigrpo.config import Options, RolloutOptions, Settings, UsageError, option, parse_mesh, run_command
 from minigrpo.model import ModelConfig, Params, abstract_params
@@ -158,7 +158,6 @@ def make_job(options: BenchOptions) -> Job:
     rng = np.random.default_rng(1)
     sizes = rng.integers(options.prompt_length // 2, options.prompt_length + 1, options.prompts)
     prompts = [rng.integers(3, options.vocab, size).tolist() for size in sizes]
-    ends = max(1, round(options.vocab / options.mean_length)) if options.mean_length else 0
     return Job(
         options=options,
         mesh=mesh,
@@ -166,7 +165,7 @@ def make_job(options: BenchOptions) -> Job:
         config=config,
         params=random_params(config, mesh, 0),
         prompts=prompts,
-        stops=tuple(range(options.vocab - ends, options.vocab)) if ends else (options.vocab,),
+        stops=stop_tokens(options.vocab, options.mean_length),
     )
 
 

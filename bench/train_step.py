@@ -36,6 +36,9 @@ from minigrpo.start import choose_tiles
 from minigrpo.weights import random_params
 from minigrpo.work import Work
 
+NO_CHANGE = 1e-30
+"""A learning rate at which float32 weights stay as they are."""
+
 MATMUL = 2048
 """Size of the square product whose rate counts as the machine's."""
 
@@ -57,6 +60,25 @@ class ShapeOptions(Options):
     new_tokens: int = option(128, "tokens per completion", low=1)
     remat: str = option("attention", "what the backward pass recomputes", choices=("none", "dots", "attention", "full"))
     repeats: int = option(5, "timed steps after two warm-up steps; the median counts", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthOptions(Options):
+    """Lengths of the completions"""
+
+    mean_length: int = option(
+        0,
+        "mean of geometric completion lengths, with prompts of half to all of --prompt_length; 0 gives all full length",
+        low=0,
+    )
+    parts: int = option(1, "parts that the update is computed in", low=1)
+    packing: bool = option(True, "put short sequences side by side in one row of the update")
+
+
+def stop_tokens(vocab: int, mean_length: int) -> tuple[int, ...]:
+    """As many of the vocabulary as end a completion of random tokens after `mean_length` on average; 0 never does."""
+    ends = max(1, round(vocab / mean_length)) if mean_length else 0
+    return tuple(range(vocab - ends, vocab)) if ends else (vocab,)
 
 
 def model_config(options: ShapeOptions) -> ModelConfig:
@@ -89,49 +111,59 @@ def matmul_rate(dtype: jnp.dtype) -> float:
     return 2 * MATMUL**3 / min(seconds)
 
 
-def make_trainer(options: ShapeOptions, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> grpo.Trainer:
+def make_trainer(options: ShapeOptions, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, parts: int) -> grpo.Trainer:
     return grpo.Trainer(
         graph=abstract_params(config)[0],
         head=Head(mesh, options.vocab, 1.0, choose_tiles(mesh)),
         layout=Layout(dtype, mesh),
         remat=options.remat,
-        optimizer=make_optimizer(OptimizerOptions(lr_schedule="constant", warmup_ratio=0.0), 100),
+        optimizer=make_optimizer(
+            OptimizerOptions(learning_rate=NO_CHANGE, lr_schedule="constant", warmup_ratio=0.0), 100
+        ),
         objective=functools.partial(grpo.policy_loss, LossOptions(beta=0.0)),
         weigh=functools.partial(losses.token_weights, "grpo", max_tokens=options.new_tokens),
-        parts=1,
+        parts=parts,
     )
 
 
 class Stepper:
-    """A GRPO step on random prompts with a reward that differs inside every group."""
+    """A GRPO step on random prompts with a reward that differs inside every group.
 
-    def __init__(self, options: ShapeOptions, mesh: Mesh, dtype: jnp.dtype):
+    Every step is the same, its lengths included, so that none compiles anew.
+    """
+
+    def __init__(self, options: ShapeOptions, lengths: LengthOptions, mesh: Mesh, dtype: jnp.dtype):
         config = model_config(options)
-        self.options, self.mesh = options, mesh
-        self.trainer = make_trainer(options, config, mesh, dtype)
+        self.options, self.lengths, self.mesh = options, lengths, mesh
+        self.trainer = make_trainer(options, config, mesh, dtype, lengths.parts)
         rollout = RolloutOptions(max_completion_length=options.new_tokens, temperature=1.0)
-        self.roller = Roller(config, mesh, dtype, rollout, options.vocab, (options.vocab,))
+        stops = stop_tokens(options.vocab, lengths.mean_length)
+        self.roller = Roller(config, mesh, dtype, rollout, options.vocab, stops)
         self.state: TrainState = init_state(self.trainer.optimizer, random_params(config, mesh, 0), mesh)
 
-    def __call__(self, number: int) -> dict[str, float]:
-        """Seconds of the step and of its phases."""
-        options, rng = self.options, np.random.default_rng(number)
-        prompts = rng.integers(3, options.vocab, (options.prompts, options.prompt_length)).tolist()
+    def __call__(self) -> dict[str, float]:
+        """Seconds of the step and of its phases, and how many tokens it sampled."""
+        options, rng = self.options, np.random.default_rng(0)
+        least = options.prompt_length // 2 if self.lengths.mean_length else options.prompt_length
+        sizes = rng.integers(least, options.prompt_length + 1, options.prompts)
+        prompts = [rng.integers(3, options.vocab, size).tolist() for size in sizes]
         started = time.perf_counter()
         ids = list(range(options.prompts))
-        rollout = self.roller(self.state.params, prompts, ids, options.generations, (0, number))
+        rollout = self.roller(self.state.params, prompts, ids, options.generations, (0, 0))
         sampled = time.perf_counter()
         rewards = rollout.tokens.sum(axis=1) % 17 / 17.0
         rows = [prompt for prompt in prompts for _ in range(options.generations)]
         limits = options.prompt_length, options.new_tokens
         batch = grpo.assemble(rows, rollout.tokens, rollout.lengths, limits)
         advantages = grpo.group_advantages(rewards, options.generations, "group")
-        batch = dataclasses.replace(batch, advantages=advantages, rollout_logprobs=rollout.logprobs)
-        batch = place_batch(self.mesh, batch, self.trainer.parts, packing=True)
+        recorded = rollout.logprobs[:, : batch.completions.shape[1]]
+        batch = dataclasses.replace(batch, advantages=advantages, rollout_logprobs=recorded)
+        batch = place_batch(self.mesh, batch, self.trainer.parts, self.lengths.packing)
         self.state, metrics = jax.block_until_ready(grpo.update(self.trainer, self.state, batch, {}))
         ended = time.perf_counter()
         assert np.isfinite(float(metrics["loss"]))
-        return {"step": ended - started, "rollout": sampled - started, "update": ended - sampled}
+        seconds = {"step": ended - started, "rollout": sampled - started, "update": ended - sampled}
+        return seconds | {"tokens": int(rollout.lengths.sum())}
 
 
 def peak_mib() -> float:
@@ -140,28 +172,32 @@ def peak_mib() -> float:
 
 def main(settings: Settings) -> int:
     options: ShapeOptions = settings[ShapeOptions]
+    lengths: LengthOptions = settings[LengthOptions]
     start_platform(options.mesh)
     mesh = make_mesh(options.mesh)
     dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    work = Work(model_config(options), options.prompts, options.generations, options.prompt_length, options.new_tokens)
+    completion = min(lengths.mean_length or options.new_tokens, options.new_tokens)
+    work = Work(model_config(options), options.prompts, options.generations, options.prompt_length, completion)
     rate = matmul_rate(dtype) * (1 if jax.default_backend() == "cpu" else mesh.size)
     flops = work.update_flops(options.remat) + work.rollout_flops()
     sys.stderr.write(f"limit: {flops / 1e9:.1f} GFLOP at {rate / 1e9:.0f} GFLOP/s is {flops / rate:.3f} s a step\n")
-    stepper = Stepper(options, mesh, dtype)
-    first = stepper(0)["step"]
-    stepper(1)
-    steps = [stepper(number) for number in range(2, 2 + options.repeats)]
-    median = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+    stepper = Stepper(options, lengths, mesh, dtype)
+    first = stepper()["step"]
+    stepper()
+    steps = [stepper() for _ in range(options.repeats)]
+    median = {name: statistics.median(step[name] for step in steps) for name in ("step", "rollout", "update")}
+    tokens = statistics.median(step["tokens"] for step in steps)
     report = {
         "bench": "train_step",
         "jax": jax.__version__,
         "device": mesh.devices.flat[0].device_kind,
         **dataclasses.asdict(options),
+        **dataclasses.asdict(lengths),
         "sequences": work.rows,
         "first_step_seconds": round(first, 3),
         "seconds": [round(step["step"], 4) for step in steps],
         "median_seconds": {name: round(value, 4) for name, value in median.items()},
-        "tokens_per_second": round(work.rows * options.new_tokens / median["step"], 1),
+        "tokens_per_second": round(tokens / median["step"], 1),
         "gflop": round(flops / 1e9, 1),
         "share_of_matmul_rate": round(flops / rate / median["step"], 3),
         "peak_mib": round(peak_mib(), 1),
@@ -175,4 +211,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    run_command("python bench/train_step.py", __doc__ or "", (ShapeOptions,), main)
+    run_command("python bench/train_step.py", __doc__ or "", (ShapeOptions, LengthOptions), main)

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 ITEM_BYTES = {
@@ -94,20 +95,34 @@ def loop_length(condition: str) -> int | None:
     return int(constant[1]) if constant else None
 
 
+def executed(text: str, open_turns: int | None = None) -> Iterator[tuple[str, int, bool]]:
+    """Every computation that a program runs, once for each place it is called from: its text, how often, and whether
+    in a loop whose length is decided at run time, counted as `open_turns` if that is given and else once."""
+    _, *pieces = COMPUTATION.split(text)
+    starts, names, texts = pieces[::3], pieces[1::3], pieces[2::3]
+    bodies = dict(zip(names, texts, strict=True))
+
+    def walk(name: str, times: int, is_open: bool) -> Iterator[tuple[str, int, bool]]:
+        body = bodies.get(name, "")
+        yield body, times, is_open
+        for condition, inner in WHILE.findall(body):
+            length = loop_length(bodies.get(condition, "")) or open_turns
+            yield from walk(inner, times * (1 if length is None else length), is_open or length is None)
+        branches = [part.strip().lstrip("%") for group in BRANCHES.findall(body) for part in group.split(",")]
+        for called in [*CALLED.findall(body), *branches]:
+            yield from walk(called, times, is_open)
+
+    yield from walk(next(name for name, start in zip(names, starts, strict=True) if start), 1, False)
+
+
 def collectives(text: str, open_turns: int | None = None) -> dict[str, Traffic]:
     """Kind -> its traffic, from the optimised HLO of a program.
 
     `open_turns` is how often every loop runs whose length is decided at run time; without it what is in them is told
     apart.
     """
-    _, *pieces = COMPUTATION.split(text)
-    starts, names, texts = pieces[::3], pieces[1::3], pieces[2::3]
-    bodies = dict(zip(names, texts, strict=True))
-    entry = next(name for name, start in zip(names, starts, strict=True) if start)
     found: dict[str, Traffic] = collections.defaultdict(Traffic)
-
-    def walk(name: str, times: int, is_open: bool) -> None:
-        body = bodies.get(name, "")
+    for body, times, is_open in executed(text, open_turns):
         for shapes, kind, started in COLLECTIVE.findall(body):
             if is_open:
                 found[kind].runs_in_open_loops += 1
@@ -115,12 +130,11 @@ def collectives(text: str, open_turns: int | None = None) -> dict[str, Traffic]:
             else:
                 found[kind].runs += times
                 found[kind].bytes += times * result_bytes(shapes, bool(started))
-        for condition, inner in WHILE.findall(body):
-            length = loop_length(bodies.get(condition, "")) or open_turns
-            walk(inner, times * (1 if length is None else length), is_open or length is None)
-        branches = [part.strip().lstrip("%") for group in BRANCHES.findall(body) for part in group.split(",")]
-        for called in [*CALLED.findall(body), *branches]:
-            walk(called, times, is_open)
-
-    walk(entry, 1, False)
     return dict(found)
+
+
+def estimated_cycles(text: str) -> int:
+    """What the TPU compiler estimates for every operation of a program, one after the other, loops at full length."""
+    return sum(
+        times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', body))) for body, times, _ in executed(text)
+    )

@@ -24,11 +24,15 @@ LOWEST = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Rows and vocabulary entries per device handled at a time. Sizes change memory and time, no number."""
+    """Rows and vocabulary entries per device handled at a time. Sizes change memory and time, no number.
 
-    rows: int = 512
-    vocab: int = 2048
-    backward_rows: int = 256
+    Counted best for v6e (`bench/logprob_memory.py --topology`): the head's gradient is read and written once per chunk
+    of backward rows, so these are as many as no other scratch exceeds.
+    """
+
+    rows: int = 2048
+    vocab: int = 4096
+    backward_rows: int = 2048
     backward_bytes: int = 0
     """Of logits in a backward pass that goes through the vocabulary, as the CPU likes it; 0 goes through the rows."""
 

@@ -104,7 +104,8 @@ def check_quantize(config: ModelConfig) -> None:
 
 def choose_tiles(mesh: Mesh) -> Tiles:
     """How the log-probs are computed in parts on this platform."""
-    return Tiles(backward_bytes=CPU_LOGITS) if mesh.devices.flat[0].platform == "cpu" else Tiles()
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return Tiles(rows=512, vocab=2048, backward_bytes=CPU_LOGITS) if on_cpu else Tiles()
 
 
 @dataclasses.dataclass(frozen=True)

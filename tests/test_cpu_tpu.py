@@ -125,7 +125,7 @@ HLO = """HloModule jit_f
   ROOT %lt = pred[] compare(%i, %three), direction=LT
 }
 %body (p: (s32[])) -> (s32[]) {
-  %g = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather(%x), dimensions={0}
+  %g = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather(%x), dimensions={0}, backend_config={"estimated_cycles":"700"}
 }
 %open (p: (s32[])) -> pred[] {
   ROOT %gt = pred[] compare(%i, %n), direction=GT
@@ -136,7 +136,7 @@ HLO = """HloModule jit_f
 ENTRY %main (p: f32[4]) -> f32[4] {
   %w = (s32[]) while(%t), condition=%cond, body=%body
   %v = (s32[]) while(%t), condition=%open, body=%turn
-  %r = (f32[4]{0}, f32[2]{0}) all-reduce(%x, %y), to_apply=%add
+  %r = (f32[4]{0}, f32[2]{0}) all-reduce(%x, %y), to_apply=%add, backend_config={"estimated_cycles":"40"}
 }
 """
 
@@ -161,6 +161,10 @@ def test_collectives_are_counted_with_their_loops():
     assert found["all-gather"] == hlo.Traffic(runs=3, bytes=3 * 8 * 128 * 2)
     assert found["all-reduce"] == hlo.Traffic(runs=1, bytes=24, runs_in_open_loops=1, bytes_in_open_loops=24)
     assert hlo.collectives(HLO, open_turns=5)["all-reduce"] == hlo.Traffic(runs=6, bytes=6 * 24)
+
+
+def test_estimated_cycles_are_summed_over_the_turns_of_loops():
+    assert hlo.estimated_cycles(HLO) == 3 * 700 + 40
 
 
 def test_a_program_too_large_says_how_much_it_wanted():
