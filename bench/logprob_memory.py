@@ -1,7 +1,7 @@
 """Memory and time of log-probs with gradients, full logits against ours: `python bench/logprob_memory.py`.
 
 On this machine, each in processes of its own, in turn; and with --topology compiled for one TPU mesh, where bytes are
-the compiler's and times the cycles that it estimates, one operation after the other. Last line JSON.
+the compiler's and times the cycles that it estimates, without collectives and copies. Last line JSON.
 """
 
 import dataclasses

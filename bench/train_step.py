@@ -177,7 +177,8 @@ def main(settings: Settings) -> int:
     mesh = make_mesh(options.mesh)
     dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     completion = min(lengths.mean_length or options.new_tokens, options.new_tokens)
-    work = Work(model_config(options), options.prompts, options.generations, options.prompt_length, completion)
+    prompt = options.prompt_length * 3 // 4 if lengths.mean_length else options.prompt_length
+    work = Work(model_config(options), options.prompts, options.generations, prompt, completion)
     rate = matmul_rate(dtype) * (1 if jax.default_backend() == "cpu" else mesh.size)
     flops = work.update_flops(options.remat) + work.rollout_flops()
     sys.stderr.write(f"limit: {flops / 1e9:.1f} GFLOP at {rate / 1e9:.0f} GFLOP/s is {flops / rate:.3f} s a step\n")

@@ -6,6 +6,7 @@ import re
 from minigrpo import memory
 from minigrpo.chips import GIB, Chip
 from minigrpo.config import UsageError
+from minigrpo.logprobs import Tiles
 from minigrpo.sharding import TP
 from minigrpo.start import Programs
 from minigrpo.work import Work
@@ -51,8 +52,8 @@ def rows_in_part(programs: Programs, work: Work, parts: int) -> int:
 
 def update_scratch(programs: Programs, work: Work, parts: int, trained: int) -> int:
     """Gradients, activations of one part, the head's gradient and the logits it is made from."""
-    sizes, chunk = programs.config.sizes, programs.head(1.0).tiles.backward_rows
-    tp = programs.mesh.shape[TP]
+    sizes, tp = programs.config.sizes, programs.mesh.shape[TP]
+    chunk = min(Tiles().backward_rows, rows_in_part(programs, work, parts) * work.completion)
     head = 4 * (sizes["V"] // tp) * (sizes["D"] + 2 * chunk * tp)
     activations = memory.activation_bytes(programs, work.prompt + work.completion)
     return trained + rows_in_part(programs, work, parts) * activations + head + gathered_bytes(programs, work)

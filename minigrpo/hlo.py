@@ -134,7 +134,10 @@ def collectives(text: str, open_turns: int | None = None) -> dict[str, Traffic]:
 
 
 def estimated_cycles(text: str) -> int:
-    """What the TPU compiler estimates for every operation of a program, one after the other, loops at full length."""
+    """What the TPU compiler estimates for a program's operations, one after the other, loops at full length.
+
+    Collectives and plain copies have no estimate; of conditionals all branches count.
+    """
     return sum(
         times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', body))) for body, times, _ in executed(text)
     )

@@ -27,7 +27,7 @@ class Tiles:
     """Rows and vocabulary entries per device handled at a time. Sizes change memory and time, no number.
 
     Counted best for v6e (`bench/logprob_memory.py --topology`): the head's gradient is read and written once per chunk
-    of backward rows, so these are as many as no other scratch exceeds.
+    of backward rows, so these are as many as can be without a higher peak of scratch.
     """
 
     rows: int = 2048

@@ -329,11 +329,11 @@ def shrink(state: State, size: int) -> State:
     return update(state, slots=jax.tree.map(lambda x: x[order], state.slots))
 
 
-def batch_sizes(slots: int, shrink: int) -> list[int]:
+def batch_sizes(slots: int, factor: int) -> list[int]:
     """64, 4 -> [64, 16, 4]: the batch's size at first and in the tail."""
     sizes = [slots]
-    while sizes[-1] > shrink:
-        sizes.append(-(-sizes[-1] // shrink))
+    while sizes[-1] > factor:
+        sizes.append(-(-sizes[-1] // factor))
     return sizes
 
 
@@ -349,7 +349,7 @@ def one_by_one(layers: list[tuple[Array, Params]], step: Callable, carry: Any, _
 
 
 def layer_runner(plan: RolloutPlan, model: Qwen) -> EachLayer:
-    """How decoding runs the layers: a scan, but on the CPU, where a scan would copy every layer's weights, unrolled."""
+    """How a rollout runs the layers: a scan, but on the CPU, where that would copy every layer's weights, unrolled."""
     if plan.device.platform != "cpu":
         return jax.lax.scan
     stacked = nnx.to_pure_dict(nnx.split(model.layers)[1])
@@ -375,8 +375,8 @@ def decode_all(
         state = jax.lax.while_loop(can_admit, functools.partial(admit, plan, prompts, table), state)
         return decode(plan, model, each_layer, prompts, uniforms, extend(plan, state))
 
-    shrink_by = CPU_TAIL_SHRINK if plan.device.platform == "cpu" else TAIL_SHRINK
-    sizes = batch_sizes(state.slots.token.shape[0], shrink_by)
+    factor = CPU_TAIL_SHRINK if plan.device.platform == "cpu" else TAIL_SHRINK
+    sizes = batch_sizes(state.slots.token.shape[0], factor)
     for size, following in zip(sizes, sizes[1:] + [0], strict=True):
         state = shrink(state, size)
         state = jax.lax.while_loop(functools.partial(more_left_than, following), step, state)

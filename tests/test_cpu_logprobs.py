@@ -80,7 +80,7 @@ def test_padding_rows_get_no_probability_and_no_gradient():
 
 def test_no_array_of_rows_by_vocabulary_exists():
     """Neither pass may hold [rows, V]: the compiled program's scratch stays far below it."""
-    rows, vocab, dim = 4096, 32768, 8
+    rows, vocab, dim = 16384, 32768, 8
     head = Head(mesh_of(1, 1), vocab)
     shapes = [
         jax.ShapeDtypeStruct(s, t)

@@ -115,6 +115,13 @@ def test_a_fault_in_the_kernel_is_seen(fault, monkeypatch):
         check(attend_emulated, 4, 2, 128, 16, np.float32)
 
 
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+def test_blocks_of_several_pieces_equal_oracle(page_size, monkeypatch):
+    """As a GPU walks them."""
+    monkeypatch.setattr(xla, "CPU_BLOCK_TOKENS", xla.BLOCK_TOKENS)
+    check(attend_xla, 4, 2, 32, page_size, np.float32, extra=(131,))
+
+
 def test_large_scores_do_not_overflow():
     rng = np.random.default_rng(0)
     q, pages, layer, lengths, table = make_case(rng, [40], 4, 2, 16, 8, np.float32)
@@ -133,12 +140,12 @@ def test_a_tpu_page_holds_token_rows_of_key_and_value_pairs():
 
 
 @pytest.mark.parametrize("path", [tpu, xla])
-@pytest.mark.parametrize("page_size", [8, 128])
+@pytest.mark.parametrize("page_size", [8, 24, 128])
 def test_appending_tokens_and_filling_pages_are_the_same(path, page_size):
     """And neither writes anything where there is no page, or in another layer."""
     rng = np.random.default_rng(0)
     k, v = (jnp.asarray(rng.normal(size=(2, 2 * page_size, 2, 4)), jnp.float32) for _ in "kv")
-    table = jnp.array([[3, 9], [0, 2]])
+    table = jnp.array([[3, 5], [0, 2]])  # of pages 0 to 4
     empty = jnp.zeros((2, 5, *path.page_shape(page_size, 2, 4)))
     filled = path.fill_pages(empty, jnp.int32(1), table, k, v)
 

@@ -2,7 +2,7 @@
 
 Pages are [L, num_pages, ...]: what comes after is one page of one layer, contiguous, laid out as its reader likes it.
 On TPU it is [page_size, 2*K*H], the lanes of one token row being k0 v0 k1 v1 ..., one pair of head vectors per kv head,
-so that sharding the lanes shards the heads; elsewhere it is [2, K, page_size, H], keys before values.
+so that sharding the lanes shards the heads; elsewhere it is pieces of [2, K, ...], keys before values, see `xla`.
 """
 
 from types import ModuleType

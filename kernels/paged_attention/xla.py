@@ -1,7 +1,8 @@
 """Paged attention in plain XLA, the path of CPU and GPU.
 
 A page is cut into pieces of at most PIECE_TOKENS tokens; in a piece a head's keys lie [H, S] and its values [S, H], as
-the two products read them.
+the two products read them, S being the piece's tokens. So a page is [R, K, W]: R the keys and values of every piece, W
+the H*S numbers of a head.
 """
 
 import math
@@ -24,8 +25,9 @@ def page_shape(page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
 
 
 def kv_heads(pages: Float[Array, "L P R K W"], head_dim: int) -> int:
-    """How many heads of this size the pages hold; 0 if they hold others."""
-    return 0 if pages.shape[4] % head_dim else pages.shape[3]
+    """How many heads of this size the pages hold; 0 if no piece of these pages has such heads."""
+    piece, rest = divmod(pages.shape[4], head_dim)
+    return 0 if rest or PIECE_TOKENS % piece else pages.shape[3]
 
 
 def append_rows(
