@@ -177,7 +177,7 @@ def main(settings: Settings) -> int:
     mesh = make_mesh(options.mesh)
     dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     completion = min(lengths.mean_length or options.new_tokens, options.new_tokens)
-    prompt = options.prompt_length * 3 // 4 if lengths.mean_length else options.prompt_length
+    prompt = options.prompt_length * 3 // 4 if lengths.mean_length else options.prompt_length  # on average
     work = Work(model_config(options), options.prompts, options.generations, prompt, completion)
     rate = matmul_rate(dtype) * (1 if jax.default_backend() == "cpu" else mesh.size)
     flops = work.update_flops(options.remat) + work.rollout_flops()

@@ -96,8 +96,10 @@ def loop_length(condition: str) -> int | None:
 
 
 def executed(text: str, open_turns: int | None = None) -> Iterator[tuple[str, int, bool]]:
-    """Every computation that a program runs, once for each place it is called from: its text, how often, and whether
-    in a loop whose length is decided at run time, counted as `open_turns` if that is given and else once."""
+    """What a program runs, a computation at a time, once for each call of it: its text, how often, if in an open loop.
+
+    An open loop's length is decided at run time; it counts as `open_turns` if that is given, and else as one turn.
+    """
     _, *pieces = COMPUTATION.split(text)
     starts, names, texts = pieces[::3], pieces[1::3], pieces[2::3]
     bodies = dict(zip(names, texts, strict=True))
