@@ -112,11 +112,7 @@ def main(settings: Settings) -> int:
     with tempfile.TemporaryDirectory() as folder:
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         regex = "--xla_jf_dump_llo_pass_label_regex=.*packed-bundles-post-ra.*"
-        os.environ |= {
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "LIBTPU_INIT_ARGS": f"{dump} {regex}",
-        }
+        os.environ["LIBTPU_INIT_ARGS"] = f"{dump} {regex}"
         devices = topology_devices(options.topology)
         chip = CHIPS[options.topology.partition(":")[0]]
         tuning = tpu.read_tuning(devices[0].device_kind)

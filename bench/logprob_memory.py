@@ -6,7 +6,6 @@ the compiler's and times the cycles that it estimates, without collectives and c
 
 import dataclasses
 import json
-import os
 import pathlib
 import statistics
 import subprocess
@@ -166,7 +165,6 @@ def main(settings: Settings) -> int:
     least = 4 * options.tokens * options.vocab
     sys.stderr.write(f"full logits of {options.tokens} tokens: {least / 1e9:.2f} GB in float32 on each device\n")
     if options.topology != "none":
-        os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         jax.config.update("jax_platforms", "cpu")
         report |= compiled_for(options)
     else:

@@ -6,7 +6,6 @@ the pool of the worst case also with half of it; the kernel's cycles are counted
 
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 
@@ -109,7 +108,6 @@ def kernel_cycles(settings: Settings, topology: str) -> dict:
 
 
 def main(settings: Settings) -> int:
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     jax.config.update("jax_platforms", "cpu")
     settings = settings.with_defaults(JOB)
     if settings[RolloutOptions].pool_pages:

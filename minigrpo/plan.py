@@ -69,9 +69,22 @@ SECTIONS = (
 
 # The pieces of a plan
 
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v6e-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""Keeps the TPU library from looking for chips, and from complaining that there are none; any known type will do."""
+
 
 def topology_devices(name: str) -> list[Any]:
-    """Chips that are not there, for the compiler; UsageError for an unknown topology."""
+    """Chips that are not there, for the compiler; UsageError for an unknown topology.
+
+    Programs for them cannot be read back from jax's cache of compiled ones, so that is off from here on.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+    os.environ |= NO_TPU
     options: dict[str, Any] = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     if re.fullmatch(r"\w+:1x1(x1)?", name):
         options["chips_per_host_bounds"] = (1, 1, 1)  # the library takes four chips for a host's
@@ -382,11 +395,8 @@ def usable(chip: Chip) -> float:
     return chip.hbm_gib if chip.tflops else memory.FULL * chip.hbm_gib
 
 
-def largest_batch(programs: Programs, phases: dict[str, Phase], chip: Chip) -> int:
-    """Prompts per step whose update would fit in one part, extrapolated from the compiled one by `activation_bytes`.
-
-    In more parts the update takes more prompts; the rollout's memory does not grow past --slots completions per chip.
-    """
+def most_in_one_part(programs: Programs, phases: dict[str, Phase], chip: Chip) -> int:
+    """Prompts whose update would fit in one part, extrapolated from the compiled one by `activation_bytes`."""
     steps = programs.settings[StepOptions]
     length = programs.settings[DataOptions].max_prompt_length
     length += programs.settings[RolloutOptions].max_completion_length
@@ -397,8 +407,25 @@ def largest_batch(programs: Programs, phases: dict[str, Phase], chip: Chip) -> i
     return max(0, int(most * programs.mesh.size // steps.num_generations))
 
 
+def most_in_pool(programs: Programs, resident: Resident) -> int:
+    """Prompts of which a pool as large as memory or --pool_pages allows holds one copy, and one completion per chip."""
+    plan, prompts = prompt_rows(programs, resident)
+    pages = plan.pool_pages or memory.pool_limit(programs, resident.total)
+    each = -(-prompts.tokens.shape[1] // plan.page_size)
+    return max(0, (pages - plan.own_pages()) // each * programs.mesh.size)
+
+
+def largest_batch(programs: Programs, resident: Resident, in_one_part: int) -> int:
+    """Prompts per step that fit. What --gradient_accumulation_steps=auto may choose only the rollout limits."""
+    steps = programs.settings[StepOptions]
+    by_pool = most_in_pool(programs, resident)
+    if in_one_part and steps.gradient_accumulation_steps == "auto":
+        return by_pool
+    parts = memory.choose_parts(programs, steps.batch_size * steps.num_generations)
+    return min(by_pool, in_one_part * parts)
+
+
 def main(settings: Settings) -> int:
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     jax.config.update("jax_platforms", "cpu")
     programs, chip = make_programs(settings)
     options, steps = settings[PlanOptions], settings[StepOptions]
@@ -415,7 +442,11 @@ def main(settings: Settings) -> int:
     fits = all(phase.total <= usable(chip) * GIB for phase in phases.values())
     if not chip.tflops:
         sys.stderr.write(GPU_NOTE)
-    sys.stderr.write(f"it {'fits' if fits else 'does NOT fit'}\n")
+    in_one_part = most_in_one_part(programs, phases, chip)
+    largest = largest_batch(programs, held, in_one_part)
+    undivided = min(largest, in_one_part)
+    sys.stderr.write(f"it {'fits' if fits else 'does NOT fit'}; ")
+    sys.stderr.write(f"up to {largest} prompts would, about {undivided} in one part of the update\n")
     report = {
         "topology": options.topology,
         "mesh": options.mesh,
@@ -423,7 +454,8 @@ def main(settings: Settings) -> int:
         "counted_by": "arithmetic" if isinstance(programs, GpuPrograms) else "compiler",
         "fits": fits,
         "gradient_accumulation_steps": parts,
-        "largest_batch": largest_batch(programs, phases, chip),
+        "largest_batch": largest,
+        "largest_batch_in_one_part": undivided,
         "phases": {name: figures(phase, chip) for name, phase in phases.items()},
     }
     sys.stdout.write(json.dumps(report) + "\n")

@@ -11,7 +11,8 @@ import pytest
 from conftest import mesh_of
 
 from minigrpo import grpo, losses
-from minigrpo.attention import attend_on
+from minigrpo import rollout as rollout_module
+from minigrpo.attention import attend_on, causal_attention
 from minigrpo.config import LossOptions, RolloutOptions, UsageError
 from minigrpo.logprobs import Head
 from minigrpo.model import abstract_params, unembed
@@ -100,6 +101,26 @@ def test_small_pools_are_busier_not_wrong(tiny_config, tiny_params, plain):
 def test_a_pool_too_small_for_one_completion_is_refused(tiny_config, tiny_params):
     with pytest.raises(UsageError, match=r"--pool_pages=5: at least 28 pages of 8 tokens"):
         roll(tiny_config, tiny_params, dataclasses.replace(OPTIONS, pool_pages=5))
+
+
+def test_a_group_has_its_prompt_prefilled_and_held_once(tiny_config, tiny_params, monkeypatch):
+    """64 prompts x 8: the layers see every prompt once, and a pool of one copy of each serves all eight."""
+    prefilled = []
+
+    def counting(platform, q, k, v):
+        jax.debug.callback(lambda _: prefilled.append(q.shape[:2]), q[0, 0, 0, 0])
+        return causal_attention(platform, q, k, v)
+
+    monkeypatch.setattr(rollout_module, "causal_attention", counting)
+    prompts = np.random.default_rng(0).integers(10, REAL, (64, 33)).tolist()
+    once, own = 64 * 5, 2  # pages of 8: 32 tokens and a fifth page's share; 8 new tokens after a prompt's last
+    options = dataclasses.replace(OPTIONS, max_completion_length=8, pool_pages=once + 4 * own, temperature=0.0)
+    rollout = roll(tiny_config, tiny_params, options, prompts=prompts, group=8)
+    jax.effects_barrier()
+    assert sum(rows for rows, _ in prefilled) == 64 * tiny_config.num_hidden_layers
+    assert len(rollout.tokens) == 512
+    eight = rollout.tokens.reshape(64, 8, -1)
+    assert (eight == eight[:, :1]).all() and len({tuple(row) for row in eight[:, 0]}) > 32
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (4, 2)])
