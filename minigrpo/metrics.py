@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from minigrpo.config import RunOptions, UsageError
@@ -23,6 +22,8 @@ class TensorBoard:
     """Metrics for TensorBoard, in the run folder."""
 
     def __init__(self, folder: Path, first_step: int):
+        from tensorboardX import SummaryWriter  # takes seconds where torch is installed, which it imports
+
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
