@@ -69,6 +69,9 @@ SECTIONS = (
 
 # The pieces of a plan
 
+RESULT_BYTES = 4 + 4
+"""A completion token's number and log-prob."""
+
 NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -407,22 +410,29 @@ def most_in_one_part(programs: Programs, phases: dict[str, Phase], chip: Chip) -
     return max(0, int(most * programs.mesh.size // steps.num_generations))
 
 
-def most_in_pool(programs: Programs, resident: Resident) -> int:
-    """Prompts of which a pool as large as memory or --pool_pages allows holds one copy, and one completion per chip."""
+def most_in_rollout(programs: Programs, resident: Resident, rollout: Phase, chip: Chip) -> int:
+    """Prompts that a pool as large as memory or --pool_pages allows holds once, and one completion per chip.
+
+    Every chip has the tokens and log-probs of all completions at the end, which must fit beside that pool.
+    """
     plan, prompts = prompt_rows(programs, resident)
+    steps = programs.settings[StepOptions]
     pages = plan.pool_pages or memory.pool_limit(programs, resident.total)
     each = -(-prompts.tokens.shape[1] // plan.page_size)
-    return max(0, (pages - plan.own_pages()) // each * programs.mesh.size)
+    by_pool = (pages - plan.own_pages()) // each * programs.mesh.size
+    grown = pages * memory.page_bytes(programs, plan.page_size) - cache_bytes(programs, resident)
+    spare = usable(chip) * GIB - rollout.total - grown
+    by_results = steps.batch_size + int(spare // (RESULT_BYTES * plan.max_tokens * steps.num_generations))
+    return max(0, min(by_pool, by_results))
 
 
-def largest_batch(programs: Programs, resident: Resident, in_one_part: int) -> int:
-    """Prompts per step that fit. What --gradient_accumulation_steps=auto may choose only the rollout limits."""
+def largest_batch(programs: Programs, in_rollout: int, in_one_part: int) -> int:
+    """Prompts per step that fit: --gradient_accumulation_steps=auto fits any update of which one part can be had."""
     steps = programs.settings[StepOptions]
-    by_pool = most_in_pool(programs, resident)
     if in_one_part and steps.gradient_accumulation_steps == "auto":
-        return by_pool
+        return in_rollout
     parts = memory.choose_parts(programs, steps.batch_size * steps.num_generations)
-    return min(by_pool, in_one_part * parts)
+    return min(in_rollout, in_one_part * parts)
 
 
 def main(settings: Settings) -> int:
@@ -443,7 +453,7 @@ def main(settings: Settings) -> int:
     if not chip.tflops:
         sys.stderr.write(GPU_NOTE)
     in_one_part = most_in_one_part(programs, phases, chip)
-    largest = largest_batch(programs, held, in_one_part)
+    largest = largest_batch(programs, most_in_rollout(programs, held, phases["rollout"], chip), in_one_part)
     undivided = min(largest, in_one_part)
     sys.stderr.write(f"it {'fits' if fits else 'does NOT fit'}; ")
     sys.stderr.write(f"up to {largest} prompts would, about {undivided} in one part of the update\n")

@@ -132,6 +132,9 @@ def test_the_largest_batch_is_the_last_that_fits():
     for share, fits in ((0.97, True), (1.03, False)):
         batch = f"--batch_size={round(share * one_part['largest_batch'])}"
         assert report_of(*flags, batch, "--gradient_accumulation_steps=1")["fits"] == fits
+    large_groups = ("--batch_size=32", "--num_generations=512", *SIZES[2:])
+    many = report_of("-m", "minigrpo.plan", "--topology=gpu:20GB", "--mesh=32,1", *large_groups)
+    assert 32 < many["largest_batch"] and many["largest_batch"] * 512 * 192 * 8 < 20 * 2**30  # results, on every card
 
 
 HLO = """HloModule jit_f
