@@ -43,7 +43,8 @@ def saved_bytes(programs: Programs, length: int) -> int:
 def activation_bytes(programs: Programs, length: int) -> int:
     """Counted bytes that one sequence of `length` tokens holds during the backward pass.
 
-    Of a layer's numbers the TPU compiler keeps about as many bytes as if all were float32.
+    The TPU compiler keeps about as many bytes of a layer's numbers as if all were float32, which is taken to hold
+    elsewhere; what the layers save for the backward pass is in the compute dtype.
     """
     config = programs.config
     scores = 3 * config.num_attention_heads * min(QUERY_BLOCK, length) * length * 4 if programs.platform != "tpu" else 0
@@ -83,6 +84,11 @@ def held_bytes(tree: Any) -> int:
     return sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards[:1])
 
 
+def sequences_per_part(programs: Programs, length: int) -> int:
+    """Most sequences of `length` tokens that a device is given in one part of an update."""
+    return max(1, int(device_budget(programs) // activation_bytes(programs, length)))
+
+
 def choose_parts(programs: Programs, rows: int) -> int:
     """--gradient_accumulation_steps, or for auto the fewest equal parts whose activations fit the device."""
     flag = programs.settings[StepOptions].gradient_accumulation_steps
@@ -92,6 +98,5 @@ def choose_parts(programs: Programs, rows: int) -> int:
         return int(flag)
     length = programs.settings[DataOptions].max_prompt_length
     length += programs.settings[RolloutOptions].max_completion_length
-    own = -(-rows // programs.mesh.size)
-    fitting = max(1, int(device_budget(programs) // activation_bytes(programs, length)))
+    own, fitting = -(-rows // programs.mesh.size), sequences_per_part(programs, length)
     return next(parts for parts in range(1, own + 1) if own % parts == 0 and own // parts <= fitting)

@@ -69,9 +69,6 @@ SECTIONS = (
 
 # The pieces of a plan
 
-RESULT_BYTES = 4 + 4
-"""A completion token's number and log-prob."""
-
 NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -269,6 +266,21 @@ def cache_bytes(programs: Programs, resident: Resident) -> int:
     return num_pages(plan, own_rows(prompts)) * memory.page_bytes(programs, plan.page_size)
 
 
+def pool_pages(programs: Programs, resident: Resident) -> int:
+    """Pages that training gives a chip's pool at most: --pool_pages, or what `memory.pool_limit` allows."""
+    given = programs.settings[RolloutOptions].pool_pages
+    return given or memory.pool_limit(programs, resident.total)
+
+
+def result_bytes(programs: Programs, completions: int) -> int:
+    """Bytes on a chip of what a rollout ends with: every completion's tokens and log-probs, on every chip.
+
+    A chip also has its own completions' during the rollout, with a random number per token.
+    """
+    tokens = completions * programs.settings[RolloutOptions].max_completion_length
+    return 8 * tokens + 12 * tokens // programs.mesh.size
+
+
 def decoded_shapes(programs: Programs, plan: RolloutPlan) -> Any:
     """The policy as it is decoded, whole on every chip."""
     shapes = jax.eval_shape(functools.partial(decode_weights, plan), join(*placed_params(programs, programs.dtype)))
@@ -294,6 +306,7 @@ def plan_rollout(programs: Programs, work: Work, resident: Resident) -> Phase:
     slots = min(plan.slots, -(-work.rows // chips))
     moved = work.rollout_bytes(chips, slots, programs.dtype.itemsize)
     scratch = budget.rollout_scratch(programs, slots, cache_bytes(programs, resident))
+    scratch += result_bytes(programs, work.rows)
     counted = Counted(resident.total, work.rollout_flops() / chips, moved, scratch)
     return measure(programs, counted, run_mesh, plan, decoded_shapes(programs, plan), prompts, seed)
 
@@ -398,41 +411,61 @@ def usable(chip: Chip) -> float:
     return chip.hbm_gib if chip.tflops else memory.FULL * chip.hbm_gib
 
 
-def most_in_one_part(programs: Programs, phases: dict[str, Phase], chip: Chip) -> int:
-    """Prompts whose update would fit in one part, extrapolated from the compiled one by `activation_bytes`."""
+def most_in_one_part(programs: Programs, update: Phase, chip: Chip) -> int:
+    """Sequences per chip whose update would fit in one part, extrapolated from the compiled one."""
     steps = programs.settings[StepOptions]
     length = programs.settings[DataOptions].max_prompt_length
     length += programs.settings[RolloutOptions].max_completion_length
     parts = memory.choose_parts(programs, steps.batch_size * steps.num_generations)
-    own = steps.batch_size * steps.num_generations / programs.mesh.size / parts
-    spare = usable(chip) * GIB - phases["update"].total
-    most = own + spare / memory.activation_bytes(programs, length)
-    return max(0, int(most * programs.mesh.size // steps.num_generations))
+    own = -(-steps.batch_size * steps.num_generations // (programs.mesh.size * parts))
+    spare = usable(chip) * GIB - update.total
+    return max(0, own + int(spare // memory.activation_bytes(programs, length)))
 
 
 def most_in_rollout(programs: Programs, resident: Resident, rollout: Phase, chip: Chip) -> int:
-    """Prompts that a pool as large as memory or --pool_pages allows holds once, and one completion per chip.
-
-    Every chip has the tokens and log-probs of all completions at the end, which must fit beside that pool.
-    """
+    """Prompts that the pool holds once, beside one completion per chip, extrapolated from the compiled rollout."""
     plan, prompts = prompt_rows(programs, resident)
     steps = programs.settings[StepOptions]
-    pages = plan.pool_pages or memory.pool_limit(programs, resident.total)
+    pages = pool_pages(programs, resident)
     each = -(-prompts.tokens.shape[1] // plan.page_size)
     by_pool = (pages - plan.own_pages()) // each * programs.mesh.size
     grown = pages * memory.page_bytes(programs, plan.page_size) - cache_bytes(programs, resident)
     spare = usable(chip) * GIB - rollout.total - grown
-    by_results = steps.batch_size + int(spare // (RESULT_BYTES * plan.max_tokens * steps.num_generations))
+    by_results = steps.batch_size + int(spare // result_bytes(programs, steps.num_generations))
     return max(0, min(by_pool, by_results))
 
 
 def largest_batch(programs: Programs, in_rollout: int, in_one_part: int) -> int:
-    """Prompts per step that fit: --gradient_accumulation_steps=auto fits any update of which one part can be had."""
-    steps = programs.settings[StepOptions]
-    if in_one_part and steps.gradient_accumulation_steps == "auto":
-        return in_rollout
-    parts = memory.choose_parts(programs, steps.batch_size * steps.num_generations)
-    return min(in_rollout, in_one_part * parts)
+    """Prompts per step that fit, a multiple of the chips where it is as many: fewer to a chip are spread unevenly.
+
+    An update in as many parts as --gradient_accumulation_steps=auto chooses fits if the largest part it chooses does.
+    """
+    steps, chips = programs.settings[StepOptions], programs.mesh.size
+    auto = steps.gradient_accumulation_steps == "auto"
+    parts = 1 if auto else memory.choose_parts(programs, steps.batch_size * steps.num_generations)
+    in_update = in_one_part * parts * chips // steps.num_generations
+    length = programs.settings[DataOptions].max_prompt_length
+    length += programs.settings[RolloutOptions].max_completion_length
+    if auto and in_one_part >= memory.sequences_per_part(programs, length):
+        in_update = in_rollout
+    largest = min(in_rollout, in_update)
+    return largest - largest % chips if largest >= chips else largest
+
+
+def verdict(programs: Programs, phases: dict[str, Phase], resident: Resident, chip: Chip) -> dict[str, Any]:
+    """Whether the step fits, and the most prompts that would: at all, and in one part of the update."""
+    plan, prompts = prompt_rows(programs, resident)
+    served = pool_pages(programs, resident) >= least_pages(plan, own_rows(prompts))
+    fitting = {name: phase.total <= usable(chip) * GIB for name, phase in phases.items()}
+    in_one_part = most_in_one_part(programs, phases["update"], chip)
+    in_rollout = most_in_rollout(programs, resident, phases["rollout"], chip)
+    largest = largest_batch(programs, in_rollout, in_one_part) if fitting["weights"] else 0
+    together = in_one_part * programs.mesh.size // programs.settings[StepOptions].num_generations
+    return {
+        "fits": served and all(fitting.values()),
+        "largest_batch": largest,
+        "largest_batch_in_one_part": min(largest, together),
+    }
 
 
 def main(settings: Settings) -> int:
@@ -443,29 +476,26 @@ def main(settings: Settings) -> int:
     held = count_resident(programs, programs.trainer(1, parts))
     sys.stderr.write(
         f"{options.topology} as fsdp,tp={options.mesh}: {programs.mesh.size} chips of {chip.hbm_gib:g} GiB; "
-        f"{steps.batch_size} prompts x {steps.num_generations}, update in {parts} parts; "
+        f"{steps.batch_size} prompts x {steps.num_generations}, update in {parts} part{'s' * (parts > 1)}; "
         f"page pool {cache_bytes(programs, held) / GIB:.2f} GiB per chip\n"
     )
     phases = make_plan(programs)
     for name, phase in phases.items():
         sys.stderr.write(describe(name, phase, chip))
-    fits = all(phase.total <= usable(chip) * GIB for phase in phases.values())
+    found = verdict(programs, phases, held, chip)
     if not chip.tflops:
         sys.stderr.write(GPU_NOTE)
-    in_one_part = most_in_one_part(programs, phases, chip)
-    largest = largest_batch(programs, most_in_rollout(programs, held, phases["rollout"], chip), in_one_part)
-    undivided = min(largest, in_one_part)
-    sys.stderr.write(f"it {'fits' if fits else 'does NOT fit'}; ")
-    sys.stderr.write(f"up to {largest} prompts would, about {undivided} in one part of the update\n")
+    sys.stderr.write(
+        f"it {'fits' if found['fits'] else 'does NOT fit'}; about {found['largest_batch']} prompts would at most, "
+        f"{found['largest_batch_in_one_part']} with the update in one part\n"
+    )
     report = {
         "topology": options.topology,
         "mesh": options.mesh,
         "jax": jax.__version__,
         "counted_by": "arithmetic" if isinstance(programs, GpuPrograms) else "compiler",
-        "fits": fits,
+        **found,
         "gradient_accumulation_steps": parts,
-        "largest_batch": largest,
-        "largest_batch_in_one_part": undivided,
         "phases": {name: figures(phase, chip) for name, phase in phases.items()},
     }
     sys.stdout.write(json.dumps(report) + "\n")

@@ -7,7 +7,7 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 COMPILED = tempfile.TemporaryDirectory(prefix="minigrpo-compiled-")
-"""One test process's compiled programs, its commands' too. Not shared by processes: jax's cache writes in place."""
+"""Programs compiled by one test process and, in turn, its commands. The workers share none: jax writes in place."""
 os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 

@@ -113,7 +113,7 @@ def test_a_group_has_its_prompt_prefilled_and_held_once(tiny_config, tiny_params
 
     monkeypatch.setattr(rollout_module, "causal_attention", counting)
     prompts = np.random.default_rng(0).integers(10, REAL, (64, 33)).tolist()
-    once, own = 64 * 5, 2  # pages of 8: 32 tokens and a fifth page's share; 8 new tokens after a prompt's last
+    once, own = 64 * 5, 2  # 33 tokens take five pages of 8; 8 more take two when the first is not the page's first
     options = dataclasses.replace(OPTIONS, max_completion_length=8, pool_pages=once + 4 * own, temperature=0.0)
     rollout = roll(tiny_config, tiny_params, options, prompts=prompts, group=8)
     jax.effects_barrier()

@@ -122,19 +122,22 @@ def test_gpus_are_planned_by_arithmetic():
 
 def test_the_largest_batch_is_the_last_that_fits():
     """Pages of 64 for prompts of 64, four for a completion: 36 prompts on each of four cards beside one completion."""
-    flags = ("-m", "minigrpo.plan", "--topology=gpu:20GB", "--mesh=2,2", "--pool_pages=40", *SIZES[1:])
+    sizes = ("--max_prompt_length=64", "--max_completion_length=192", "--num_generations=8")
+    card = ("-m", "minigrpo.plan", "--topology=gpu:20GB", *sizes)
+    flags = (*card, "--mesh=2,2", "--pool_pages=40")
     assert report_of(*flags, "--batch_size=4")["largest_batch"] == 144
     assert report_of(*flags, "--batch_size=144")["fits"]
-    result = run(*flags, "--batch_size=145")
+    result = run(*flags, "--batch_size=148")
     assert result.returncode == 2 and "--pool_pages=40: at least 41 pages of 64 tokens" in result.stderr
-    one_part = report_of(*flags, "--batch_size=60", "--gradient_accumulation_steps=1")
-    assert 60 < one_part["largest_batch"] == one_part["largest_batch_in_one_part"] < 144
-    for share, fits in ((0.97, True), (1.03, False)):
-        batch = f"--batch_size={round(share * one_part['largest_batch'])}"
-        assert report_of(*flags, batch, "--gradient_accumulation_steps=1")["fits"] == fits
-    large_groups = ("--batch_size=32", "--num_generations=512", *SIZES[2:])
-    many = report_of("-m", "minigrpo.plan", "--topology=gpu:20GB", "--mesh=32,1", *large_groups)
-    assert 32 < many["largest_batch"] and many["largest_batch"] * 512 * 192 * 8 < 20 * 2**30  # results, on every card
+    one_part = (*flags, "--gradient_accumulation_steps=1")
+    most = report_of(*one_part, "--batch_size=32")["largest_batch"]
+    assert 32 < most < 144
+    for share, fits in ((0.97, True), (1.07, False)):
+        report = report_of(*one_part, f"--batch_size={round(share * most / 4) * 4}")
+        assert report["fits"] == fits and report["largest_batch"] == report["largest_batch_in_one_part"]
+    many = (*card, "--mesh=32,1", "--num_generations=512")  # whose results are on every card
+    most = report_of(*many, "--batch_size=32")["largest_batch"]
+    assert most > 32 and most * 512 * 192 * 8 < 20 * 2**30
 
 
 HLO = """HloModule jit_f

@@ -22,8 +22,8 @@ def command(*flags, module="train"):
     return [sys.executable, "-W", "error", "-m", f"minigrpo.{module}", *flags]
 
 
-def run(*flags, module="train", timeout=300, **variables):
-    env = os.environ | {"HF_HUB_OFFLINE": "1"} | variables
+def run(*flags, module="train", timeout=300):
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
     env.pop("JAX_PLATFORMS", None)
     return subprocess.run(
         command(*flags, module=module), cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
@@ -101,7 +101,7 @@ def wait_for_step(folder, step, process):
 def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
     folder, flags, _ = finished
     target = tmp_path / "killed"
-    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     process = subprocess.Popen(
         command(*flags, f"--output_dir={target}"),
         cwd=ROOT,
@@ -114,7 +114,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (target / "final").exists()
-    result = run(*flags, f"--output_dir={target}", "--resume", JAX_ENABLE_COMPILATION_CACHE="false")
+    result = run(*flags, f"--output_dir={target}", "--resume")
     assert result.returncode == 0, result.stderr[-2000:]
     assert "resumed after step" in result.stderr
     assert metrics(target) == metrics(folder)
