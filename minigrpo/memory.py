@@ -84,9 +84,14 @@ def held_bytes(tree: Any) -> int:
     return sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards[:1])
 
 
-def sequences_per_part(programs: Programs, length: int) -> int:
-    """Most sequences of `length` tokens that a device is given in one part of an update."""
-    return max(1, int(device_budget(programs) // activation_bytes(programs, length)))
+def longest(programs: Programs) -> int:
+    """Tokens of the longest sequence that the flags allow."""
+    return programs.settings[DataOptions].max_prompt_length + programs.settings[RolloutOptions].max_completion_length
+
+
+def sequences_per_part(programs: Programs) -> int:
+    """Most sequences that --gradient_accumulation_steps=auto gives a device in one part of an update."""
+    return max(1, int(device_budget(programs) // activation_bytes(programs, longest(programs))))
 
 
 def choose_parts(programs: Programs, rows: int) -> int:
@@ -96,7 +101,5 @@ def choose_parts(programs: Programs, rows: int) -> int:
         if not flag.isdigit() or int(flag) < 1:
             raise UsageError(f"--gradient_accumulation_steps={flag}: must be auto or a whole number of at least 1")
         return int(flag)
-    length = programs.settings[DataOptions].max_prompt_length
-    length += programs.settings[RolloutOptions].max_completion_length
-    own, fitting = -(-rows // programs.mesh.size), sequences_per_part(programs, length)
+    own, fitting = -(-rows // programs.mesh.size), sequences_per_part(programs)
     return next(parts for parts in range(1, own + 1) if own % parts == 0 and own // parts <= fitting)

@@ -414,12 +414,10 @@ def usable(chip: Chip) -> float:
 def most_in_one_part(programs: Programs, update: Phase, chip: Chip) -> int:
     """Sequences per chip whose update would fit in one part, extrapolated from the compiled one."""
     steps = programs.settings[StepOptions]
-    length = programs.settings[DataOptions].max_prompt_length
-    length += programs.settings[RolloutOptions].max_completion_length
     parts = memory.choose_parts(programs, steps.batch_size * steps.num_generations)
     own = -(-steps.batch_size * steps.num_generations // (programs.mesh.size * parts))
     spare = usable(chip) * GIB - update.total
-    return max(0, own + int(spare // memory.activation_bytes(programs, length)))
+    return max(0, own + int(spare // memory.activation_bytes(programs, memory.longest(programs))))
 
 
 def most_in_rollout(programs: Programs, resident: Resident, rollout: Phase, chip: Chip) -> int:
@@ -444,9 +442,7 @@ def largest_batch(programs: Programs, in_rollout: int, in_one_part: int) -> int:
     auto = steps.gradient_accumulation_steps == "auto"
     parts = 1 if auto else memory.choose_parts(programs, steps.batch_size * steps.num_generations)
     in_update = in_one_part * parts * chips // steps.num_generations
-    length = programs.settings[DataOptions].max_prompt_length
-    length += programs.settings[RolloutOptions].max_completion_length
-    if auto and in_one_part >= memory.sequences_per_part(programs, length):
+    if auto and in_one_part >= memory.sequences_per_part(programs):
         in_update = in_rollout
     largest = min(in_rollout, in_update)
     return largest - largest % chips if largest >= chips else largest
@@ -459,10 +455,12 @@ def verdict(programs: Programs, phases: dict[str, Phase], resident: Resident, ch
     fitting = {name: phase.total <= usable(chip) * GIB for name, phase in phases.items()}
     in_one_part = most_in_one_part(programs, phases["update"], chip)
     in_rollout = most_in_rollout(programs, resident, phases["rollout"], chip)
+    steps, fits = programs.settings[StepOptions], served and all(fitting.values())
     largest = largest_batch(programs, in_rollout, in_one_part) if fitting["weights"] else 0
-    together = in_one_part * programs.mesh.size // programs.settings[StepOptions].num_generations
+    largest = max(largest, steps.batch_size) if fits else largest
+    together = in_one_part * programs.mesh.size // steps.num_generations
     return {
-        "fits": served and all(fitting.values()),
+        "fits": fits,
         "largest_batch": largest,
         "largest_batch_in_one_part": min(largest, together),
     }

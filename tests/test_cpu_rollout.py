@@ -108,16 +108,16 @@ def test_a_group_has_its_prompt_prefilled_and_held_once(tiny_config, tiny_params
     prefilled = []
 
     def counting(platform, q, k, v):
-        jax.debug.callback(lambda _: prefilled.append(q.shape[:2]), q[0, 0, 0, 0])
+        jax.debug.callback(lambda _: prefilled.append(q.shape[0]), q[0, 0, 0, 0])
         return causal_attention(platform, q, k, v)
 
     monkeypatch.setattr(rollout_module, "causal_attention", counting)
     prompts = np.random.default_rng(0).integers(10, REAL, (64, 33)).tolist()
-    once, own = 64 * 5, 2  # 33 tokens take five pages of 8; 8 more take two when the first is not the page's first
+    once, own = 64 * 5, 2  # pages of 8: five for a prompt of 33, up to two for 8 tokens more
     options = dataclasses.replace(OPTIONS, max_completion_length=8, pool_pages=once + 4 * own, temperature=0.0)
     rollout = roll(tiny_config, tiny_params, options, prompts=prompts, group=8)
     jax.effects_barrier()
-    assert sum(rows for rows, _ in prefilled) == 64 * tiny_config.num_hidden_layers
+    assert sum(prefilled) == 64 * tiny_config.num_hidden_layers
     assert len(rollout.tokens) == 512
     eight = rollout.tokens.reshape(64, 8, -1)
     assert (eight == eight[:, :1]).all() and len({tuple(row) for row in eight[:, 0]}) > 32
