@@ -266,8 +266,9 @@ def product(name: str, x: Array, weights: Array) -> Array:
 
     Its weights' gradient has the narrower of x and the cotangent as first operand, which XLA on the CPU lays out anew.
     """
-    ins, outs = PROJECTIONS[name]
-    return jnp.einsum(f"BT{ins},{layer_dims(name)}->BT{outs}", x, weights)
+    ins, _ = PROJECTIONS[name]
+    summed = [2 + place for place in range(len(ins))], [layer_dims(name).index(dim) for dim in ins]
+    return jnp.tensordot(x, weights, summed)
 
 
 def product_forward(name, x, weights):

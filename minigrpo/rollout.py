@@ -23,7 +23,17 @@ from minigrpo.attention import causal_attention
 from minigrpo.config import RolloutOptions, UsageError
 from minigrpo.kernels.paged_attention import append_rows, empty_pages, fill_pages, paged_attention
 from minigrpo.lora import merge
-from minigrpo.model import EachLayer, ModelConfig, Params, Qwen, abstract_params, unembed
+from minigrpo.model import (
+    PROJECTIONS,
+    EachLayer,
+    ModelConfig,
+    Params,
+    Qwen,
+    abstract_params,
+    layer_dims,
+    leaf_name,
+    unembed,
+)
 from minigrpo.sampling import Sampler, sample
 from minigrpo.sharding import DATA, Layout, by_sequence, in_dtype, put, replicated
 
@@ -345,9 +355,22 @@ def more_left_than(count: int, state: State) -> Bool[Array, ""]:
 
 def one_by_one(layers: list[tuple[Array, Params]], step: Callable, carry: Any, _: Any) -> tuple[Any, None]:
     """`each_layer` over weights that are apart already, as they are read without a copy; the stacked ones go unused."""
-    for layer in layers:
-        carry = step(carry, layer)[0]
+    for index, weights in layers:
+        carry = step(carry, (index, inputs_first(weights, back=True)))[0]
     return carry, None
+
+
+def inputs_first(weights: Params, back: bool = False) -> Params:
+    """One layer's weights with the dims that a product sums over in front, as XLA on the CPU reads them; or `back`."""
+
+    def turn(path, w):
+        name = leaf_name(path)
+        if name not in PROJECTIONS:
+            return w
+        stored, read = layer_dims(name), "".join(PROJECTIONS[name])
+        return jnp.einsum(f"{read}->{stored}" if back else f"{stored}->{read}", w)
+
+    return jax.tree_util.tree_map_with_path(turn, weights)
 
 
 def layer_runner(plan: RolloutPlan, model: Qwen) -> EachLayer:
@@ -356,7 +379,7 @@ def layer_runner(plan: RolloutPlan, model: Qwen) -> EachLayer:
         return jax.lax.scan
     stacked = nnx.to_pure_dict(nnx.split(model.layers)[1])
     layers = [
-        (jnp.int32(index), jax.tree.map(lambda w, index=index: w[index], stacked))
+        (jnp.int32(index), inputs_first(jax.tree.map(lambda w, index=index: w[index], stacked)))
         for index in range(plan.model.num_hidden_layers)
     ]
     return functools.partial(one_by_one, jax.lax.optimization_barrier(layers))
