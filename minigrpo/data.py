@@ -64,18 +64,18 @@ def read_rows(name: str, split: str) -> list[Row]:
     return read_jsonl(Path(name)) if is_file(name) else read_hub(name, split)
 
 
-def read_jsonl(path: Path) -> list[Row]:
-    """One object per line; UsageError naming file and line otherwise. Blank lines are skipped."""
+def read_jsonl(path: Path, flag: str = "dataset") -> list[Row]:
+    """One object per line; UsageError naming `flag`, file and line otherwise. Blank lines are skipped."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--dataset={path}: cannot be read ({error})") from error
+        raise UsageError(f"--{flag}={path}: cannot be read ({error})") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             rows.append(parse_line(path, number, line))
     if not rows:
-        raise UsageError(f"--dataset={path}: the file has no rows")
+        raise UsageError(f"--{flag}={path}: the file has no rows")
     return rows
 
 

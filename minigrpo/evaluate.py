@@ -198,9 +198,9 @@ def main(settings: Settings) -> int:
     options = settings[EvalOptions]
     models = [settings[ModelOptions].model] + ([options.base] if options.base else [])
     check_output(options.output)
+    setups = [set_up_one(settings, model, run_defaults(models[0])) for model in models]
     results, answers = [], []
-    for model in models:
-        setup = set_up_one(settings, model, run_defaults(models[0]))
+    for setup in setups:
         greedy = {"temperature": 0.0} if options.num_generations == 1 else {}
         final = setup.settings.with_defaults(greedy)
         problems = held_out(setup, final[DataOptions], options.eval_size)

@@ -107,7 +107,7 @@ def talk(setup: Setup, params: Params) -> None:
 def read_prompts(path: Path, prompt_column: str) -> Iterator[str | list[Message]]:
     """Prompts of a JSONL file's prompt column, or the lines of any other file."""
     if path.suffix in (".jsonl", ".json"):
-        rows = read_jsonl(path)
+        rows = read_jsonl(path, "prompts")
         column = choose_column(rows[0], "prompt_column", prompt_column, PROMPT_COLUMNS)
         for number, row in enumerate(rows, 1):
             if not is_prompt(row.get(column)):

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
 from minigrpo.config import LARGEST_RANK, LoraOptions, UsageError
 from minigrpo.model import (
@@ -27,7 +26,7 @@ from minigrpo.model import (
     select,
 )
 from minigrpo.tokenizer import read_json
-from minigrpo.weights import HUB_NAMES, hub_tensors, load_tree
+from minigrpo.weights import HUB_NAMES, hub_tensors, load_tree, write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -132,8 +131,7 @@ def save_adapter(folder: Path, adapters: Params, lora: Lora, base: str) -> None:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(dict(hub_tensors(adapters, np.float32)), partial / WEIGHTS_FILE, metadata={"format": "pt"})
-    (partial / WEIGHTS_FILE).chmod(0o644)  # safetensors writes files that only their owner can read
+    write_tensors(partial / WEIGHTS_FILE, dict(hub_tensors(adapters, np.float32)))
     (partial / CONFIG_FILE).write_text(json.dumps(adapter_json(lora, base), indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -94,12 +94,18 @@ def sequences_per_part(programs: Programs) -> int:
     return max(1, int(device_budget(programs) // activation_bytes(programs, longest(programs))))
 
 
-def choose_parts(programs: Programs, rows: int) -> int:
+def update_rows(programs: Programs) -> int:
+    """Sequences of one update: those of a step, or of one of its minibatches."""
+    steps = programs.settings[StepOptions]
+    return steps.batch_size * steps.num_generations // steps.num_minibatches
+
+
+def choose_parts(programs: Programs) -> int:
     """--gradient_accumulation_steps, or for auto the fewest equal parts whose activations fit the device."""
     flag = programs.settings[StepOptions].gradient_accumulation_steps
     if flag != "auto":
         if not flag.isdigit() or int(flag) < 1:
             raise UsageError(f"--gradient_accumulation_steps={flag}: must be auto or a whole number of at least 1")
         return int(flag)
-    own, fitting = -(-rows // programs.mesh.size), sequences_per_part(programs)
+    own, fitting = -(-update_rows(programs) // programs.mesh.size), sequences_per_part(programs)
     return next(parts for parts in range(1, own + 1) if own % parts == 0 and own // parts <= fitting)

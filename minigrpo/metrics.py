@@ -185,7 +185,8 @@ def check_empty(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         if (folder / "metrics.jsonl").exists():
             raise UsageError(
-                f"--output_dir={folder}: holds a run already; continue it with --resume or name another folder"
+                f"--output_dir={folder}: holds a run already; name another folder, or let minigrpo.train continue "
+                "its own with --resume"
             )
         raise UsageError(f"--output_dir={folder}: is not empty; name a new folder")
 

@@ -344,17 +344,18 @@ def make_plan(programs: Programs) -> dict[str, Phase]:
     steps = settings[StepOptions]
     prompt, completion = settings[DataOptions].max_prompt_length, settings[RolloutOptions].max_completion_length
     work = Work(programs.config, steps.batch_size, steps.num_generations, prompt, completion)
-    trainer = programs.trainer(max(1, steps.max_steps), memory.choose_parts(programs, work.rows))
+    trainer = programs.trainer(max(1, steps.max_steps), memory.choose_parts(programs))
+    share = dataclasses.replace(work, prompts=steps.batch_size // steps.num_minibatches)
     held = count_resident(programs, trainer)
     phases = {"weights": plan_weights(programs, work, held), "rollout": plan_rollout(programs, work, held)}
     others = held.moments + held.reference
     if steps.updates_per_step > 1:
         policy = join(*placed_params(programs, programs.dtype))
-        phases["old_policy"] = plan_scoring(programs, trainer, work, others, policy)
+        phases["old_policy"] = plan_scoring(programs, trainer, share, others, policy)
     if held.reference or (programs.config.lora and settings[LossOptions].beta):
         others = held.trained + held.moments
-        phases["reference"] = plan_scoring(programs, trainer, work, others, placed_reference(programs))
-    return phases | {"update": plan_update(programs, trainer, work, held.reference)}
+        phases["reference"] = plan_scoring(programs, trainer, share, others, placed_reference(programs))
+    return phases | {"update": plan_update(programs, trainer, share, held.reference)}
 
 
 # What is said of it
@@ -413,9 +414,7 @@ def usable(chip: Chip) -> float:
 
 def most_in_one_part(programs: Programs, update: Phase, chip: Chip) -> int:
     """Sequences per chip whose update would fit in one part, extrapolated from the compiled one."""
-    steps = programs.settings[StepOptions]
-    parts = memory.choose_parts(programs, steps.batch_size * steps.num_generations)
-    own = -(-steps.batch_size * steps.num_generations // (programs.mesh.size * parts))
+    own = -(-memory.update_rows(programs) // (programs.mesh.size * memory.choose_parts(programs)))
     spare = usable(chip) * GIB - update.total
     return max(0, own + int(spare // memory.activation_bytes(programs, memory.longest(programs))))
 
@@ -440,8 +439,8 @@ def largest_batch(programs: Programs, in_rollout: int, in_one_part: int) -> int:
     """
     steps, chips = programs.settings[StepOptions], programs.mesh.size
     auto = steps.gradient_accumulation_steps == "auto"
-    parts = 1 if auto else memory.choose_parts(programs, steps.batch_size * steps.num_generations)
-    in_update = in_one_part * parts * chips // steps.num_generations
+    parts = 1 if auto else memory.choose_parts(programs)
+    in_update = in_one_part * parts * chips // steps.num_generations * steps.num_minibatches
     if auto and in_one_part >= memory.sequences_per_part(programs):
         in_update = in_rollout
     largest = min(in_rollout, in_update)
@@ -458,7 +457,7 @@ def verdict(programs: Programs, phases: dict[str, Phase], resident: Resident, ch
     steps, fits = programs.settings[StepOptions], served and all(fitting.values())
     largest = largest_batch(programs, in_rollout, in_one_part) if fitting["weights"] else 0
     largest = max(largest, steps.batch_size) if fits else largest
-    together = in_one_part * programs.mesh.size // steps.num_generations
+    together = in_one_part * programs.mesh.size // steps.num_generations * steps.num_minibatches
     return {
         "fits": fits,
         "largest_batch": largest,
@@ -470,7 +469,7 @@ def main(settings: Settings) -> int:
     jax.config.update("jax_platforms", "cpu")
     programs, chip = make_programs(settings)
     options, steps = settings[PlanOptions], settings[StepOptions]
-    parts = memory.choose_parts(programs, steps.batch_size * steps.num_generations)
+    parts = memory.choose_parts(programs)
     held = count_resident(programs, programs.trainer(1, parts))
     sys.stderr.write(
         f"{options.topology} as fsdp,tp={options.mesh}: {programs.mesh.size} chips of {chip.hbm_gib:g} GiB; "

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import math
 import re
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -277,7 +278,7 @@ def load_function(path: Path, name: str) -> RewardFunction:
         raise UsageError(f"--reward={path}:{name}: there is no Python file {path}")
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the user's own file may raise anything

@@ -267,7 +267,7 @@ def make_run(setup: Setup) -> tuple[Run, TrainState]:
     data, rewards = load_prompts(setup)
     held = load_held_out(setup)
     total = steps.max_steps or max(1, round(steps.num_epochs * len(data) / steps.batch_size))
-    parts = choose_parts(setup, steps.batch_size * steps.num_generations // steps.num_minibatches)
+    parts = choose_parts(setup)
     trainer = setup.trainer(total_updates(steps, total), parts)
     trained, frozen = split_trained(setup.config, setup.load(steps.seed, setup.trained_dtype))
     reference = load_reference(setup, trained)
@@ -321,7 +321,7 @@ def announce(job: Job, state: TrainState, folder: Path) -> None:
     devices = job.setup.mesh.devices
     sys.stderr.write(
         f"mesh: fsdp={devices.shape[0]} tp={devices.shape[1]} of {devices.flat[0].device_kind} devices; "
-        f"update in {job.trainer.parts} parts; run folder {folder}\n"
+        f"update in {job.trainer.parts} part{'s' * (job.trainer.parts > 1)}; run folder {folder}\n"
     )
     counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, job.frozen)]
     sys.stderr.write(f"parameters: {counts[0]:,} trained, {counts[1]:,} frozen\n")
@@ -357,11 +357,13 @@ def main(settings: Settings) -> int:
     if run.check and first_step == 0:
         evaluate(run.check(state), 0, log)
     state = train(run, state, first_step, log, checkpoints)
-    checkpoints.save(job.total_steps, state)
-    checkpoints.close()
-    log.close()
-    setup.export(folder / "final", folder / "adapter", state.params, job.frozen)
-    page = write_report(folder)
+    try:
+        checkpoints.save(job.total_steps, state)
+        checkpoints.close()
+    finally:  # what was trained is written even where a checkpoint could not be
+        log.close()
+        setup.export(folder / "final", folder / "adapter", state.params, job.frozen)
+        page = write_report(folder)
     sys.stderr.write(f"done: {job.total_steps} steps; model in {folder / 'final'}, report in {page}\n")
     return 0
 

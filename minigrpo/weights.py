@@ -273,6 +273,15 @@ def shards(params: Params, dtype: Any) -> Iterator[dict[str, np.ndarray]]:
     yield group
 
 
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """A safetensors file that everyone may read; OSError naming it when it cannot be written."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
+    path.chmod(0o644)  # safetensors writes files that only their owner can read
+
+
 def export(
     folder: Path,
     source: Path,
@@ -291,8 +300,7 @@ def export(
     index: dict[str, str] = {}
     for number, group in enumerate(shards(params, dtype), 1):
         file = f"model-{number:05d}.safetensors"
-        save_file(group, partial / file, metadata={"format": "pt"})
-        (partial / file).chmod(0o644)  # safetensors writes files that only their owner can read
+        write_tensors(partial / file, group)
         index |= dict.fromkeys(group, file)
     name_files(partial, index)
     (partial / "config.json").write_text(json.dumps(config_json(config, stop_tokens, dtype), indent=2) + "\n")

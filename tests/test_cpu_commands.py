@@ -104,6 +104,12 @@ def test_evaluate_counts_every_way_beside_the_base(offline, tmp_path, capsys):
     assert np.mean(tuned) == result["accuracy"]
 
 
+def test_a_base_that_is_not_there_is_told_before_sampling(offline, capsys):
+    with pytest.raises(UsageError, match="--base=/nosuch"):
+        run(evaluate, f"--model={offline}", "--base=/nosuch", "--dataset=builtin:arithmetic", "--eval_size=2")
+    assert "accuracy" not in capsys.readouterr().err
+
+
 def test_pass_at_k_and_the_majority():
     right = np.array([[True, False, False, False], [False] * 4])
     assert evaluate.pass_at(right, 1) == 0.125 and evaluate.pass_at(right, 4) == 0.5

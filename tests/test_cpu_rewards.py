@@ -235,6 +235,14 @@ def test_files_that_fail_or_lack_the_function_are_named(tmp_path):
         parse_rewards(f"{tmp_path}/b.py:f")
 
 
+def test_a_reward_file_may_define_dataclasses(tmp_path):
+    (tmp_path / "r.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass A:\n    x: int = 1\n"
+        "def f(completions, **_):\n    return [float(A().x)] * len(completions)\n"
+    )
+    assert parse_rewards(f"{tmp_path}/r.py:f")[0].function(completions=["a", "b"]) == [1.0, 1.0]
+
+
 def raises(completions):
     raise KeyError("level")
 

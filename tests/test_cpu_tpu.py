@@ -120,6 +120,14 @@ def test_gpus_are_planned_by_arithmetic():
     assert not small["fits"] and small["gradient_accumulation_steps"] > report["gradient_accumulation_steps"]
 
 
+def test_an_update_of_a_minibatch_is_planned_as_trained():
+    flags = ("-m", "minigrpo.plan", "--model=Qwen/Qwen3-1.7B", "--topology=gpu:80GB", "--mesh=8,1", "--batch_size=32")
+    whole, shares = report_of(*flags), report_of(*flags, "--num_minibatches=4")
+    assert shares["phases"]["update"]["tflop"] == pytest.approx(whole["phases"]["update"]["tflop"] / 4, rel=0.01)
+    assert shares["phases"]["update"]["hbm_gib"] < whole["phases"]["update"]["hbm_gib"]
+    assert shares["largest_batch_in_one_part"] > 3 * whole["largest_batch_in_one_part"]
+
+
 def test_the_largest_batch_is_the_last_that_fits():
     """Pages of 64 for prompts of 64, four for a completion: 36 prompts on each of four cards beside one completion."""
     sizes = ("--max_prompt_length=64", "--max_completion_length=192", "--num_generations=8")

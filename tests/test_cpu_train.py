@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
 
+from minigrpo.checkpoint import Checkpoints, read_params
+from minigrpo.config import UsageError
 from minigrpo.metrics import TIMINGS
 
 SMALL = ("--batch_size=4", "--num_generations=4", "--max_completion_length=40", "--save_steps=2", "--report_to=none")
@@ -126,13 +129,75 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_used(finished, tmp_path):
     folder, flags, _ = finished
     copy = tmp_path / "torn"
     shutil.copytree(folder, copy)
-    for path in (copy / "checkpoints" / "6").rglob("*"):
-        if path.is_file() and path.stat().st_size > 1000:
-            path.write_bytes(path.read_bytes()[:100])
+    damage(copy / "checkpoints" / "6")
     result = run(*flags, f"--output_dir={copy}", "--resume")
     assert result.returncode == 0, result.stderr[-2000:]
     assert "checkpoints/6 is not usable" in result.stderr and "resumed after step 4" in result.stderr
     assert metrics(copy) == metrics(folder)
+
+
+def state_after(step):
+    return {"params": {"a": jnp.asarray(np.random.default_rng(step).random((64, 64), np.float32))}}
+
+
+def saved(folder, *steps):
+    """A run folder's checkpoints of a small state."""
+    checkpoints = Checkpoints(folder / "checkpoints", 9)
+    for step in steps:
+        checkpoints.save(step, state_after(step))
+    checkpoints.close()
+    return Checkpoints(folder / "checkpoints", 9)
+
+
+def damage(step):
+    for path in step.rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[:100])
+
+
+def test_a_checkpoint_damaged_twice_is_set_aside_twice(tmp_path, capsys):
+    like = {"params": {"a": jnp.zeros((64, 64))}}
+    for times in (1, 2):
+        saved(tmp_path, 1, 2).manager.close()
+        damage(tmp_path / "checkpoints" / "2")
+        step, state = Checkpoints(tmp_path / "checkpoints", 9).restore(like)
+        assert step == 1 and np.array_equal(state["params"]["a"], state_after(1)["params"]["a"])
+        assert len(list(tmp_path.glob("unusable-checkpoint-2*"))) == times
+    assert "checkpoints/2 is not usable" in capsys.readouterr().err
+
+
+def test_checkpoints_that_are_all_damaged_stay_where_they_are(tmp_path):
+    like = {"params": {"a": jnp.zeros((64, 64))}}
+    saved(tmp_path, 1, 2).manager.close()
+    for step in (1, 2):
+        damage(tmp_path / "checkpoints" / str(step))
+    with pytest.raises(UsageError, match="no usable checkpoint"):
+        Checkpoints(tmp_path / "checkpoints", 9).restore(like)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints"}
+    with pytest.raises(UsageError, match="2: not a usable checkpoint"):
+        read_params(tmp_path / "checkpoints" / "2", like["params"])
+
+
+def test_another_models_checkpoint_stays_where_it_is(tmp_path):
+    checkpoints = saved(tmp_path, 1)
+    for like in ({"a": jnp.zeros((32, 64))}, {"a": jnp.zeros((64, 64)), "b": jnp.zeros(2)}):
+        with pytest.raises(UsageError, match="1 is another model's .*check --model"):
+            checkpoints.restore({"params": like})
+    assert checkpoints.restore({"params": {"a": jnp.zeros((64, 64))}})[0] == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path):
+    code = (
+        "import resource, sys, pathlib, numpy, jax; from minigrpo.checkpoint import Checkpoints;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "from minigrpo.config import UsageError; c = Checkpoints(pathlib.Path(sys.argv[1]), 2)\n"
+        "try:\n c.save(1, {'a': jax.numpy.asarray(numpy.random.rand(500_000))}); c.close()\n"
+        "except UsageError as error: print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    lines = result.stdout.splitlines()
+    assert len(lines) == 1 and "cannot write a checkpoint to" in lines[0], result.stderr[-2000:]
 
 
 def write_checkpoint(folder, **changes):

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from minigrpo import weights
 from minigrpo.config import UsageError
 from minigrpo.model import init_params, read_config
-from minigrpo.weights import export, find_checkpoint, load_params, random_params
+from minigrpo.weights import export, find_checkpoint, load_params, random_params, write_tensors
 
 BUILTIN = ROOT / "minigrpo" / "builtin"
 
@@ -159,3 +159,8 @@ def test_random_weights_are_the_same_numbers_in_every_dtype(tiny_config):
     whole, half = (random_params(tiny_config, mesh, 3, dtype) for dtype in (jnp.float32, jnp.bfloat16))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(half), strict=True):
         np.testing.assert_array_equal(a.astype(jnp.bfloat16), b)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"none/x.safetensors: cannot be written"):
+        write_tensors(tmp_path / "none" / "x.safetensors", {"a": np.zeros(2)})
