@@ -91,7 +91,11 @@ def topology_devices(name: str) -> list[Any]:
     try:
         return topologies.get_topology_desc(name, platform="tpu", **options).devices
     except Exception as error:  # the TPU library raises its own, unnamed kinds
-        raise UsageError(f"--topology={name}: {str(error).splitlines()[0]}") from error
+        reason, example = str(error).splitlines()[0], "2x2x2" if name.startswith(("v4", "v5p")) else "2x4"
+        raise UsageError(
+            f"--topology={name}: not chips that the TPU compiler knows; use such as "
+            f"{name.partition(':')[0]}:{example} ({reason})"
+        ) from error
 
 
 def topology_mesh(name: str, mesh_flag: str) -> Mesh:

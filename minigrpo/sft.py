@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from minigrpo import arithmetic, grpo, losses
@@ -115,18 +116,21 @@ def train(setup: Setup) -> tuple[TrainState, Params]:
     )
     trained, frozen = split_trained(setup.config, setup.load(options.seed, setup.trained_dtype))
     state = init_state(optimizer, trained, setup.mesh)
-    started = time.perf_counter()
+    started, skipped = time.perf_counter(), jnp.float32(0)
     for step in range(steps):
         numbers = batch_numbers(len(data), options.batch_size, step, options.seed)
         indices = [number % len(data) for number in numbers]
         state, metrics = grpo.update(trainer, state, make_batch(setup, data, completions, indices), frozen)
+        skipped += metrics["skipped_updates"]
         if (step + 1) % options.log_steps == 0 or step + 1 == steps:
             loss, norm, rate = float(metrics["loss"]), float(metrics["grad_norm"]), float(schedule(step))
             seconds = (time.perf_counter() - started) / (step + 1)
             text = (
                 f"step {step + 1}/{steps}  loss {loss:.4f}  grad_norm {norm:.3f}  lr {rate:.2e}  {seconds:.3f} s/step"
             )
-            sys.stderr.write(text + "\n")
+            sys.stderr.write(text + (f"  skipped, not finite: {int(skipped)}" if skipped else "") + "\n")
+    if skipped == steps:
+        raise UsageError("the loss or gradient of every update was not finite: nothing was learned, nothing is written")
     return state, frozen
 
 

@@ -93,7 +93,7 @@ def test_the_plan_of_a_small_model(small_model):
     ("flags", "message"),
     [
         (("--topology=v7x:2x2",), "--topology=v7x:2x2: must be one of v4, v5e, v5p, v6e"),
-        (("--topology=v6e:3x7",), "--topology=v6e:3x7: "),
+        (("--topology=v6e:3x7",), "--topology=v6e:3x7: not chips that the TPU compiler knows; use such as v6e:2x4"),
         (("--topology=gpu:80",), "--topology=gpu:80: a GPU is written with its memory, such as gpu:80GB"),
         (("--quantize=int8",), "--quantize=int8: whole numbers cannot be trained"),
         (("--topology=v6e:2x2", "--mesh=4,2"), "--mesh=4,2: 8 chips, but --topology=v6e:2x2 has 4; use --mesh=4,1"),

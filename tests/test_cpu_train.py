@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from safetensors.numpy import load_file, save_file
 
 from minigrpo.checkpoint import Checkpoints, read_params
 from minigrpo.config import UsageError
@@ -366,3 +367,16 @@ def test_supervised_training_lowers_the_loss_and_writes_a_model(tmp_path):
     ]
     assert len(losses) == 3 and losses[-1] < 0.7 * losses[0]
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_supervised_updates_that_are_not_finite_are_counted_and_end_in_an_error_when_all_are(tmp_path):
+    flags = ("--dataset=builtin:arithmetic", "--problems=16", "--batch_size=4", "--max_steps=2")
+    result = run(*flags, f"--output_dir={tmp_path}/a", "--learning_rate=1e30", module="sft")
+    assert result.returncode == 0 and "skipped, not finite: 1" in result.stderr, result.stderr[-2000:]
+    shutil.copytree(ROOT / "minigrpo" / "builtin", tmp_path / "nan")
+    weights = tmp_path / "nan" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * np.nan}, weights)
+    result = run(*flags, f"--model={tmp_path}/nan", f"--output_dir={tmp_path}/b", module="sft")
+    assert result.returncode == 2 and "every update was not finite" in result.stderr, result.stderr[-2000:]
+    assert not (tmp_path / "b" / "model.safetensors").exists()
