@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -18,22 +19,25 @@ from environment import PEERS, last_json, tunix_python
 from jax.sharding import Mesh
 from train_step import matmul_rate, model_config, peak_mib, stop_tokens
 
-from minigrpo.config import Options, RolloutOptions, Settings, UsageError, option, parse_mesh, run_command
+from minigrpo.config import Options, RolloutOptions, Settings, UsageError, option, run_command
 from minigrpo.model import ModelConfig, Params, abstract_params
 from minigrpo.rollout import Roller, Rollout
-from minigrpo.sharding import make_mesh, start_platform
+from minigrpo.sharding import accelerator_present, make_mesh, start_platform
 from minigrpo.weights import random_params
 from minigrpo.work import Work
 
 COPY_BYTES, COPIES = 1 << 28, 4
 """Size of the array rewritten to measure the memory's bandwidth, far above any cache, and how often in a row."""
 
+CORE_BATCH = 16
+"""Completions from which a core of its own is faster than a share of two."""
+
 
 @dataclasses.dataclass(frozen=True)
 class BenchOptions(Options):
     """Rollout bench"""
 
-    mesh: str = option("1,1", "FSDP,TP mesh")
+    mesh: str = option("auto", "FSDP,TP mesh; auto is every chip, or on the CPU a device per core and 16 completions")
     vocab: int = option(4096, "vocabulary rows", low=16)
     layers: int = option(4, "layers", low=1)
     hidden: int = option(256, "embedding size; the MLP is three times as wide", low=8)
@@ -54,6 +58,13 @@ class BenchOptions(Options):
     )
     tunix_venv: str = option("runs/tunix-venv", "Tunix's own environment, made if it is not there")
     rounds: int = option(2, "turns of each with --baseline", low=1)
+
+
+def mesh_here(options: BenchOptions) -> str:
+    """The mesh asked for, or the platform's best."""
+    if options.mesh != "auto" or accelerator_present():
+        return options.mesh
+    return f"{max(1, min(os.cpu_count() or 1, options.prompts * options.generations // CORE_BATCH))},1"
 
 
 def copy_bandwidth() -> float:
@@ -199,7 +210,7 @@ def limit_seconds(job: Job, last: Rollout, bandwidth: float, flop_rate: float) -
 
 def measure(options: BenchOptions) -> int:
     """Ours in this process: the machine's limits, then the rates and their share of them."""
-    parse_mesh(options.mesh)
+    options = dataclasses.replace(options, mesh=mesh_here(options))
     start_platform(options.mesh)
     job = make_job(options)
     device, chips = job.mesh.devices.flat[0], job.mesh.size if jax.default_backend() != "cpu" else 1
@@ -221,7 +232,7 @@ def measure(options: BenchOptions) -> int:
         "jax": jax.__version__,
         "device": device.device_kind,
         "devices": job.mesh.size,
-        **{name: value for name, value in dataclasses.asdict(options).items() if name != "mesh"},
+        **dataclasses.asdict(options),
         "copy_gb_per_s": round(bandwidth / 1e9, 2),
         "matmul_gflop_per_s": round(flop_rate / 1e9, 1),
         "limit_seconds": round(max(reading, computing), 4),

@@ -14,8 +14,6 @@ from jax.experimental import multihost_utils
 
 from minigrpo.config import UsageError
 
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # orbax leaves futures behind; their errors are told here
-
 FREE_TO_CHANGE = {
     "gradient_accumulation_steps", "log_completions", "mesh", "output_dir", "page_size", "pool_pages", "remat",
     "report_to", "resume", "reward_timeout", "save_steps", "save_total_limit", "slots", "wandb_mode", "wandb_project",
@@ -85,6 +83,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # orbax leaves many futures with the same error
             raise UsageError(
                 f"cannot write a checkpoint to {self.folder} ({first_line(error)}): make room there, perhaps by "
                 "--save_total_limit, and continue with --resume"

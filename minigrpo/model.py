@@ -65,6 +65,9 @@ Params = dict[str, Any]
 Attend = Callable[..., tuple[Array, Any]]
 """attend(layer, q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], carry) -> (out [B,T,N,H], carry)."""
 
+Angles = tuple[Array, Array]
+"""cos and sin [B, T, 1, H/2] of every position's rotary angles."""
+
 EachLayer = Callable[[Callable, Any, Any], tuple[Any, Any]]
 """each_layer(step, carry, (indices [L], stacked weights)) -> (carry, None), as jax.lax.scan."""
 
@@ -205,14 +208,14 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> F
     return (scale.astype(jnp.float32) * normed).astype(x.dtype)
 
 
-def rope_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Array, Array]:
+def rope_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> Angles:
     """cos and sin [B, T, 1, H/2] of the rotary angles at `positions`, float32 (arXiv:2104.09864)."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x: Float[Array, "B T N H"], angles: tuple[Array, Array]) -> Float[Array, "B T N H"]:
+def apply_rope(x: Float[Array, "B T N H"], angles: Angles) -> Float[Array, "B T N H"]:
     """Rotates the two halves of each head by `angles`; in x's dtype, products in float32."""
     cos, sin = angles
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -264,7 +267,8 @@ class Projections(nnx.Module):
 def product(name: str, x: Array, weights: Array) -> Array:
     """The matrix `name` applied to x [B,T,...].
 
-    Its weights' gradient has the narrower of x and the cotangent as first operand, which XLA on the CPU lays out anew.
+    Sums run in the order of x's dims; an einsum would take them by their letters, for `o` across what is stored. The
+    weights' gradient has the narrower of x and the cotangent as first operand, which XLA on the CPU lays out anew.
     """
     ins, _ = PROJECTIONS[name]
     summed = [2 + place for place in range(len(ins))], [layer_dims(name).index(dim) for dim in ins]
@@ -318,7 +322,7 @@ class Attention(Projections):
         return q, k, v
 
     def __call__(
-        self, x: Array, angles: tuple[Array, Array], layer: Array, attend: Attend, carry: Any, dropout: Array | None
+        self, x: Array, angles: Angles, layer: Array, attend: Attend, carry: Any, dropout: Array | None
     ):
         q, k, v = self.heads(x, dropout)
         out, carry = attend(layer, apply_rope(q, angles), apply_rope(k, angles), v, carry)
@@ -352,7 +356,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(config)
 
     def __call__(
-        self, x: Array, angles: tuple[Array, Array], layer: Array, attend: Attend, carry: Any, dropout: Array | None
+        self, x: Array, angles: Angles, layer: Array, attend: Attend, carry: Any, dropout: Array | None
     ):
         eps = self.config.rms_norm_eps
         out, carry = self.attention(rms_norm(x, self.attn_norm[...], eps), angles, layer, attend, carry, dropout)
@@ -389,14 +393,15 @@ class Qwen(nnx.Module):
         remat: Callable[[Callable], Callable] = unchanged,
         each_layer: EachLayer = jax.lax.scan,
         dropout: Array | None = None,
+        angles: Angles | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Hidden states after the final norm, and what `attend` made of `carry`.
 
         `layout` says in which dtype and where on the mesh to compute; `remat` wraps the scanned layer, as
         jax.checkpoint does, and `each_layer` runs it over the layers, as jax.lax.scan does. `dropout` holds a key per
-        sequence for the adapters' dropout, None being no dropout.
+        sequence for the adapters' dropout, None being no dropout. `angles` are those of the positions, if known.
         """
-        angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        angles = angles or rope_angles(positions, self.config.head_dim, self.config.rope_theta)
         graph, stacked = nnx.split(self.layers)
 
         def layer(state, scanned):

@@ -7,6 +7,7 @@ times are only what counted bytes and FLOPs imply. Nothing is measured. The exit
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -437,7 +438,9 @@ def most_in_rollout(programs: Programs, resident: Resident, rollout: Phase, chip
 
 
 def largest_batch(programs: Programs, in_rollout: int, in_one_part: int) -> int:
-    """Prompts per step that fit, a multiple of the chips where it is as many: fewer to a chip are spread unevenly.
+    """Prompts per step that fit, a multiple of the chips and minibatches where it is as many.
+
+    Fewer to a chip are spread unevenly, and minibatches are equal.
 
     An update in as many parts as --gradient_accumulation_steps=auto chooses fits if the largest part it chooses does.
     """
@@ -448,7 +451,8 @@ def largest_batch(programs: Programs, in_rollout: int, in_one_part: int) -> int:
     if auto and in_one_part >= memory.sequences_per_part(programs):
         in_update = in_rollout
     largest = min(in_rollout, in_update)
-    return largest - largest % chips if largest >= chips else largest
+    even = math.lcm(chips, steps.num_minibatches)
+    return largest - largest % even if largest >= even else largest
 
 
 def verdict(programs: Programs, phases: dict[str, Phase], resident: Resident, chip: Chip) -> dict[str, Any]:

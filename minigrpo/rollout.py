@@ -25,6 +25,7 @@ from minigrpo.kernels.paged_attention import append_rows, empty_pages, fill_page
 from minigrpo.lora import merge
 from minigrpo.model import (
     PROJECTIONS,
+    Angles,
     EachLayer,
     ModelConfig,
     Params,
@@ -32,6 +33,7 @@ from minigrpo.model import (
     abstract_params,
     layer_dims,
     leaf_name,
+    rope_angles,
     unembed,
 )
 from minigrpo.sampling import Sampler, sample
@@ -289,9 +291,12 @@ def extend(plan: RolloutPlan, state: State) -> State:
 
 
 def next_tokens(
-    plan: RolloutPlan, model: Qwen, each_layer: EachLayer, state: State, uniforms: Array
+    plan: RolloutPlan, model: Qwen, each_layer: EachLayer, angles: Angles, state: State, uniforms: Array
 ) -> tuple[Array, Array, Array]:
-    """Feeds every slot's token through the model -> pages, sampled tokens [S] and their log-probs [S]."""
+    """Feeds every slot's token through the model -> pages, sampled tokens [S] and their log-probs [S].
+
+    `angles` are those of every position: a table, as XLA on the CPU would work them out anew for every layer and head.
+    """
     slots, active = state.slots, running(state)
     rows = jnp.arange(slots.token.shape[0])
     page = jnp.where(active, slots.table[rows, slots.length // plan.page_size], state.pages.shape[1])
@@ -302,7 +307,13 @@ def next_tokens(
         return paged_attention(plan.device, q[:, 0], pages, layer, lengths, slots.table)[:, None], pages
 
     hidden, pages = model(
-        slots.token[:, None], slots.length[:, None], attend, state.pages, Layout(plan.dtype), each_layer=each_layer
+        slots.token[:, None],
+        slots.length[:, None],
+        attend,
+        state.pages,
+        Layout(plan.dtype),
+        each_layer=each_layer,
+        angles=jax.tree.map(lambda table: table[0, slots.length, None], angles),
     )
     logits = unembed(hidden[:, 0], model.head_weights())
     if logits.shape[1] > plan.num_tokens:
@@ -311,13 +322,19 @@ def next_tokens(
 
 
 def decode(
-    plan: RolloutPlan, model: Qwen, each_layer: EachLayer, prompts: Prompts, uniforms: Array, state: State
+    plan: RolloutPlan,
+    model: Qwen,
+    each_layer: EachLayer,
+    angles: Angles,
+    prompts: Prompts,
+    uniforms: Array,
+    state: State,
 ) -> State:
     """One token for every running slot; completions that end leave their slots."""
     slots, active = state.slots, running(state)
     index = jnp.where(active, slots.completion, 0)
     count = slots.length + 1 - prompts.lengths[index // plan.group]
-    pages, tokens, logprobs = next_tokens(plan, model, each_layer, state, uniforms[index, count])
+    pages, tokens, logprobs = next_tokens(plan, model, each_layer, angles, state, uniforms[index, count])
     if plan.watch:
         jax.debug.callback(plan.watch, slots.completion, count, tokens)
     at = (slots.completion, count)
@@ -356,19 +373,21 @@ def more_left_than(count: int, state: State) -> Bool[Array, ""]:
 def one_by_one(layers: list[tuple[Array, Params]], step: Callable, carry: Any, _: Any) -> tuple[Any, None]:
     """`each_layer` over weights that are apart already, as they are read without a copy; the stacked ones go unused."""
     for index, weights in layers:
-        carry = step(carry, (index, inputs_first(weights, back=True)))[0]
+        carry = step(carry, (index, laid_out(weights, dims_read, layer_dims)))[0]
     return carry, None
 
 
-def inputs_first(weights: Params, back: bool = False) -> Params:
-    """One layer's weights with the dims that a product sums over in front, as XLA on the CPU reads them; or `back`."""
+def dims_read(name: str) -> str:
+    """Dims of a layer's matrix as XLA on the CPU reads it without a copy: those that its product sums over in front."""
+    return "".join(PROJECTIONS[name])
+
+
+def laid_out(weights: Params, before: Callable[[str], str], after: Callable[[str], str]) -> Params:
+    """One layer's weights with each matrix's dims in the order `after` its name in place of `before`."""
 
     def turn(path, w):
         name = leaf_name(path)
-        if name not in PROJECTIONS:
-            return w
-        stored, read = layer_dims(name), "".join(PROJECTIONS[name])
-        return jnp.einsum(f"{read}->{stored}" if back else f"{stored}->{read}", w)
+        return jnp.einsum(f"{before(name)}->{after(name)}", w) if name in PROJECTIONS else w
 
     return jax.tree_util.tree_map_with_path(turn, weights)
 
@@ -379,7 +398,7 @@ def layer_runner(plan: RolloutPlan, model: Qwen) -> EachLayer:
         return jax.lax.scan
     stacked = nnx.to_pure_dict(nnx.split(model.layers)[1])
     layers = [
-        (jnp.int32(index), inputs_first(jax.tree.map(lambda w, index=index: w[index], stacked)))
+        (jnp.int32(index), laid_out(jax.tree.map(lambda w, index=index: w[index], stacked), layer_dims, dims_read))
         for index in range(plan.model.num_hidden_layers)
     ]
     return functools.partial(one_by_one, jax.lax.optimization_barrier(layers))
@@ -398,8 +417,10 @@ def decode_all(
 
     def step(state):
         state = jax.lax.while_loop(can_admit, functools.partial(admit, plan, prompts, table), state)
-        return decode(plan, model, each_layer, prompts, uniforms, extend(plan, state))
+        return decode(plan, model, each_layer, angles, prompts, uniforms, extend(plan, state))
 
+    positions = jnp.arange(plan.max_pages(prompts.tokens.shape[1]) * plan.page_size)
+    angles = rope_angles(positions[None], plan.model.head_dim, plan.model.rope_theta)
     factor = CPU_TAIL_SHRINK if plan.device.platform == "cpu" else TAIL_SHRINK
     sizes = batch_sizes(state.slots.token.shape[0], factor)
     for size, following in zip(sizes, sizes[1:] + [0], strict=True):

@@ -126,6 +126,7 @@ def test_an_update_of_a_minibatch_is_planned_as_trained():
     assert shares["phases"]["update"]["tflop"] == pytest.approx(whole["phases"]["update"]["tflop"] / 4, rel=0.01)
     assert shares["phases"]["update"]["hbm_gib"] < whole["phases"]["update"]["hbm_gib"]
     assert shares["largest_batch_in_one_part"] > 3 * whole["largest_batch_in_one_part"]
+    assert report_of(*flags[:-1], "--batch_size=33", "--num_minibatches=3")["largest_batch"] % 3 == 0
 
 
 def test_the_largest_batch_is_the_last_that_fits():

@@ -24,10 +24,15 @@ def find_python() -> str:
     versions = pathlib.Path.home() / ".pyenv" / "versions"
     known = [shutil.which(name) for name in PYTHONS]
     known += [str(path) for path in sorted(versions.glob("3.1[23]*/bin/python"))]
-    found = next((path for path in known if path and pathlib.Path(path).exists()), None)
+    found = next((path for path in known if path and runs(path)), None)
     if found is None:
         raise FileNotFoundError(f"Tunix needs one of {', '.join(PYTHONS)} on the PATH")
     return found
+
+
+def runs(python: str) -> bool:
+    """Whether a Python starts: what pyenv puts on the PATH does so only for the versions it is told to use."""
+    return subprocess.run([python, "--version"], capture_output=True).returncode == 0
 
 
 def tunix_python(folder: str) -> str:

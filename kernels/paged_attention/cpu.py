@@ -1,0 +1,155 @@
+"""Paged attention on the CPU for small heads: keys and values are read where they lie, without a gathered copy.
+
+XLA on the CPU copies what a batched product reads through a page table, and the copy costs several times the product.
+A sum of products that is written out term by term is one fused loop instead, which reads pages in place; it is
+vectorized along the last dim, so a piece of a page holds LANES numbers side by side that are summed apart: a head's
+keys [S/LANES, H, LANES] and its values [H/LANES, S, LANES], in the order the loop walks them.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .xla import PIECE_TOKENS, kv_heads, page_shape
+
+__all__ = ["append_rows", "fill_pages", "kv_heads", "page_shape", "paged_attention"]
+
+MOST_HEAD_DIM = 32
+"""Larger heads go by `xla`: their sums have more terms, which take longer to compile than they save."""
+
+LANES = 16
+
+BLOCK_TOKENS, SUM_TOKENS = PIECE_TOKENS, 16
+"""Context tokens read per loop turn, and how many of these are summed in one chain, whatever the page size."""
+
+
+def views(pages: Float[Array, "L P R K W"], dim: int) -> tuple[Array, Array]:
+    """All pieces as keys [L, pieces, 2, K, S/lanes, H, lanes] and as values [L, pieces, 2, K, H/lanes, S, lanes]."""
+    layers, kv_heads, width = pages.shape[0], *pages.shape[3:]
+    tokens = width // dim
+    across, along = math.gcd(tokens, LANES), math.gcd(dim, LANES)
+    lead = layers, -1, 2, kv_heads
+    keys = pages.reshape(*lead, tokens // across, dim, across)
+    return keys, pages.reshape(*lead, dim // along, tokens, along)
+
+
+def append_rows(
+    pages: Float[Array, "L P R K W"],
+    layer: Int[Array, ""],
+    page: Int[Array, "B"],
+    offset: Int[Array, "B"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+) -> Float[Array, "L P R K W"]:
+    """As the package's `append_rows`."""
+    dim = k.shape[2]
+    tokens = pages.shape[4] // dim
+    piece, token = page * (pages.shape[2] // 2) + offset // tokens, offset % tokens
+    keys = views(pages, dim)[0]
+    lanes = keys.shape[-1]
+    keys = keys.at[layer, piece, 0, :, token // lanes, :, token % lanes].set(k.astype(pages.dtype), mode="drop")
+    values = views(keys.reshape(pages.shape), dim)[1]
+    rows = v.reshape(*v.shape[:2], -1, values.shape[-1]).astype(pages.dtype)
+    return values.at[layer, piece, 1, :, :, token].set(rows, mode="drop").reshape(pages.shape)
+
+
+def fill_pages(
+    pages: Float[Array, "L P R K W"],
+    layer: Int[Array, ""],
+    page: Int[Array, "B M"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+) -> Float[Array, "L P R K W"]:
+    """As the package's `fill_pages`."""
+    keys, values = views(pages, k.shape[3])
+    lead, heads = (*page.shape, pages.shape[2] // 2), pages.shape[3:]
+    k = k.reshape(*lead, keys.shape[4], keys.shape[6], *k.shape[2:]).astype(pages.dtype)
+    v = v.reshape(*lead, values.shape[5], v.shape[2], *values.shape[4::2]).astype(pages.dtype)
+    laid_out = jnp.einsum("BMCXSKH->BMCKXHS", k), jnp.einsum("BMCSKXH->BMCKXSH", v)
+    pairs = jnp.stack([x.reshape(*lead, *heads) for x in laid_out], axis=3)
+    return pages.at[layer, page].set(pairs.reshape(*page.shape, *pages.shape[2:]), mode="drop")
+
+
+def summed(count: int, term: Callable[[int], Array]) -> Array:
+    """term(0) + term(1) + ..., in this order."""
+    return sum((term(i) for i in range(1, count)), term(0))
+
+
+def score(
+    q: Float[Array, "B K H"], keys: Float[Array, "R K X H S"], rows: Int[Array, "B N"]
+) -> Float[Array, "B N K X S"]:
+    """q k^T with the keys of the rows, tokens in the last dim."""
+
+    def term(h):
+        return q[:, None, :, h, None, None] * keys[:, :, :, h].at[rows].get(mode="promise_in_bounds")
+
+    return summed(q.shape[2], term)
+
+
+def weigh(
+    weights: Float[Array, "B N K J T"], values: Float[Array, "R K X J S U"], rows: Int[Array, "B N M"]
+) -> Float[Array, "B N K X J U"]:
+    """Sums of the values of the rows' tokens by weight; a weight of 0 counts nothing, whatever lies there.
+
+    T tokens are in M rows of S tokens each, or several T side by side, J, in one row.
+    """
+    tokens = values.shape[4]
+
+    def term(t):
+        weight = weights[:, :, :, None, :, t, None]
+        value = values[:, :, :, :, t % tokens].at[rows[..., t // tokens]].get(mode="promise_in_bounds")
+        return jnp.where(weight != 0, weight * value, 0)
+
+    return summed(weights.shape[4], term)
+
+
+def paged_attention(
+    device: jax.Device,
+    q: Float[Array, "B N H"],
+    pages: Float[Array, "L P R K W"],
+    layer: Int[Array, ""],
+    lengths: Int[Array, "B"],
+    page_table: Int[Array, "B M"],
+) -> Float[Array, "B N H"]:
+    """As the package's `paged_attention`."""
+    (batch, heads, dim), (num_pages, pairs, kv_heads, width) = q.shape, pages.shape[1:]
+    grouped = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads, dim) / math.sqrt(dim)
+    groups, piece, count = range(heads // kv_heads), width // dim, pairs // 2
+    keys, values = (x.reshape(-1, *x.shape[3:]) for x in views(pages, dim))
+    chain = math.gcd(piece, SUM_TOKENS)  # tokens of a sum that lie in one piece
+    values = values.reshape(*values.shape[:3], piece // chain, chain, -1)
+
+    def block(index, state):
+        peak, total, acc = state
+        first = index * BLOCK_TOKENS + jnp.arange(0, BLOCK_TOKENS, piece)
+        page = page_table[:, jnp.minimum(first // (count * piece), page_table.shape[1] - 1)]
+        page = layer * num_pages + jnp.where(first < lengths[:, None], page, 0)
+        rows = 2 * (page * count + first // piece % count)
+        scores = jnp.stack([score(grouped[:, :, g], keys, rows).astype(jnp.float32) for g in groups], axis=3)
+        scores = jnp.moveaxis(scores, 1, 3).reshape(*peak.shape, BLOCK_TOKENS)
+        valid = index * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS) < lengths[:, None]
+        scores = jnp.where(valid[:, None, None], scores, -jnp.inf)
+        new_peak = jnp.maximum(peak, scores.max(axis=-1))
+        weights = jnp.exp(scores - new_peak[..., None])
+        rescale = jnp.exp(peak - new_peak)
+        parts = jnp.moveaxis(weights.reshape(*peak.shape, acc.shape[1], -1, SUM_TOKENS), 3, 1)
+        rows = rows.reshape(batch, acc.shape[1], -1) + 1
+        update = jnp.stack([weigh(parts[:, :, :, g], values, rows) for g in groups], axis=3)
+        return (
+            new_peak,
+            total * rescale + weights.sum(axis=-1),
+            acc * rescale[:, None, :, :, None, None, None] + update,
+        )
+
+    lead = grouped.shape[:3]
+    sums = BLOCK_TOKENS // SUM_TOKENS * chain // piece, *lead[1:], *values.shape[2:4], values.shape[5]
+    lowest = jnp.full(lead, jnp.finfo(jnp.float32).min)
+    state = (lowest, jnp.zeros(lead, jnp.float32), jnp.zeros((batch, *sums), jnp.float32))
+    blocks = (jnp.max(lengths) + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    _, total, acc = jax.lax.fori_loop(0, blocks, block, state)
+    whole = summed(acc.shape[1] * acc.shape[5], lambda i: acc[:, i // acc.shape[5], :, :, :, i % acc.shape[5]])
+    whole = whole.reshape(grouped.shape)
+    return (whole / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]).astype(q.dtype).reshape(q.shape)
