@@ -321,9 +321,7 @@ class Attention(Projections):
             k = rms_norm(k, self.k_norm[...], self.config.rms_norm_eps)
         return q, k, v
 
-    def __call__(
-        self, x: Array, angles: Angles, layer: Array, attend: Attend, carry: Any, dropout: Array | None
-    ):
+    def __call__(self, x: Array, angles: Angles, layer: Array, attend: Attend, carry: Any, dropout: Array | None):
         q, k, v = self.heads(x, dropout)
         out, carry = attend(layer, apply_rope(q, angles), apply_rope(k, angles), v, carry)
         return self.project("o", out, dropout), carry
@@ -355,9 +353,7 @@ class Block(nnx.Module):
         self.attention = Attention(config)
         self.mlp = Mlp(config)
 
-    def __call__(
-        self, x: Array, angles: Angles, layer: Array, attend: Attend, carry: Any, dropout: Array | None
-    ):
+    def __call__(self, x: Array, angles: Angles, layer: Array, attend: Attend, carry: Any, dropout: Array | None):
         eps = self.config.rms_norm_eps
         out, carry = self.attention(rms_norm(x, self.attn_norm[...], eps), angles, layer, attend, carry, dropout)
         x = x + out

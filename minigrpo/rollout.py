@@ -43,7 +43,7 @@ from minigrpo.sharding import DATA, Layout, by_sequence, in_dtype, put, replicat
 WAITING, RUNNING, DONE = 0, 1, 2
 PREFILL_ROWS = 8
 """Prompts prefilled at a time on one device."""
-TAIL_SHRINK, CPU_TAIL_SHRINK = 4, 2
+TAIL_SHRINK = 4
 """When no completion waits, the batch shrinks by this factor each time the running ones fit. Every size is compiled."""
 LEAST_BATCH = 4
 """A batch of so few is not shrunk."""
@@ -431,8 +431,7 @@ def decode_all(
 
     positions = jnp.arange(plan.max_pages(prompts.tokens.shape[1]) * plan.page_size)
     angles = rope_angles(positions[None], plan.model.head_dim, plan.model.rope_theta)
-    factor = CPU_TAIL_SHRINK if plan.device.platform == "cpu" else TAIL_SHRINK
-    sizes = batch_sizes(state.slots.token.shape[0], factor)
+    sizes = batch_sizes(state.slots.token.shape[0], TAIL_SHRINK)
     for size, following in zip(sizes, sizes[1:] + [0], strict=True):
         state = shrink(state, size)
         state = jax.lax.while_loop(functools.partial(more_left_than, following), step, state)

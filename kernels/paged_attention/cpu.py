@@ -78,6 +78,7 @@ def summed(count: int, term: Callable[[int], Array]) -> Array:
     return sum((term(i) for i in range(1, count)), term(0))
 
 
+@jax.jit  # so that all layers are traced at once
 def score(
     q: Float[Array, "B K H"], keys: Float[Array, "R K X H S"], rows: Int[Array, "B N"]
 ) -> Float[Array, "B N K X S"]:
@@ -89,6 +90,7 @@ def score(
     return summed(q.shape[2], term)
 
 
+@jax.jit
 def weigh(
     weights: Float[Array, "B N K J T"], values: Float[Array, "R K X J S U"], rows: Int[Array, "B N M"]
 ) -> Float[Array, "B N K X J U"]:
