@@ -30,14 +30,16 @@ COPY_BYTES, COPIES = 1 << 28, 4
 """Size of the array rewritten to measure the memory's bandwidth, far above any cache, and how often in a row."""
 
 CORE_BATCH = 16
-"""Completions from which a core of its own is faster than a share of two."""
+"""With so many completions per core, a device for each core is faster than one over all."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchOptions(Options):
     """Rollout bench"""
 
-    mesh: str = option("auto", "FSDP,TP mesh; auto is every chip, or on the CPU a device per core and 16 completions")
+    mesh: str = option(
+        "auto", "FSDP,TP mesh; auto is every chip, on the CPU a device per 16 completions and at most one per core"
+    )
     vocab: int = option(4096, "vocabulary rows", low=16)
     layers: int = option(4, "layers", low=1)
     hidden: int = option(256, "embedding size; the MLP is three times as wide", low=8)
@@ -61,10 +63,13 @@ class BenchOptions(Options):
 
 
 def mesh_here(options: BenchOptions) -> str:
-    """The mesh asked for, or the platform's best."""
-    if options.mesh != "auto" or accelerator_present():
+    """The mesh asked for, or the platform's best; on the CPU of as many devices as share the completions evenly."""
+    on_cpu = jax.config.jax_platforms == "cpu" or not accelerator_present()
+    if options.mesh != "auto" or not on_cpu:
         return options.mesh
-    return f"{max(1, min(os.cpu_count() or 1, options.prompts * options.generations // CORE_BATCH))},1"
+    completions = options.prompts * options.generations
+    most = max(1, min(os.cpu_count() or 1, completions // CORE_BATCH))
+    return f"{next(devices for devices in range(most, 0, -1) if completions % devices == 0)},1"
 
 
 def copy_bandwidth() -> float:
@@ -133,6 +138,7 @@ def compare(options: BenchOptions) -> int:
 
 def main(settings: Settings) -> int:
     options: BenchOptions = settings[BenchOptions]
+    options = dataclasses.replace(options, mesh=mesh_here(options))
     return measure(options) if options.baseline == "none" else compare(options)
 
 
@@ -210,7 +216,6 @@ def limit_seconds(job: Job, last: Rollout, bandwidth: float, flop_rate: float) -
 
 def measure(options: BenchOptions) -> int:
     """Ours in this process: the machine's limits, then the rates and their share of them."""
-    options = dataclasses.replace(options, mesh=mesh_here(options))
     start_platform(options.mesh)
     job = make_job(options)
     device, chips = job.mesh.devices.flat[0], job.mesh.size if jax.default_backend() != "cpu" else 1

@@ -368,11 +368,11 @@ def shrink(state: State, size: int) -> State:
     return update(state, slots=jax.tree.map(lambda x: x[order], state.slots))
 
 
-def batch_sizes(slots: int, factor: int) -> list[int]:
-    """64, 4 -> [64, 16, 4]: the batch's size at first and in the tail."""
+def batch_sizes(slots: int) -> list[int]:
+    """64 -> [64, 16, 4]: the batch's size at first and in the tail."""
     sizes = [slots]
     while sizes[-1] > LEAST_BATCH:
-        sizes.append(-(-sizes[-1] // factor))
+        sizes.append(-(-sizes[-1] // TAIL_SHRINK))
     return sizes
 
 
@@ -425,13 +425,14 @@ def decode_all(
 ) -> State:
     """Decodes until every completion is done, in a batch that shrinks once fewer are left than it holds."""
 
+    positions = jnp.arange(plan.max_pages(prompts.tokens.shape[1]) * plan.page_size)
+    angles = rope_angles(positions[None], plan.model.head_dim, plan.model.rope_theta)
+
     def step(state):
         state = jax.lax.while_loop(can_admit, functools.partial(admit, plan, prompts, table), state)
         return decode(plan, model, each_layer, angles, prompts, uniforms, extend(plan, state))
 
-    positions = jnp.arange(plan.max_pages(prompts.tokens.shape[1]) * plan.page_size)
-    angles = rope_angles(positions[None], plan.model.head_dim, plan.model.rope_theta)
-    sizes = batch_sizes(state.slots.token.shape[0], TAIL_SHRINK)
+    sizes = batch_sizes(state.slots.token.shape[0])
     for size, following in zip(sizes, sizes[1:] + [0], strict=True):
         state = shrink(state, size)
         state = jax.lax.while_loop(functools.partial(more_left_than, following), step, state)

@@ -129,9 +129,10 @@ def test_blocks_of_several_pieces_equal_oracle(page_size, monkeypatch):
     check(attend_here, 4, 2, 64, page_size, np.float32, extra=(131,))
 
 
-def test_large_scores_do_not_overflow():
+@pytest.mark.parametrize("dim", [16, 64])
+def test_large_scores_do_not_overflow(dim):
     rng = np.random.default_rng(0)
-    q, pages, layer, lengths, table = make_case(rng, [40], 4, 2, 16, 8, np.float32)
+    q, pages, layer, lengths, table = make_case(rng, [40], 4, 2, dim, 8, np.float32)
     got = attend_here(300 * q, pages, jnp.int32(layer), jnp.asarray(lengths), jnp.asarray(table))
     want = reference.paged_attention(300 * np.asarray(q), pages, layer, lengths, table)
     np.testing.assert_allclose(got, want, atol=1e-4)
@@ -148,12 +149,13 @@ def test_a_tpu_page_holds_token_rows_of_key_and_value_pairs():
 
 @pytest.mark.parametrize("path", [cpu, tpu, xla])
 @pytest.mark.parametrize("page_size", [8, 24, 128])
-def test_appending_tokens_and_filling_pages_are_the_same(path, page_size):
+@pytest.mark.parametrize("dim", [4, 20, 32])
+def test_appending_tokens_and_filling_pages_are_the_same(path, page_size, dim):
     """And neither writes anything where there is no page, or in another layer."""
     rng = np.random.default_rng(0)
-    k, v = (jnp.asarray(rng.normal(size=(2, 2 * page_size, 2, 4)), jnp.float32) for _ in "kv")
+    k, v = (jnp.asarray(rng.normal(size=(2, 2 * page_size, 2, dim)), jnp.float32) for _ in "kv")
     table = jnp.array([[3, 5], [0, 2]])  # of pages 0 to 4
-    empty = jnp.zeros((2, 5, *path.page_shape(page_size, 2, 4)))
+    empty = jnp.zeros((2, 5, *path.page_shape(page_size, 2, dim)))
     filled = path.fill_pages(empty, jnp.int32(1), table, k, v)
 
     def append(pages, token):

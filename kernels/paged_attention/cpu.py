@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .xla import PIECE_TOKENS, kv_heads, page_shape
+from .xla import PIECE_TOKENS, attend_blocks, kv_heads, page_shape
 
 __all__ = ["append_rows", "fill_pages", "kv_heads", "page_shape", "paged_attention"]
 
@@ -22,8 +22,8 @@ MOST_HEAD_DIM = 32
 
 LANES = 16
 
-BLOCK_TOKENS, SUM_TOKENS = PIECE_TOKENS, 16
-"""Context tokens read per loop turn, and how many of these are summed in one chain, whatever the page size."""
+BLOCK_TOKENS, CHAIN = PIECE_TOKENS, 16
+"""Context tokens read per loop turn, and how many of these are summed one after the other, whatever the page size."""
 
 
 def views(pages: Float[Array, "L P R K W"], dim: int) -> tuple[Array, Array]:
@@ -78,11 +78,11 @@ def summed(count: int, term: Callable[[int], Array]) -> Array:
     return sum((term(i) for i in range(1, count)), term(0))
 
 
-@jax.jit  # so that all layers are traced at once
+@jax.jit
 def score(
-    q: Float[Array, "B K H"], keys: Float[Array, "R K X H S"], rows: Int[Array, "B N"]
-) -> Float[Array, "B N K X S"]:
-    """q k^T with the keys of the rows, tokens in the last dim."""
+    q: Float[Array, "B K H"], keys: Float[Array, "P K X H S"], rows: Int[Array, "B C"]
+) -> Float[Array, "B C K X S"]:
+    """q k^T with the keys of the rows, tokens in the last dim. Traced once for all layers."""
 
     def term(h):
         return q[:, None, :, h, None, None] * keys[:, :, :, h].at[rows].get(mode="promise_in_bounds")
@@ -92,11 +92,11 @@ def score(
 
 @jax.jit
 def weigh(
-    weights: Float[Array, "B N K J T"], values: Float[Array, "R K X J S U"], rows: Int[Array, "B N M"]
-) -> Float[Array, "B N K X J U"]:
-    """Sums of the values of the rows' tokens by weight; a weight of 0 counts nothing, whatever lies there.
+    weights: Float[Array, "B C K J T"], values: Float[Array, "P K X J S U"], rows: Int[Array, "B C M"]
+) -> Float[Array, "B C K X J U"]:
+    """Sums of chains of T tokens by weight; a weight of 0 counts nothing, whatever lies there. Traced once as well.
 
-    T tokens are in M rows of S tokens each, or several T side by side, J, in one row.
+    A chain is the tokens of M rows of S each or, where a row holds more, one of the J chains in it.
     """
     tokens = values.shape[4]
 
@@ -121,37 +121,25 @@ def paged_attention(
     grouped = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads, dim) / math.sqrt(dim)
     groups, piece, count = range(heads // kv_heads), width // dim, pairs // 2
     keys, values = (x.reshape(-1, *x.shape[3:]) for x in views(pages, dim))
-    chain = math.gcd(piece, SUM_TOKENS)  # tokens of a sum that lie in one piece
-    values = values.reshape(*values.shape[:3], piece // chain, chain, -1)
+    within = math.gcd(piece, CHAIN)  # tokens of a chain that lie in one piece
+    values = values.reshape(*values.shape[:3], piece // within, within, -1)
+    chains = BLOCK_TOKENS // CHAIN * within // piece, *values.shape[2:4], values.shape[5]
 
-    def block(index, state):
-        peak, total, acc = state
+    def wanted(index):
         first = index * BLOCK_TOKENS + jnp.arange(0, BLOCK_TOKENS, piece)
         page = page_table[:, jnp.minimum(first // (count * piece), page_table.shape[1] - 1)]
         page = layer * num_pages + jnp.where(first < lengths[:, None], page, 0)
-        rows = 2 * (page * count + first // piece % count)
-        scores = jnp.stack([score(grouped[:, :, g], keys, rows).astype(jnp.float32) for g in groups], axis=3)
-        scores = jnp.moveaxis(scores, 1, 3).reshape(*peak.shape, BLOCK_TOKENS)
-        valid = index * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS) < lengths[:, None]
-        scores = jnp.where(valid[:, None, None], scores, -jnp.inf)
-        new_peak = jnp.maximum(peak, scores.max(axis=-1))
-        weights = jnp.exp(scores - new_peak[..., None])
-        rescale = jnp.exp(peak - new_peak)
-        parts = jnp.moveaxis(weights.reshape(*peak.shape, acc.shape[1], -1, SUM_TOKENS), 3, 1)
-        rows = rows.reshape(batch, acc.shape[1], -1) + 1
-        update = jnp.stack([weigh(parts[:, :, :, g], values, rows) for g in groups], axis=3)
-        return (
-            new_peak,
-            total * rescale + weights.sum(axis=-1),
-            acc * rescale[:, None, :, :, None, None, None] + update,
-        )
+        return 2 * (page * count + first // piece % count)
 
-    lead = grouped.shape[:3]
-    sums = BLOCK_TOKENS // SUM_TOKENS * chain // piece, *lead[1:], *values.shape[2:4], values.shape[5]
-    lowest = jnp.full(lead, jnp.finfo(jnp.float32).min)
-    state = (lowest, jnp.zeros(lead, jnp.float32), jnp.zeros((batch, *sums), jnp.float32))
-    blocks = (jnp.max(lengths) + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-    _, total, acc = jax.lax.fori_loop(0, blocks, block, state)
-    whole = summed(acc.shape[1] * acc.shape[5], lambda i: acc[:, i // acc.shape[5], :, :, :, i % acc.shape[5]])
-    whole = whole.reshape(grouped.shape)
-    return (whole / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]).astype(q.dtype).reshape(q.shape)
+    def scores(index):
+        apart = jnp.stack([score(grouped[:, :, g], keys, wanted(index)) for g in groups], axis=3)
+        return jnp.moveaxis(apart, 1, 3).reshape(*grouped.shape[:3], BLOCK_TOKENS)
+
+    def weighted(index, weights):
+        parts = jnp.moveaxis(weights.reshape(*weights.shape[:3], chains[0], -1, CHAIN), 3, 1)
+        rows = wanted(index).reshape(batch, chains[0], -1) + 1
+        return jnp.moveaxis(jnp.stack([weigh(parts[:, :, :, g], values, rows) for g in groups], axis=3), 1, 3)
+
+    sums = attend_blocks(lengths, BLOCK_TOKENS, grouped.shape[1:3], chains, scores, weighted)
+    out = summed(chains[0] * chains[2], lambda i: sums[:, :, :, i // chains[2], :, i % chains[2]])
+    return out.astype(q.dtype).reshape(q.shape)

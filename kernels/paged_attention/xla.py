@@ -1,4 +1,4 @@
-"""Paged attention in plain XLA, the path of CPU and GPU.
+"""Paged attention in plain XLA, the path of GPUs, and of the CPU for heads larger than `cpu` reads.
 
 A page is cut into pieces of at most PIECE_TOKENS tokens; in a piece a head's keys lie [H, S] and its values [S, H], as
 the two products read them, S being the piece's tokens. So a page is [R, K, W]: R the keys and values of every piece, W
@@ -6,10 +6,11 @@ the H*S numbers of a head.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 PIECE_TOKENS = 64
 """A piece has the most tokens that divide this and the page."""
@@ -63,6 +64,41 @@ def fill_pages(
     return pages.at[layer, page].set(pairs.reshape(*page.shape, *pages.shape[2:]), mode="drop")
 
 
+def inside(index: Int[Array, ""], size: int, lengths: Int[Array, "B"]) -> Bool[Array, "B S"]:
+    """Which tokens of a block of `size` a sequence has."""
+    return index * size + jnp.arange(size) < lengths[:, None]
+
+
+def attend_blocks(
+    lengths: Int[Array, "B"],
+    size: int,
+    heads: tuple[int, ...],
+    dims: tuple[int, ...],
+    scores: Callable[[Array], Array],
+    weighted: Callable[[Array, Array], Array],
+) -> Float[Array, "B K G ..."]:
+    """Values by the softmax of scores, `size` context tokens at a time (arXiv:1805.02867); `heads` are K and G.
+
+    scores(index) are those of a block, [B, K, G, size]; weighted(index, weights [B, K, G, size]) are the sums of its
+    values, [B, K, G, *dims], where a weight of 0 counts nothing. A sequence of length 0 gets zeros.
+    """
+    lead, ones = (len(lengths), *heads), (1,) * len(dims)
+
+    def block(index, state):
+        peak, total, acc = state
+        here = jnp.where(inside(index, size, lengths)[:, None, None], scores(index), -jnp.inf)
+        new_peak = jnp.maximum(peak, here.max(axis=-1))
+        weights, rescale = jnp.exp(here - new_peak[..., None]), jnp.exp(peak - new_peak)
+        acc = acc * rescale.reshape(*lead, *ones) + weighted(index, weights)
+        return new_peak, total * rescale + weights.sum(axis=-1), acc
+
+    lowest = jnp.full(lead, jnp.finfo(jnp.float32).min)
+    state = (lowest, jnp.zeros(lead, jnp.float32), jnp.zeros((*lead, *dims), jnp.float32))
+    blocks = (jnp.max(lengths) + size - 1) // size
+    _, total, acc = jax.lax.fori_loop(0, blocks, block, state)
+    return acc / jnp.maximum(total, jnp.finfo(jnp.float32).tiny).reshape(*lead, *ones)
+
+
 def paged_attention(
     device: jax.Device,
     q: Float[Array, "B N H"],
@@ -78,29 +114,21 @@ def paged_attention(
     piece, count = width // dim, pairs // 2
     pieces = pages.reshape(layers, -1, 2, kv_heads, width)
 
-    def block(index, state):
-        peak, total, acc = state
+    def wanted(index):
         first = index * size + jnp.arange(0, size, piece)
         entry = jnp.minimum(first // (count * piece), page_table.shape[1] - 1)
-        wanted = page_table[:, entry] * count + first // piece % count
-        wanted = jnp.where(first < lengths[:, None], wanted, 0)
-        keys = pieces[layer, wanted, 0].reshape(batch, -1, kv_heads, dim, piece)
-        keys = jnp.moveaxis(keys, 1, 3).reshape(batch, kv_heads, dim, size)
-        values = pieces[layer, wanted, 1].reshape(batch, -1, kv_heads, piece, dim)
-        values = values.swapaxes(1, 2).reshape(batch, kv_heads, size, dim)
-        valid = index * size + jnp.arange(size) < lengths[:, None]
-        scores = jnp.einsum("BKGH,BKHS->BKGS", grouped, keys.astype(jnp.float32))
-        scores = jnp.where(valid[:, None, None], scores, -jnp.inf)
-        new_peak = jnp.maximum(peak, scores.max(axis=-1))
-        weights = jnp.exp(scores - new_peak[..., None])
-        rescale = jnp.exp(peak - new_peak)
-        values = jnp.where(valid[:, None, :, None], values, 0)
-        update = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-        return new_peak, total * rescale + weights.sum(axis=-1), acc * rescale[..., None] + update
+        return jnp.where(first < lengths[:, None], page_table[:, entry] * count + first // piece % count, 0)
 
-    lead = grouped.shape[:3]
-    lowest = jnp.full(lead, jnp.finfo(jnp.float32).min)
-    state = (lowest, jnp.zeros(lead, jnp.float32), jnp.zeros(grouped.shape, jnp.float32))
-    blocks = (jnp.max(lengths) + size - 1) // size
-    _, total, acc = jax.lax.fori_loop(0, blocks, block, state)
-    return (acc / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]).astype(q.dtype).reshape(q.shape)
+    def scores(index):
+        keys = pieces[layer, wanted(index), 0].reshape(batch, -1, kv_heads, dim, piece)
+        keys = jnp.moveaxis(keys, 1, 3).reshape(batch, kv_heads, dim, size)
+        return jnp.einsum("BKGH,BKHS->BKGS", grouped, keys.astype(jnp.float32))
+
+    def weighted(index, weights):
+        values = pieces[layer, wanted(index), 1].reshape(batch, -1, kv_heads, piece, dim)
+        values = values.swapaxes(1, 2).reshape(batch, kv_heads, size, dim)
+        values = jnp.where(inside(index, size, lengths)[:, None, :, None], values, 0)
+        return jnp.einsum("BKGS,BKSH->BKGH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+
+    out = attend_blocks(lengths, size, grouped.shape[1:3], (dim,), scores, weighted)
+    return out.astype(q.dtype).reshape(q.shape)
