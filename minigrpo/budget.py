@@ -51,21 +51,23 @@ def rows_in_part(programs: Programs, work: Work, parts: int) -> int:
 
 
 def update_scratch(programs: Programs, work: Work, parts: int, trained: int) -> int:
-    """Gradients, activations of one part, the head's gradient and the logits it is made from."""
-    sizes, tp = programs.config.sizes, programs.mesh.shape[TP]
-    chunk = min(Tiles().backward_rows, rows_in_part(programs, work, parts) * work.completion)
-    head = 4 * (sizes["V"] // tp) * (sizes["D"] + 2 * chunk * tp)
-    activations = memory.activation_bytes(programs, work.prompt + work.completion)
-    return trained + rows_in_part(programs, work, parts) * activations + head + gathered_bytes(programs, work)
+    """Gradients, of all parts so far and of this one, and what the larger holds of the layers' and the head's pass."""
+    sizes, tp, length = programs.config.sizes, programs.mesh.shape[TP], work.prompt + work.completion
+    rows = rows_in_part(programs, work, parts)
+    chunk = min(Tiles().backward_rows, rows * work.completion)
+    head = rows * memory.saved_bytes(programs, length) + 4 * (sizes["V"] // tp) * (sizes["D"] + 2 * chunk * tp)
+    layers = rows * memory.activation_bytes(programs, length) + trained + gathered_bytes(programs, work)
+    return (trained if parts > 1 else 0) + max(layers, head)
 
 
 def scoring_scratch(programs: Programs, work: Work, parts: int) -> int:
-    """One layer's working set for one part."""
-    length = work.prompt + work.completion
-    one_layer = memory.activation_bytes(programs, length) - memory.saved_bytes(programs, length)
-    return rows_in_part(programs, work, parts) * one_layer + gathered_bytes(programs, work)
+    """The widest of one layer's numbers in a forward pass: the MLP's two products, and what goes in and comes out."""
+    widest = 2 * (programs.config.intermediate_size + programs.config.hidden_size) * programs.dtype.itemsize
+    tokens = rows_in_part(programs, work, parts) * (work.prompt + work.completion)
+    return tokens * widest + gathered_bytes(programs, work)
 
 
-def rollout_scratch(programs: Programs, slots: int, pool: int) -> int:
-    """The page pool, and what sampling needs over the vocabulary."""
-    return pool + 4 * LOGITS_COPIES * slots * programs.config.vocab_size
+def rollout_scratch(programs: Programs, work: Work, slots: int, pool: int) -> int:
+    """The page pool, the layers' weights apart, and what sampling needs over the vocabulary."""
+    apart = work.layer_weights * programs.dtype.itemsize
+    return pool + apart + 4 * LOGITS_COPIES * slots * programs.config.vocab_size

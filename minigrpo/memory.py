@@ -43,12 +43,14 @@ def saved_bytes(programs: Programs, length: int) -> int:
 def activation_bytes(programs: Programs, length: int) -> int:
     """Counted bytes that one sequence of `length` tokens holds during the backward pass.
 
-    The TPU compiler keeps about as many bytes of a layer's numbers as if all were float32, which is taken to hold
-    elsewhere; what the layers save for the backward pass is in the compute dtype.
+    The TPU compiler keeps about as many bytes of a layer's numbers as if all were float32, the GPU's as many as in the
+    compute dtype (BUILD_NOTES.md); what the layers save for the backward pass is in the compute dtype.
     """
-    config = programs.config
-    scores = 3 * config.num_attention_heads * min(QUERY_BLOCK, length) * length * 4 if programs.platform != "tpu" else 0
-    return length * 4 * working_numbers(config) + saved_bytes(programs, length) + scores
+    config, item = programs.config, programs.dtype.itemsize
+    fused = programs.platform == "tpu" or (programs.platform == "gpu" and item == 2)
+    scores = 0 if fused else 3 * config.num_attention_heads * min(QUERY_BLOCK, length) * length * 4
+    width = 4 if programs.platform == "tpu" else item
+    return length * width * working_numbers(config) + saved_bytes(programs, length) + scores
 
 
 def device_budget(programs: Programs) -> float:
@@ -72,8 +74,9 @@ def pool_limit(programs: Programs, resident: int) -> int:
     """
     if programs.platform == "cpu":
         return 0
+    copies = 2 if programs.platform == "gpu" else 1  # there the layers' weights are held apart as well
     whole = jax.tree.leaves(abstract_params(decode_config(programs.config), programs.dtype)[1])
-    used = resident + sum(leaf.size * leaf.dtype.itemsize for leaf in whole) + SCRATCH
+    used = resident + copies * sum(leaf.size * leaf.dtype.itemsize for leaf in whole) + SCRATCH
     total, page_size = programs.device_memory, programs.settings[RolloutOptions].page_size
     modest = max(max(HALF * total, SMALL_CHIP) - used, POOL * total)
     return max(1, int(min(modest, FULL * total - used) // page_bytes(programs, page_size)))

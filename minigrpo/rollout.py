@@ -35,6 +35,7 @@ from minigrpo.model import (
     layer_dims,
     leaf_name,
     rope_angles,
+    unchanged,
     unembed,
 )
 from minigrpo.sampling import Sampler, sample
@@ -380,10 +381,12 @@ def more_left_than(count: int, state: State) -> Bool[Array, ""]:
     return (state.status != DONE).sum() > count
 
 
-def one_by_one(layers: list[tuple[Array, Params]], step: Callable, carry: Any, _: Any) -> tuple[Any, None]:
+def one_by_one(
+    layers: list[tuple[Array, Params]], restore: Callable[[Params], Params], step: Callable, carry: Any, _: Any
+) -> tuple[Any, None]:
     """`each_layer` over weights that are apart already, as they are read without a copy; the stacked ones go unused."""
     for index, weights in layers:
-        carry = step(carry, (index, laid_out(weights, dims_read, layer_dims)))[0]
+        carry = step(carry, (index, restore(weights)))[0]
     return carry, None
 
 
@@ -403,15 +406,19 @@ def laid_out(weights: Params, before: Callable[[str], str], after: Callable[[str
 
 
 def layer_runner(plan: RolloutPlan, model: Qwen) -> EachLayer:
-    """How a rollout runs the layers: a scan, but on the CPU, where that would copy every layer's weights, unrolled."""
-    if plan.device.platform != "cpu":
+    """How a rollout runs the layers: a scan on TPU; elsewhere that would copy every layer's weights, so unrolled."""
+    if plan.device.platform == "tpu":
         return jax.lax.scan
     stacked = nnx.to_pure_dict(nnx.split(model.layers)[1])
+    prepare, restore = unchanged, unchanged
+    if plan.device.platform == "cpu":
+        prepare = functools.partial(laid_out, before=layer_dims, after=dims_read)
+        restore = functools.partial(laid_out, before=dims_read, after=layer_dims)
     layers = [
-        (jnp.int32(index), laid_out(jax.tree.map(lambda w, index=index: w[index], stacked), layer_dims, dims_read))
+        (jnp.int32(index), prepare(jax.tree.map(lambda w, index=index: w[index], stacked)))
         for index in range(plan.model.num_hidden_layers)
     ]
-    return functools.partial(one_by_one, jax.lax.optimization_barrier(layers))
+    return functools.partial(one_by_one, jax.lax.optimization_barrier(layers), restore)
 
 
 def decode_all(

@@ -1,15 +1,17 @@
 """Paged attention against a float64 oracle, with poison wherever nothing may be read."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from minigrpo.kernels import reference
-from minigrpo.kernels.paged_attention import cpu, empty_pages, fill_pages, paged_attention, tpu, xla
+from minigrpo.kernels.paged_attention import cpu, empty_pages, fill_pages, gpu, paged_attention, tpu, xla
 
 TOLERANCE = {np.float32: 2e-6, jnp.bfloat16: 1e-2}
 
@@ -58,6 +60,17 @@ def attend_emulated(q, pages, *rest):
     return tpu.tuned_attention(q, pages, *rest, block_of_two_pages(pages), interpret=pltpu.InterpretParams())
 
 
+def attend_hopper(q, pages, *rest):
+    """The GPU kernel, emulated."""
+    layers, count, page_size, width = pages.shape
+    heads = width // (2 * q.shape[2])
+    own = jnp.zeros((layers, count, *gpu.page_shape(page_size, heads, q.shape[2])), pages.dtype)
+    for layer in range(layers):
+        rows = split_rows(pages[layer], q.shape[2])
+        own = gpu.fill_pages(own, jnp.int32(layer), jnp.arange(count)[:, None], *rows)
+    return gpu.tuned_attention(q, own, *rest, gpu.Tuning(), interpret=plgpu.InterpretGPUParams())
+
+
 def check(attend, heads, kv_heads, dim, page_size, dtype, extra=()):
     rng = np.random.default_rng(heads * page_size)
     lengths = [1, page_size - 1, page_size, page_size + 1, 0, 5 * page_size + 3, *extra]
@@ -92,6 +105,22 @@ def test_the_tpu_kernel_equals_oracle(attend, heads, kv_heads, dim, page_size, d
     check(attend, heads, kv_heads, dim, page_size, dtype)
 
 
+emulated_hopper = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="jax before 0.11 has no emulation of the GPU kernel"
+)
+
+
+@emulated_hopper
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "page_size"),
+    [(16, 8, 128, 64), (14, 2, 64, 8), (12, 2, 128, 16), (18, 2, 64, 32), (4, 2, 128, 128)],
+)
+def test_the_gpu_kernel_equals_oracle(heads, kv_heads, dim, page_size, dtype):
+    check(attend_hopper, heads, kv_heads, dim, page_size, dtype, extra=(131,))
+
+
 def without_waits(shape, refs, sequence, block, slot, do):
     return original_copies(shape, refs, sequence, block, slot, lambda copy: copy.start() if do is tpu.start else None)
 
@@ -122,6 +151,28 @@ def test_a_fault_in_the_kernel_is_seen(fault, monkeypatch):
         check(attend_emulated, 4, 2, 128, 16, np.float32)
 
 
+original_block = gpu.attend_block
+
+HOPPER_FAULTS = {
+    "no zero-fill": ("zero_past", lambda *args: None),
+    "length off by one": (
+        "attend_block",
+        lambda walk, *rest: original_block(dataclasses.replace(walk, length=walk.length - 1), *rest),
+    ),
+    "wrong scale": ("LOG2E", 1.05 * gpu.LOG2E),
+    "wrong page": ("page_of", lambda walk, first: walk.table[walk.row, 0]),
+}
+
+
+@emulated_hopper
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("fault", HOPPER_FAULTS)
+def test_a_fault_in_the_gpu_kernel_is_seen(fault, monkeypatch):
+    monkeypatch.setattr(gpu, *HOPPER_FAULTS[fault])
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check(attend_hopper, 4, 2, 128, 16, jnp.bfloat16)
+
+
 @pytest.mark.parametrize("page_size", [16, 64, 256])
 def test_blocks_of_several_pieces_equal_oracle(page_size, monkeypatch):
     """As a GPU walks them."""
@@ -147,7 +198,7 @@ def test_a_tpu_page_holds_token_rows_of_key_and_value_pairs():
     np.testing.assert_array_equal(out, want)
 
 
-@pytest.mark.parametrize("path", [cpu, tpu, xla])
+@pytest.mark.parametrize("path", [cpu, gpu, tpu, xla])
 @pytest.mark.parametrize("page_size", [8, 24, 128])
 @pytest.mark.parametrize("dim", [4, 20, 32])
 def test_appending_tokens_and_filling_pages_are_the_same(path, page_size, dim):

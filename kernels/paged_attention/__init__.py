@@ -1,9 +1,9 @@
-"""Decode attention over a paged KV cache: a Pallas kernel on TPU, XLA elsewhere.
+"""Decode attention over a paged KV cache: a Pallas kernel each on TPU and on Hopper GPUs, XLA elsewhere.
 
 Pages are [L, num_pages, ...]: what comes after is one page of one layer, contiguous, laid out as its reader likes it.
 On TPU it is [page_size, 2*K*H], the lanes of one token row being k0 v0 k1 v1 ..., one pair of head vectors per kv head,
-so that sharding the lanes shards the heads; elsewhere it is pieces of [2, K, ...], keys before values, see `xla` and,
-for the small heads that the CPU reads in place, `cpu`.
+so that sharding the lanes shards the heads; for Hopper it is [2, K, page_size, H]; elsewhere it is pieces of
+[2, K, ...], keys before values, see `xla` and, for the small heads that the CPU reads in place, `cpu`.
 """
 
 from types import ModuleType
@@ -13,13 +13,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from . import cpu, tpu, xla
+from . import cpu, gpu, tpu, xla
 
 __all__ = ["append_rows", "empty_pages", "fill_pages", "paged_attention"]
 
 
-def path(device: jax.Device, head_dim: int) -> ModuleType:
-    """What reads and writes pages of heads of this size on a device."""
+def path(device: jax.Device, head_dim: int, pages: Float[Array, "L P ..."]) -> ModuleType:
+    """What reads and writes these pages of heads of this size on a device."""
+    if pages.ndim == gpu.RANK:
+        return gpu
+    return plain_path(device, head_dim)
+
+
+def plain_path(device: jax.Device, head_dim: int) -> ModuleType:
+    """The same where the Hopper kernel does not."""
     if device.platform == "cpu" and head_dim <= cpu.MOST_HEAD_DIM:
         return cpu
     return tpu if device.platform == "tpu" else xla
@@ -29,7 +36,9 @@ def empty_pages(
     device: jax.Device, layers: int, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: Any
 ) -> Float[Array, "L P ..."]:
     """Zeroed pages of a device that the program is for."""
-    return jnp.zeros((layers, num_pages, *path(device, head_dim).page_shape(page_size, kv_heads, head_dim)), dtype)
+    on_hopper = gpu.reads(device, page_size, head_dim, dtype)
+    own = gpu if on_hopper else plain_path(device, head_dim)
+    return jnp.zeros((layers, num_pages, *own.page_shape(page_size, kv_heads, head_dim)), dtype)
 
 
 def append_rows(
@@ -42,7 +51,7 @@ def append_rows(
     v: Float[Array, "B K H"],
 ) -> Float[Array, "L P ..."]:
     """Writes one token per sequence at `offset` of `page`; a page >= P writes nothing."""
-    return path(device, k.shape[2]).append_rows(pages, layer, page, offset, k, v)
+    return path(device, k.shape[2], pages).append_rows(pages, layer, page, offset, k, v)
 
 
 def fill_pages(
@@ -54,7 +63,7 @@ def fill_pages(
     v: Float[Array, "B T K H"],
 ) -> Float[Array, "L P ..."]:
     """Writes whole pages, T being M times the page size; a page >= P writes nothing."""
-    return path(device, k.shape[3]).fill_pages(pages, layer, page, k, v)
+    return path(device, k.shape[3], pages).fill_pages(pages, layer, page, k, v)
 
 
 def paged_attention(
@@ -72,7 +81,8 @@ def paged_attention(
     ValueError when the pages do not hold kv heads that the query heads can share.
     """
     heads, dim = q.shape[1:]
-    kv_heads = path(device, dim).kv_heads(pages, dim)
+    own = path(device, dim, pages)
+    kv_heads = own.kv_heads(pages, dim)
     if not kv_heads or heads % kv_heads:
         raise ValueError(f"pages {pages.shape} do not hold kv heads that {heads} query heads of {dim} can share")
-    return path(device, dim).paged_attention(device, q, pages, layer, lengths, page_table)
+    return own.paged_attention(device, q, pages, layer, lengths, page_table)
