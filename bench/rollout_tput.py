@@ -26,7 +26,7 @@ from minigrpo.sharding import accelerator_present, make_mesh, start_platform
 from minigrpo.weights import random_params
 from minigrpo.work import Work
 
-COPY_BYTES, COPIES = 1 << 28, 4
+CPU_COPY_BYTES, COPY_BYTES, COPIES = 1 << 28, 1 << 31, 4
 """Size of the array rewritten to measure the memory's bandwidth, far above any cache, and how often in a row."""
 
 CORE_BATCH = 16
@@ -54,6 +54,7 @@ class BenchOptions(Options):
     page_size: int = option(64, "tokens per page", low=1)
     slots: int = option(64, "completions decoded at once per device", low=1)
     pool_pages: int = option(0, "pages per device; 0 holds every slot's worst case", low=0)
+    over_time: bool = option(True, "roll out once more, untimed, to see how many slots decode over time")
     repeats: int = option(5, "timed repeats after one warm-up; the median counts", low=1)
     baseline: str = option(
         "none", "a peer to run in turn with ours, each in its own process", choices=("none", "transformers", "tunix")
@@ -73,14 +74,16 @@ def mesh_here(options: BenchOptions) -> str:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written per second where a large array is rewritten in place, best of five."""
-    x = jnp.ones((COPY_BYTES >> 12, 1 << 10), jnp.float32)
+    """Bytes read and written per second where a large array is rewritten in place or copied, the best of five each."""
+    size = CPU_COPY_BYTES if jax.default_backend() == "cpu" else COPY_BYTES
+    x = jnp.ones((size >> 12, 1 << 10), jnp.float32)
     rewrite = jax.jit(lambda x: jax.lax.fori_loop(0, COPIES, lambda _, x: x + 1, x), donate_argnums=0)
-    best, x = float("inf"), jax.block_until_ready(rewrite(x))
+    copy, seconds, x = jax.jit(jnp.copy), [], jax.block_until_ready(rewrite(x))
+    jax.block_until_ready(copy(x))
     for _ in range(5):
-        seconds, x = timed(lambda x=x: jax.block_until_ready(rewrite(x)))
-        best = min(best, seconds)
-    return 2 * COPIES * COPY_BYTES / best
+        took, x = timed(lambda x=x: jax.block_until_ready(rewrite(x)))
+        seconds += [took / COPIES, timed(lambda x=x: jax.block_until_ready(copy(x)))[0]]
+    return 2 * size / min(seconds)
 
 
 def timed(call):
@@ -199,12 +202,6 @@ def occupancy_over_time(job: Job, step: int) -> list[float]:
     return [round(float(np.mean(part)), 3) for part in np.array_split(shares, 10) if len(part)]
 
 
-def memory_mib(device: jax.Device) -> float:
-    """Most memory used so far: the device's where it says so, else the process's."""
-    stats = device.memory_stats() or {}
-    return stats["peak_bytes_in_use"] / 2**20 if "peak_bytes_in_use" in stats else peak_mib()
-
-
 def limit_seconds(job: Job, last: Rollout, bandwidth: float, flop_rate: float) -> tuple[float, float]:
     """What decoding's bytes and the whole rollout's FLOPs take at the machine's rates."""
     options = job.options
@@ -225,13 +222,13 @@ def measure(options: BenchOptions) -> int:
     prefill(0)
     prefill_seconds = statistics.median(timed(lambda i=i: prefill(i))[0] for i in range(1, options.repeats + 1))
     runs = [timed(lambda i=i: generate(i)) for i in range(1, options.repeats + 1)]
-    peak = memory_mib(device)
+    peak = peak_mib(device)
     rates = [float(result.lengths.sum()) / seconds for seconds, result in runs]
     number = sorted(range(options.repeats), key=lambda i: runs[i][0])[options.repeats // 2]
     seconds, last = runs[number]  # the run of median time
     reading, computing = limit_seconds(job, last, bandwidth, flop_rate)
     later, decoding = float(last.lengths.sum()) - options.prompts * options.generations, seconds - prefill_seconds
-    over_time = occupancy_over_time(job, number + 1)
+    over_time = occupancy_over_time(job, number + 1) if options.over_time else []
     report = {
         "bench": "rollout_tput",
         "jax": jax.__version__,
@@ -249,6 +246,7 @@ def measure(options: BenchOptions) -> int:
         "prefill_tokens_per_second": round(sum(map(len, job.prompts)) / prefill_seconds, 1),
         "decode_tokens_per_second": round(later / decoding, 1) if later and decoding > 0 else None,
         "decode_steps": last.decode_steps,
+        "decode_share_of_bandwidth": round(reading / decoding, 3) if decoding > 0 else None,
         "occupancy": round(last.occupancy, 3),
         "occupancy_over_time": over_time,
         "peak_mib": round(peak, 1),
@@ -261,7 +259,8 @@ def measure(options: BenchOptions) -> int:
         f"{report['share_of_limit']:.0%} of the limit; prefill and first token {prefill_seconds:.3f} s, "
         f"{report['prefill_tokens_per_second']:.0f} prompt tokens/s; "
         f"later tokens {report['decode_tokens_per_second'] or 'too few to time'} per s\n"
-        f"slots decoding, by tenths of the steps: {' '.join(f'{share:.0%}' for share in over_time)}; "
+        f"decoding alone reads at {report['decode_share_of_bandwidth'] or 0:.0%} of the copy's rate; "
+        f"slots decoding, by tenths of the steps: {' '.join(f'{share:.0%}' for share in over_time) or 'not looked at'}; "
         f"{peak:.0f} MiB at the peak\n"
     )
     sys.stdout.write(json.dumps(report) + "\n")

@@ -30,7 +30,7 @@ from minigrpo.logprobs import Head
 from minigrpo.model import ModelConfig, abstract_params
 from minigrpo.optimizer import TrainState, init_state, make_optimizer
 from minigrpo.packing import place_batch
-from minigrpo.rollout import Roller
+from minigrpo.rollout import Roller, Rollout
 from minigrpo.sharding import Layout, make_mesh, start_platform
 from minigrpo.start import choose_tiles
 from minigrpo.weights import random_params
@@ -39,8 +39,8 @@ from minigrpo.work import Work
 NO_CHANGE = 1e-30
 """A learning rate at which float32 weights stay as they are."""
 
-MATMUL = 2048
-"""Size of the square product whose rate counts as the machine's."""
+CPU_MATMUL, MATMUL, MATMULS = 2048, 8192, 8
+"""Size of the square product whose rate counts as the machine's, and how often an accelerator computes it in a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,7 @@ class LengthOptions(Options):
     )
     parts: int = option(1, "parts that the update is computed in", low=1)
     packing: bool = option(True, "put short sequences side by side in one row of the update")
+    sampled: bool = option(True, "sample the completions; false makes them up and times the update alone")
 
 
 def stop_tokens(vocab: int, mean_length: int) -> tuple[int, ...]:
@@ -99,16 +100,18 @@ def model_config(options: ShapeOptions) -> ModelConfig:
 
 
 def matmul_rate(dtype: jnp.dtype) -> float:
-    """FLOP/s of a large product, the best of five."""
-    x = jnp.ones((MATMUL, MATMUL), dtype)
-    product = jax.jit(lambda x: x @ x)
+    """FLOP/s of large products of random numbers, the best of five."""
+    on_cpu = jax.default_backend() == "cpu"
+    size, turns = (CPU_MATMUL, 1) if on_cpu else (MATMUL, MATMULS)
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype) / size**0.5
+    product = jax.jit(lambda x: jax.lax.fori_loop(0, turns, lambda _, y: y @ x, x))
     jax.block_until_ready(product(x))
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
         jax.block_until_ready(product(x))
         seconds.append(time.perf_counter() - started)
-    return 2 * MATMUL**3 / min(seconds)
+    return 2 * turns * size**3 / min(seconds)
 
 
 def make_trainer(options: ShapeOptions, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, parts: int) -> grpo.Trainer:
@@ -141,6 +144,15 @@ class Stepper:
         self.roller = Roller(config, mesh, dtype, rollout, options.vocab, stops)
         self.state: TrainState = init_state(self.trainer.optimizer, random_params(config, mesh, 0), mesh)
 
+    def completions(self, prompts: list[list[int]], rng: np.random.Generator) -> Rollout:
+        """Sampled from the policy, or made up."""
+        options = self.options
+        if self.lengths.sampled:
+            return self.roller(self.state.params, prompts, list(range(options.prompts)), options.generations, (0, 0))
+        shape = options.prompts * options.generations, options.new_tokens
+        tokens, guessed = rng.integers(3, options.vocab, shape), np.full(shape, -np.log(options.vocab), np.float32)
+        return Rollout(tokens, guessed, np.full(shape[0], shape[1]), np.zeros(shape[0], bool), 0, 0.0)
+
     def __call__(self) -> dict[str, float]:
         """Seconds of the step and of its phases, and how many tokens it sampled."""
         options, rng = self.options, np.random.default_rng(0)
@@ -148,8 +160,7 @@ class Stepper:
         sizes = rng.integers(least, options.prompt_length + 1, options.prompts)
         prompts = [rng.integers(3, options.vocab, size).tolist() for size in sizes]
         started = time.perf_counter()
-        ids = list(range(options.prompts))
-        rollout = self.roller(self.state.params, prompts, ids, options.generations, (0, 0))
+        rollout = self.completions(prompts, rng)
         sampled = time.perf_counter()
         rewards = rollout.tokens.sum(axis=1) % 17 / 17.0
         rows = [prompt for prompt in prompts for _ in range(options.generations)]
@@ -166,8 +177,11 @@ class Stepper:
         return seconds | {"tokens": int(rollout.lengths.sum())}
 
 
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak_mib(device: jax.Device) -> float:
+    """Most memory used so far: the device's where it says so, else the process's."""
+    stats = device.memory_stats() or {}
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return stats.get("peak_bytes_in_use", process) / 2**20
 
 
 def main(settings: Settings) -> int:
@@ -180,7 +194,7 @@ def main(settings: Settings) -> int:
     prompt = options.prompt_length * 3 // 4 if lengths.mean_length else options.prompt_length  # on average
     work = Work(model_config(options), options.prompts, options.generations, prompt, completion)
     rate = matmul_rate(dtype) * (1 if jax.default_backend() == "cpu" else mesh.size)
-    flops = work.update_flops(options.remat) + work.rollout_flops()
+    flops = work.update_flops(options.remat) + (work.rollout_flops() if lengths.sampled else 0)
     sys.stderr.write(f"limit: {flops / 1e9:.1f} GFLOP at {rate / 1e9:.0f} GFLOP/s is {flops / rate:.3f} s a step\n")
     stepper = Stepper(options, lengths, mesh, dtype)
     first = stepper()["step"]
@@ -201,7 +215,7 @@ def main(settings: Settings) -> int:
         "tokens_per_second": round(tokens / median["step"], 1),
         "gflop": round(flops / 1e9, 1),
         "share_of_matmul_rate": round(flops / rate / median["step"], 3),
-        "peak_mib": round(peak_mib(), 1),
+        "peak_mib": round(peak_mib(mesh.devices.flat[0]), 1),
     }
     sys.stderr.write(
         f"ours:  {median['step']:.3f} s (rollout {median['rollout']:.3f}, update {median['update']:.3f}), "

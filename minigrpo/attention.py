@@ -115,10 +115,13 @@ def cudnn_attention(
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Causal attention by cuDNN, of 16-bit numbers."""
-    mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None]
+    """Causal attention by cuDNN, of 16-bit numbers, padded at the end to an even length, which its masks need."""
+    length, odd = q.shape[1], q.shape[1] % 2
+    q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
+    ids = None if segments is None else jnp.pad(segments, ((0, 0), (0, odd)))
+    mask = None if ids is None else ids[:, None, :, None] == ids[:, None, None]
     out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
-    return checkpoint_name(out, ATTENTION)
+    return checkpoint_name(out[:, :length], ATTENTION)
 
 
 def causal_attention(

@@ -1,6 +1,7 @@
 """Decodes with transformers' `generate`, shaped by the flags of bench/rollout_tput.py given as one JSON argument.
 
-Prints one JSON line: tokens per second of every timed call. Needs the test extra (torch, transformers).
+Prints one JSON line: tokens per second of every timed call. Needs the test extra (torch, transformers). In float32
+on the CPU, in bfloat16 on a GPU.
 """
 
 import json
@@ -27,7 +28,9 @@ def build_model(shape):
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(config).to(torch.float32).eval()
+    on_gpu = torch.cuda.is_available()
+    model = Qwen3ForCausalLM(config).to(torch.bfloat16 if on_gpu else torch.float32)
+    return model.to("cuda" if on_gpu else "cpu").eval()
 
 
 def main():
@@ -38,8 +41,8 @@ def main():
     prompts = [[draw.randrange(3, shape["vocab"]) for _ in range(length)] for length in lengths]
     rows = [prompt for prompt in prompts for _ in range(shape["generations"])]
     width = max(lengths)
-    tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
     sampling = GenerationConfig(
         max_new_tokens=shape["new_tokens"],
         do_sample=True,
@@ -54,7 +57,7 @@ def main():
     for _ in range(shape["repeats"] + 1):
         started = time.perf_counter()
         with torch.no_grad():
-            out = model.generate(input_ids=tokens, attention_mask=mask, generation_config=sampling)
+            out = model.generate(input_ids=tokens, attention_mask=mask, generation_config=sampling).cpu()
         rates.append(out[:, width:].numel() / (time.perf_counter() - started))
     sys.stdout.write(json.dumps({"rates": rates[1:]}) + "\n")
 

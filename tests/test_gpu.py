@@ -1,0 +1,90 @@
+"""What only a GPU can show: its kernels against float64 oracles, and a rollout through them. Skipped without one.
+
+`JAX_PLATFORMS=cuda pytest -n 0 tests/test_gpu.py`; the kernel's own checks are in test_cpu_paged_attention.py.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mesh_of
+from flax import nnx
+from test_cpu_attention import oracle, oracle_gradients
+from test_cpu_paged_attention import attend_here, check
+
+from minigrpo.attention import attend_on, causal_attention
+from minigrpo.config import RolloutOptions
+from minigrpo.kernels.paged_attention import empty_pages, gpu
+from minigrpo.model import abstract_params, init_params, unembed
+from minigrpo.rollout import Roller
+from minigrpo.sharding import Layout
+
+pytestmark = pytest.mark.skipif(jax.devices()[0].platform != "gpu", reason="needs a GPU")
+BF16 = jnp.dtype("bfloat16")
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 128), (14, 2, 64), (12, 2, 128), (18, 2, 64)])
+@pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128])
+def test_the_hopper_kernel_equals_oracle(heads, kv_heads, dim, page_size):
+    assert empty_pages(jax.devices()[0], 1, 1, page_size, kv_heads, dim, BF16).ndim == gpu.RANK
+    check(attend_here, heads, kv_heads, dim, page_size, jnp.bfloat16, extra=(131, *range(1, 2305, 256)))
+
+
+def assert_near(got, want, bound=1e-2):
+    """As a share of the whole array's norm, as bfloat16 rounds each of its numbers by up to 0.4 %."""
+    got = np.asarray(got, np.float64)
+    assert np.linalg.norm(got - want) < bound * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize(("length", "heads", "kv_heads", "dim"), [(128, 4, 2, 64), (100, 6, 2, 128), (301, 2, 1, 64)])
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_fused_attention_and_its_gradients(length, heads, kv_heads, dim, pieces):
+    """By segments too; the last is padding, and nothing of it is looked at."""
+    rng = np.random.default_rng(length)
+    shapes = (1, length, heads, dim), (1, length, kv_heads, dim), (1, length, kv_heads, dim), (1, length, heads, dim)
+    q, k, v, cotangent = (np.asarray(jnp.asarray(rng.normal(size=shape), BF16), np.float64) for shape in shapes)
+    edges = np.linspace(0, length, pieces + 1).astype(int)
+    segments = np.searchsorted(edges[1:], np.arange(length), side="right")[None]
+    ids = None if pieces == 1 else jnp.asarray(segments, jnp.int32)
+    arguments = [jnp.asarray(x, BF16) for x in (q, k, v)]
+    got, pull = jax.vjp(lambda *x: causal_attention("gpu", *x, ids), *arguments)
+    grads = pull(jnp.asarray(cotangent, BF16))
+    for start, end in zip(edges, edges[1:], strict=False):
+        own = [x[:, start:end] for x in (q, k, v, cotangent)]
+        assert_near(got[:, start:end], oracle(*own[:3]))
+        for ours, want in zip(grads, oracle_gradients(*own), strict=True):
+            assert_near(ours[:, start:end], want, 2e-2)
+
+
+@pytest.fixture(scope="module")
+def hopper_config(tiny_config):
+    return dataclasses.replace(tiny_config, head_dim=64)
+
+
+def test_a_rollout_in_bfloat16_is_what_the_whole_sequence_gives(hopper_config):
+    """Recorded log-probs are those of a forward pass over the whole sequence, however the cache is cut."""
+    params = jax.tree.map(lambda w: w.astype(BF16), init_params(hopper_config, jax.random.key(0)))
+    prompts = [list(range(10, 10 + length)) for length in (1, 8, 30, 65)]
+    model, mesh = nnx.merge(abstract_params(hopper_config)[0], params), mesh_of(1, 1)
+
+    @jax.jit
+    def forward(tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, _ = model(tokens, positions, attend_on(mesh), None, Layout(BF16))
+        return jax.nn.log_softmax(unembed(hidden, model.head_weights()))
+
+    for changes in ({}, {"page_size": 8, "slots": 4}, {"pool_pages": 40, "page_size": 16}):
+        options = dataclasses.replace(RolloutOptions(max_completion_length=80, temperature=1.0), **changes)
+        roller = Roller(hopper_config, mesh, BF16, options, hopper_config.vocab_size, (1,))
+        rollout = roller(params, prompts, [0, 1, 2, 3], 4, (7, 0))
+        rows = [prompt for prompt in prompts for _ in range(4)]
+        tokens = np.zeros((16, 160), np.int32)
+        for row, (prompt, completion) in enumerate(zip(rows, rollout.completions, strict=True)):
+            tokens[row, : len(prompt) + len(completion)] = prompt + completion
+        whole = np.asarray(forward(jnp.asarray(tokens)))
+        for row, (prompt, completion) in enumerate(zip(rows, rollout.completions, strict=True)):
+            places = len(prompt) - 1 + np.arange(len(completion))
+            want = whole[row, places, np.array(completion)]
+            np.testing.assert_allclose(rollout.logprobs[row, : len(completion)], want, atol=0.05)
