@@ -260,7 +260,7 @@ def measure(options: BenchOptions) -> int:
         f"{report['prefill_tokens_per_second']:.0f} prompt tokens/s; "
         f"later tokens {report['decode_tokens_per_second'] or 'too few to time'} per s\n"
         f"decoding alone reads at {report['decode_share_of_bandwidth'] or 0:.0%} of the copy's rate; "
-        f"slots decoding, by tenths of the steps: {' '.join(f'{share:.0%}' for share in over_time) or 'not looked at'}; "
+        f"slots decoding, by tenths of the steps: {' '.join(f'{share:.0%}' for share in over_time) or '?'}; "
         f"{peak:.0f} MiB at the peak\n"
     )
     sys.stdout.write(json.dumps(report) + "\n")

@@ -67,7 +67,6 @@ def scoring_scratch(programs: Programs, work: Work, parts: int) -> int:
     return tokens * widest + gathered_bytes(programs, work)
 
 
-def rollout_scratch(programs: Programs, work: Work, slots: int, pool: int) -> int:
-    """The page pool, the layers' weights apart, and what sampling needs over the vocabulary."""
-    apart = work.layer_weights * programs.dtype.itemsize
-    return pool + apart + 4 * LOGITS_COPIES * slots * programs.config.vocab_size
+def rollout_scratch(programs: Programs, slots: int, pool: int) -> int:
+    """The page pool, and what sampling needs over the vocabulary."""
+    return pool + 4 * LOGITS_COPIES * slots * programs.config.vocab_size

@@ -74,9 +74,8 @@ def pool_limit(programs: Programs, resident: int) -> int:
     """
     if programs.platform == "cpu":
         return 0
-    copies = 2 if programs.platform == "gpu" else 1  # there the layers' weights are held apart as well
     whole = jax.tree.leaves(abstract_params(decode_config(programs.config), programs.dtype)[1])
-    used = resident + copies * sum(leaf.size * leaf.dtype.itemsize for leaf in whole) + SCRATCH
+    used = resident + sum(leaf.size * leaf.dtype.itemsize for leaf in whole) + SCRATCH
     total, page_size = programs.device_memory, programs.settings[RolloutOptions].page_size
     modest = max(max(HALF * total, SMALL_CHIP) - used, POOL * total)
     return max(1, int(min(modest, FULL * total - used) // page_bytes(programs, page_size)))

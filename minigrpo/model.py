@@ -275,6 +275,11 @@ def product(name: str, x: Array, weights: Array) -> Array:
     return jnp.tensordot(x, weights, summed)
 
 
+def in_order(x: Array, before: str, after: str) -> Array:
+    """Dims put in another order, after whatever made x, which XLA would rather make in that order."""
+    return jnp.einsum(f"{before}->{after}", jax.lax.optimization_barrier(x))
+
+
 def product_forward(name, x, weights):
     return product(name, x, weights), (x, weights)
 
@@ -283,7 +288,7 @@ def product_backward(name, saved, cotangent):
     (x, weights), (ins, outs), dims = saved, PROJECTIONS[name], layer_dims(name)
     x_grad = jnp.einsum(f"BT{outs},{dims}->BT{ins}", cotangent, weights)
     if x.size > cotangent.size:
-        return x_grad, jnp.einsum(f"BT{outs},BT{ins}->{dims}", cotangent, x)
+        return x_grad, in_order(jnp.einsum(f"BT{outs},BT{ins}->{outs}{ins}", cotangent, x), f"{outs}{ins}", dims)
     return x_grad, jnp.einsum(f"BT{ins},BT{outs}->{dims}", x, cotangent)
 
 

@@ -310,7 +310,7 @@ def plan_rollout(programs: Programs, work: Work, resident: Resident) -> Phase:
     chips = programs.mesh.size
     slots = min(plan.slots, -(-work.rows // chips))
     moved = work.rollout_bytes(chips, slots, programs.dtype.itemsize)
-    scratch = budget.rollout_scratch(programs, work, slots, cache_bytes(programs, resident))
+    scratch = budget.rollout_scratch(programs, slots, cache_bytes(programs, resident))
     scratch += result_bytes(programs, work.rows)
     counted = Counted(resident.total, work.rollout_flops() / chips, moved, scratch)
     return measure(programs, counted, run_mesh, plan, decoded_shapes(programs, plan), prompts, seed)

@@ -39,15 +39,15 @@ from minigrpo.model import (
     unembed,
 )
 from minigrpo.sampling import Sampler, sample
-from minigrpo.sharding import DATA, Layout, by_sequence, in_dtype, put, replicated
+from minigrpo.sharding import DATA, Layout, by_sequence, in_dtype, launch, put, replicated
 
 WAITING, RUNNING, DONE = 0, 1, 2
 PREFILL_ROWS = 8
 """Prompts prefilled at a time on one device."""
 TAIL_SHRINK = 4
 """When no completion waits, the batch shrinks by this factor each time the running ones fit. Every size is compiled."""
-LEAST_BATCH = 4
-"""A batch of so few is not shrunk."""
+LEAST_BATCH, GPU_LEAST_BATCH = 4, 64
+"""A batch of so few is not shrunk: on a GPU fewer take as long, as reading the weights does."""
 CPU_HEAD_PARTS = 8
 """Parts of the vocabulary that the CPU's logits are computed by, where they divide it."""
 
@@ -80,6 +80,15 @@ class RolloutPlan:
     @property
     def device(self) -> jax.Device:
         return self.mesh.devices.flat[0]
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.platform == "cpu"
+
+    @property
+    def layers_apart(self) -> bool:
+        """Whether layers are unrolled over weights of their own: a scan would copy each layer's, but not on TPU."""
+        return self.device.platform != "tpu"
 
     def max_pages(self, prompt_width: int) -> int:
         """Entries of a page table: pages of the longest prompt and completion."""
@@ -326,7 +335,7 @@ def next_tokens(
         each_layer=each_layer,
         angles=jax.tree.map(lambda table: table[0, slots.length, None], angles),
     )
-    logits = (by_parts if plan.device.platform == "cpu" else unembed)(hidden[:, 0], model.head_weights())
+    logits = (by_parts if plan.on_cpu else unembed)(hidden[:, 0], model.head_weights())
     if logits.shape[1] > plan.num_tokens:
         logits = jnp.where(jnp.arange(logits.shape[1]) < plan.num_tokens, logits, -jnp.inf)
     return pages, *sample(plan.sampler, logits, uniforms)
@@ -369,10 +378,10 @@ def shrink(state: State, size: int) -> State:
     return update(state, slots=jax.tree.map(lambda x: x[order], state.slots))
 
 
-def batch_sizes(slots: int) -> list[int]:
-    """64 -> [64, 16, 4]: the batch's size at first and in the tail."""
+def batch_sizes(slots: int, least: int) -> list[int]:
+    """64, 4 -> [64, 16, 4]: the batch's size at first and in the tail."""
     sizes = [slots]
-    while sizes[-1] > LEAST_BATCH:
+    while sizes[-1] > least:
         sizes.append(-(-sizes[-1] // TAIL_SHRINK))
     return sizes
 
@@ -382,11 +391,11 @@ def more_left_than(count: int, state: State) -> Bool[Array, ""]:
 
 
 def one_by_one(
-    layers: list[tuple[Array, Params]], restore: Callable[[Params], Params], step: Callable, carry: Any, _: Any
+    restore: Callable[[Params], Params], layers: list[Params], step: Callable, carry: Any, _: Any
 ) -> tuple[Any, None]:
-    """`each_layer` over weights that are apart already, as they are read without a copy; the stacked ones go unused."""
-    for index, weights in layers:
-        carry = step(carry, (index, restore(weights)))[0]
+    """`each_layer` over weights that are apart already; the stacked ones go unused."""
+    for index, weights in enumerate(layers):
+        carry = step(carry, (jnp.int32(index), restore(weights)))[0]
     return carry, None
 
 
@@ -405,20 +414,15 @@ def laid_out(weights: Params, before: Callable[[str], str], after: Callable[[str
     return jax.tree_util.tree_map_with_path(turn, weights)
 
 
-def layer_runner(plan: RolloutPlan, model: Qwen) -> EachLayer:
-    """How a rollout runs the layers: a scan on TPU; elsewhere that would copy every layer's weights, so unrolled."""
-    if plan.device.platform == "tpu":
-        return jax.lax.scan
-    stacked = nnx.to_pure_dict(nnx.split(model.layers)[1])
-    prepare, restore = unchanged, unchanged
-    if plan.device.platform == "cpu":
-        prepare = functools.partial(laid_out, before=layer_dims, after=dims_read)
-        restore = functools.partial(laid_out, before=dims_read, after=layer_dims)
-    layers = [
-        (jnp.int32(index), prepare(jax.tree.map(lambda w, index=index: w[index], stacked)))
-        for index in range(plan.model.num_hidden_layers)
-    ]
-    return functools.partial(one_by_one, jax.lax.optimization_barrier(layers), restore)
+def decoder(plan: RolloutPlan, weights: Params) -> tuple[Qwen, EachLayer]:
+    """The model of a rollout, and how it runs its layers."""
+    if not plan.layers_apart:
+        return nnx.merge(plan.graph, weights), jax.lax.scan
+    restore = functools.partial(laid_out, before=dims_read, after=layer_dims) if plan.on_cpu else unchanged
+    shapes = abstract_params(plan.model, plan.dtype)[1]["layers"]
+    unread = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    model = nnx.merge(plan.graph, weights | {"layers": unread})
+    return model, functools.partial(one_by_one, restore, weights["layers"])
 
 
 def decode_all(
@@ -439,7 +443,8 @@ def decode_all(
         state = jax.lax.while_loop(can_admit, functools.partial(admit, plan, prompts, table), state)
         return decode(plan, model, each_layer, angles, prompts, uniforms, extend(plan, state))
 
-    sizes = batch_sizes(state.slots.token.shape[0])
+    least = GPU_LEAST_BATCH if plan.device.platform == "gpu" else LEAST_BATCH
+    sizes = batch_sizes(state.slots.token.shape[0], least)
     for size, following in zip(sizes, sizes[1:] + [0], strict=True):
         state = shrink(state, size)
         state = jax.lax.while_loop(functools.partial(more_left_than, following), step, state)
@@ -484,10 +489,9 @@ def all_uniforms(plan: RolloutPlan, prompts: Prompts, key: Array) -> Float[Array
     return of_prompts(prompts.ids, members, jnp.arange(plan.max_tokens)).reshape(-1, plan.max_tokens)
 
 
-def run_device(plan: RolloutPlan, params: Params, prompts: Prompts, key: Array):
+def run_device(plan: RolloutPlan, weights: Params, prompts: Prompts, key: Array):
     """One device's whole rollout -> tokens, log-probs, lengths, and [steps, busy] counts."""
-    model = nnx.merge(plan.graph, params)
-    each_layer = layer_runner(plan, model)
+    model, each_layer = decoder(plan, weights)
     state, table = start(plan, model, each_layer, prompts)
     state = decode_all(plan, model, each_layer, prompts, all_uniforms(plan, prompts, key), table, state)
     return state.tokens, state.logprobs, state.lengths, jnp.stack([state.steps, state.busy])[None]
@@ -500,15 +504,31 @@ def decode_config(config: ModelConfig) -> ModelConfig:
 
 @functools.partial(jax.jit, static_argnums=0)
 def decode_weights(plan: RolloutPlan, params: Params) -> Params:
-    """The policy laid out for decoding: in the compute dtype, whole on every device."""
-    weights = params if plan.model == plan.policy else merge(plan.policy, params)
-    return jax.lax.with_sharding_constraint(in_dtype(weights, plan.dtype), replicated(plan.mesh))
+    """The policy laid out for decoding: in the compute dtype, whole on every device, its layers apart off the TPU."""
+    weights = in_dtype(params if plan.model == plan.policy else merge(plan.policy, params), plan.dtype)
+    if plan.layers_apart:
+        prepare = functools.partial(laid_out, before=layer_dims, after=dims_read) if plan.on_cpu else unchanged
+        layers = range(plan.model.num_hidden_layers)
+        apart = [prepare(jax.tree.map(lambda w, index=index: w[index], weights["layers"])) for index in layers]
+        weights = weights | {"layers": apart}
+    return jax.lax.with_sharding_constraint(weights, replicated(plan.mesh))
 
 
 def as_decoded(plan: RolloutPlan, params: Params) -> bool:
     """Whether the policy is laid out for decoding as it is."""
-    leaves = jax.tree.leaves(params)
-    return plan.model == plan.policy and all(x.dtype == plan.dtype and x.is_fully_replicated for x in leaves)
+    whole = all(x.dtype == plan.dtype and x.is_fully_replicated for x in jax.tree.leaves(params))
+    return whole and plan.model == plan.policy and not plan.layers_apart
+
+
+def shared_by_host(weights: Params) -> Params:
+    """Replicated arrays of virtual CPU devices -> the same in one place, which caches hold once."""
+
+    def share(x):
+        host = np.asarray(x.addressable_shards[0].data)  # shows the array's own memory, as does what is made of it
+        copies = [jax.device_put(host, shard.device) for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, x.sharding, copies)
+
+    return jax.tree.map(share, weights)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -516,14 +536,14 @@ def run_mesh(plan: RolloutPlan, weights: Params, prompts: Prompts, seed: Int[Arr
     """Every device's rollout of its share of the prompts."""
     key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
     rows, whole = PartitionSpec(DATA), PartitionSpec()
-    run = jax.shard_map(
+    roll = jax.shard_map(
         functools.partial(run_device, plan),
         mesh=plan.mesh,
         in_specs=(whole, rows, whole),
         out_specs=rows,
         check_vma=False,
     )
-    return jax.lax.with_sharding_constraint(run(weights, prompts, key), replicated(plan.mesh))
+    return jax.lax.with_sharding_constraint(roll(weights, prompts, key), replicated(plan.mesh))
 
 
 def spread(prompts: list[list[int]], ids: list[int], group: int, devices: int, width: int) -> tuple[Prompts, int]:
@@ -586,7 +606,9 @@ class Roller:
         plan = dataclasses.replace(self.plan, group=row_group)
         device_rows = put(self.mesh, rows, by_sequence(self.mesh))
         weights = params if as_decoded(self.plan, params) else decode_weights(self.plan, params)
-        outs = run_mesh(plan, weights, device_rows, put(self.mesh, np.array(seed, np.int32), replicated(self.mesh)))
+        weights = shared_by_host(weights) if plan.on_cpu else weights
+        seed_rows = put(self.mesh, np.array(seed, np.int32), replicated(self.mesh))
+        outs = launch(run_mesh, plan, weights, device_rows, seed_rows)
         tokens, logprobs, lengths, counts = map(np.asarray, outs)
         total = len(prompts) * group
         tokens, logprobs, lengths = tokens[:total], logprobs[:total], lengths[:total]

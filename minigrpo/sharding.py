@@ -1,9 +1,11 @@
 """The (fsdp, tp) mesh: platform start-up, how every parameter and activation is laid out on it."""
 
+import ctypes
 import dataclasses
 import glob
 import importlib.util
 import os
+import time
 from typing import Any
 
 import jax
@@ -22,6 +24,10 @@ DATA = (FSDP, TP)
 
 AXIS_OF_DIM = {"V": TP, "N": TP, "K": TP, "F": TP, "D": FSDP}
 """Dim letter -> the mesh axis that shards it; H and L stay whole."""
+
+
+LONG_COMPILE = 0.5
+"""Seconds of compiling after which there is memory to give back."""
 
 
 def accelerator_present() -> bool:
@@ -43,6 +49,16 @@ def start_platform(mesh_flag: str) -> None:
         # One CPU client runs programs one after another: with several virtual devices, concurrent
         # programs can starve each other's collectives of threads.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def launch(function: Any, *arguments: Any) -> Any:
+    """Calls a jitted function; if it is compiled for that, what compiling took of the host is given back before."""
+    started = time.perf_counter()
+    function.lower(*arguments).compile()  # at once if it has been, and the call finds it
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of the GNU C library
+    if give_back and time.perf_counter() - started > LONG_COMPILE:
+        give_back(0)
+    return function(*arguments)
 
 
 def make_mesh(mesh_flag: str) -> Mesh:

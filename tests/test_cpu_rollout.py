@@ -174,4 +174,5 @@ def test_groups_split_over_devices_or_rows_are_added():
 
 
 def test_the_batch_shrinks_in_the_tail():
-    assert batch_sizes(64) == [64, 16, 4] and batch_sizes(3) == [3] and batch_sizes(10) == [10, 3]
+    assert batch_sizes(64, 4) == [64, 16, 4] and batch_sizes(3, 4) == [3] and batch_sizes(10, 4) == [10, 3]
+    assert batch_sizes(64, 64) == [64]

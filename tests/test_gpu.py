@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from test_cpu_paged_attention import attend_here, check
 
 from minigrpo.attention import attend_on, causal_attention
 from minigrpo.config import RolloutOptions
-from minigrpo.kernels.paged_attention import empty_pages, gpu
+from minigrpo.kernels.paged_attention import HOPPER_RANK, empty_pages
 from minigrpo.model import abstract_params, init_params, unembed
 from minigrpo.rollout import Roller
 from minigrpo.sharding import Layout
@@ -28,7 +29,7 @@ BF16 = jnp.dtype("bfloat16")
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 128), (14, 2, 64), (12, 2, 128), (18, 2, 64)])
 @pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128])
 def test_the_hopper_kernel_equals_oracle(heads, kv_heads, dim, page_size):
-    assert empty_pages(jax.devices()[0], 1, 1, page_size, kv_heads, dim, BF16).ndim == gpu.RANK
+    assert empty_pages(jax.devices()[0], 1, 1, page_size, kv_heads, dim, BF16).ndim == HOPPER_RANK
     check(attend_here, heads, kv_heads, dim, page_size, jnp.bfloat16, extra=(131, *range(1, 2305, 256)))
 
 
@@ -51,7 +52,7 @@ def test_fused_attention_and_its_gradients(length, heads, kv_heads, dim, pieces)
     arguments = [jnp.asarray(x, BF16) for x in (q, k, v)]
     got, pull = jax.vjp(lambda *x: causal_attention("gpu", *x, ids), *arguments)
     grads = pull(jnp.asarray(cotangent, BF16))
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         own = [x[:, start:end] for x in (q, k, v, cotangent)]
         assert_near(got[:, start:end], oracle(*own[:3]))
         for ours, want in zip(grads, oracle_gradients(*own), strict=True):

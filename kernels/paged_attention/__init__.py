@@ -13,16 +13,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from . import cpu, gpu, tpu, xla
+from . import cpu, tpu, xla
 
 __all__ = ["append_rows", "empty_pages", "fill_pages", "paged_attention"]
 
 
+HOPPER_RANK = 6
+"""Dims of pages laid out for the Hopper kernel, [L, P, 2, K, S, H], which tell them from others."""
+
+
+def hopper() -> ModuleType:
+    """The Hopper kernel; imported where it is used, as what it is made of takes a quarter of a second to load."""
+    from . import gpu
+
+    return gpu
+
+
 def path(device: jax.Device, head_dim: int, pages: Float[Array, "L P ..."]) -> ModuleType:
     """What reads and writes these pages of heads of this size on a device."""
-    if pages.ndim == gpu.RANK:
-        return gpu
-    return plain_path(device, head_dim)
+    return hopper() if pages.ndim == HOPPER_RANK else plain_path(device, head_dim)
 
 
 def plain_path(device: jax.Device, head_dim: int) -> ModuleType:
@@ -36,8 +45,8 @@ def empty_pages(
     device: jax.Device, layers: int, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: Any
 ) -> Float[Array, "L P ..."]:
     """Zeroed pages of a device that the program is for."""
-    on_hopper = gpu.reads(device, page_size, head_dim, dtype)
-    own = gpu if on_hopper else plain_path(device, head_dim)
+    on_hopper = device.platform == "gpu" and hopper().reads(device, page_size, head_dim, dtype)
+    own = hopper() if on_hopper else plain_path(device, head_dim)
     return jnp.zeros((layers, num_pages, *own.page_shape(page_size, kv_heads, head_dim)), dtype)
 
 

@@ -16,9 +16,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-RANK = 6
-"""Dims of pages laid out for this kernel, [L, P, 2, K, S, H], which tell them from others."""
-
 BLOCK_TOKENS = 64
 """Context tokens attended to at a time."""
 
@@ -37,11 +34,11 @@ class Tuning:
 
 
 def reads(device: jax.Device, page_size: int, head_dim: int, dtype: Any) -> bool:
-    """Whether the kernel is for this device and for pages of this kind.
+    """Whether the kernel is for this GPU and for pages of this kind.
 
     It takes 16-bit numbers, heads of whole tiles, and pages that blocks consist of or that consist of blocks.
     """
-    if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
+    if not str(getattr(device, "compute_capability", "")).startswith("9."):
         return False
     whole = page_size % TILE_ROWS == 0 and (BLOCK_TOKENS % page_size == 0 or page_size % BLOCK_TOKENS == 0)
     return whole and head_dim in (64, 128) and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
@@ -90,7 +87,7 @@ class Walk:
     keys: Any  # [buffers, BLOCK_TOKENS, H] in shared memory
     values: Any
     weights: Any  # [ROWS, BLOCK_TOKENS] in shared memory
-    arrived: tuple[Any, Any]
+    arrived: tuple[Any, ...]
     """A barrier per buffer, of keys and of values."""
     row: Any
     head: Any
@@ -149,7 +146,6 @@ def attend_block(walk: Walk, queries: Any, block: Any, state: tuple[Array, Array
     weights, rescale = jnp.exp2(scores - spread(new_peak, BLOCK_TOKENS)), jnp.exp2(peak - new_peak)
     plgpu.barrier_wait(walk.arrived[1].at[buffer])
     pl.when(valid < BLOCK_TOKENS)(lambda: zero_past(walk, buffer, valid))
-
     walk.weights[...] = weights.astype(walk.weights.dtype)
     plgpu.commit_smem()
 
@@ -157,14 +153,16 @@ def attend_block(walk: Walk, queries: Any, block: Any, state: tuple[Array, Array
         plgpu.wgmma(sums, walk.weights, walk.values.at[buffer])
         return sums[...]
 
-    sums = pl.run_scoped(weigh, plgpu.ACC(acc.shape, jnp.float32))
+    sums = pl.run_scoped(weigh, plgpu.ACC((ROWS, acc.shape[1]), jnp.float32))
     return new_peak, total * rescale + weights.sum(axis=1), acc * spread(rescale, acc.shape[1]) + sums
 
 
-def kernel(q, pages, layer, lengths, table, out, queries, keys, values, weights, results, q_arrived, k_arrived, v_arrived):
+def kernel(
+    q, pages, layer, lengths, table, out, queries, keys, values, weights, results, q_arrived, k_arrived, v_arrived
+):
     """Attends the queries of one kv head, of which the product sees copies, to one sequence."""
     row, head = jax.lax.axis_index("row"), jax.lax.axis_index("head")
-    walk = Walk(pages, table, keys, values, weights, (k_arrived, v_arrived), row, head, layer[0], lengths[row])
+    walk = Walk(pages, table, keys, values, weights, arrived, row, head, layer[0], lengths[row])
     blocks = jax.lax.div(walk.length + BLOCK_TOKENS - 1, BLOCK_TOKENS)
     buffers = keys.shape[0]
     for block in range(buffers):
