@@ -157,9 +157,7 @@ def attend_block(walk: Walk, queries: Any, block: Any, state: tuple[Array, Array
     return new_peak, total * rescale + weights.sum(axis=1), acc * spread(rescale, acc.shape[1]) + sums
 
 
-def kernel(
-    q, pages, layer, lengths, table, out, queries, keys, values, weights, results, q_arrived, k_arrived, v_arrived
-):
+def kernel(q, pages, layer, lengths, table, out, queries, keys, values, weights, results, q_arrived, *arrived):
     """Attends the queries of one kv head, of which the product sees copies, to one sequence."""
     row, head = jax.lax.axis_index("row"), jax.lax.axis_index("head")
     walk = Walk(pages, table, keys, values, weights, arrived, row, head, layer[0], lengths[row])
