@@ -1,4 +1,4 @@
-"""A run's scratch memory by arithmetic, for GPUs, which no compiler here can compile for."""
+"""A run's scratch memory by arithmetic, for GPUs, whose compiler is not part of the installation."""
 
 import dataclasses
 import re

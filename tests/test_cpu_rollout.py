@@ -16,8 +16,8 @@ from minigrpo.attention import attend_on, causal_attention
 from minigrpo.config import LossOptions, RolloutOptions, UsageError
 from minigrpo.logprobs import Head
 from minigrpo.model import abstract_params, unembed
-from minigrpo.rollout import Roller, batch_sizes, spread
-from minigrpo.sharding import Layout, by_sequence, put
+from minigrpo.rollout import Roller, batch_sizes, shared_by_host, spread
+from minigrpo.sharding import Layout, by_sequence, put, replicated
 
 REAL = 250
 STOPS = (5, 9)
@@ -163,6 +163,14 @@ def test_greedy_equals_repeated_full_forward(tiny_config, tiny_params):
         hidden, _ = model(sequence, positions, attend_on(mesh_of(1, 1)))
         best = np.asarray(unembed(hidden, model.head_weights())[0, :, :REAL].argmax(axis=-1))
         np.testing.assert_array_equal(best[len(prompt) - 1 : -1], rollout.tokens[2 * row])
+
+
+def test_virtual_devices_read_the_same_weights():
+    x = np.arange(4096.0, dtype=np.float32).reshape(64, 64)
+    shared = shared_by_host({"w": put(mesh_of(4, 1), x, replicated(mesh_of(4, 1)))})["w"]
+    assert len({shard.data.unsafe_buffer_pointer() for shard in shared.addressable_shards}) == 1
+    assert shared.is_fully_replicated and len(shared.addressable_shards) == 4
+    np.testing.assert_array_equal(shared, x)
 
 
 def test_groups_split_over_devices_or_rows_are_added():
