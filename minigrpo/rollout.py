@@ -520,15 +520,12 @@ def as_decoded(plan: RolloutPlan, params: Params) -> bool:
     return whole and plan.model == plan.policy and not plan.layers_apart
 
 
-def shared_by_host(weights: Params) -> Params:
-    """Replicated arrays of virtual CPU devices -> the same in one place, which caches hold once."""
+def shared_by_host(mesh: Mesh, weights: Params) -> Params:
+    """Replicated arrays of virtual CPU devices -> the same in one place, which caches hold once.
 
-    def share(x):
-        host = np.asarray(x.addressable_shards[0].data)  # shows the array's own memory, as does what is made of it
-        copies = [jax.device_put(host, shard.device) for shard in x.addressable_shards]
-        return jax.make_array_from_single_device_arrays(x.shape, x.sharding, copies)
-
-    return jax.tree.map(share, weights)
+    NumPy shows an array's own memory, and so does an array made of that.
+    """
+    return put(mesh, jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), weights), replicated(mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -606,7 +603,7 @@ class Roller:
         plan = dataclasses.replace(self.plan, group=row_group)
         device_rows = put(self.mesh, rows, by_sequence(self.mesh))
         weights = params if as_decoded(self.plan, params) else decode_weights(self.plan, params)
-        weights = shared_by_host(weights) if plan.on_cpu else weights
+        weights = shared_by_host(self.mesh, weights) if plan.on_cpu else weights
         seed_rows = put(self.mesh, np.array(seed, np.int32), replicated(self.mesh))
         outs = launch(run_mesh, plan, weights, device_rows, seed_rows)
         tokens, logprobs, lengths, counts = map(np.asarray, outs)

@@ -167,7 +167,8 @@ def test_greedy_equals_repeated_full_forward(tiny_config, tiny_params):
 
 def test_virtual_devices_read_the_same_weights():
     x = np.arange(4096.0, dtype=np.float32).reshape(64, 64)
-    shared = shared_by_host({"w": put(mesh_of(4, 1), x, replicated(mesh_of(4, 1)))})["w"]
+    mesh = mesh_of(4, 1)
+    shared = shared_by_host(mesh, {"w": put(mesh, x, replicated(mesh))})["w"]
     assert len({shard.data.unsafe_buffer_pointer() for shard in shared.addressable_shards}) == 1
     assert shared.is_fully_replicated and len(shared.addressable_shards) == 4
     np.testing.assert_array_equal(shared, x)
