@@ -19,10 +19,10 @@ from environment import PEERS, last_json, tunix_python
 from jax.sharding import Mesh
 from train_step import matmul_rate, model_config, peak_mib, stop_tokens
 
-from minigrpo.config import Options, RolloutOptions, Settings, UsageError, option, run_command
+from minigrpo.config import Options, RolloutOptions, Settings, UsageError, option, parse_mesh, run_command
 from minigrpo.model import ModelConfig, Params, abstract_params
 from minigrpo.rollout import Roller, Rollout
-from minigrpo.sharding import accelerator_present, make_mesh, start_platform
+from minigrpo.sharding import accelerator_present, check_divisible, make_mesh, start_platform
 from minigrpo.weights import random_params
 from minigrpo.work import Work
 
@@ -116,9 +116,11 @@ BASELINES = {"transformers": run_transformers, "tunix": run_tunix}
 
 def compare(options: BenchOptions) -> int:
     """Ours and the peer in turn on the same shapes; medians, and their ratio."""
-    own = ("baseline", "rounds", "tunix_venv")
+    if options.mesh != "auto":
+        parse_mesh(options.mesh)  # before the peer takes its time
+    own = ("baseline", "rounds", "tunix_venv", "over_time")
     given = {name: value for name, value in dataclasses.asdict(options).items() if name not in own}
-    flags = [f"--{name}={value}" for name, value in given.items()]
+    flags = ["--over_time=false", *(f"--{name}={value}" for name, value in given.items())]
     ours, theirs = [], []
     for _ in range(options.rounds):
         theirs += BASELINES[options.baseline](options, given)["rates"]
@@ -173,8 +175,8 @@ class Job:
 
 
 def make_job(options: BenchOptions) -> Job:
-    mesh = make_mesh(options.mesh)
-    config = model_config(options)
+    mesh, config = make_mesh(options.mesh), model_config(options)
+    check_divisible(config.sizes, mesh)
     rng = np.random.default_rng(1)
     sizes = rng.integers(options.prompt_length // 2, options.prompt_length + 1, options.prompts)
     prompts = [rng.integers(3, options.vocab, size).tolist() for size in sizes]
@@ -216,18 +218,19 @@ def measure(options: BenchOptions) -> int:
     start_platform(options.mesh)
     job = make_job(options)
     device, chips = job.mesh.devices.flat[0], job.mesh.size if jax.default_backend() != "cpu" else 1
-    bandwidth, flop_rate = chips * copy_bandwidth(), chips * matmul_rate(job.dtype)
     generate, prefill = job.roller(options.new_tokens), job.roller(1)
     compile_seconds, _ = timed(lambda: generate(0))
     prefill(0)
     prefill_seconds = statistics.median(timed(lambda i=i: prefill(i))[0] for i in range(1, options.repeats + 1))
     runs = [timed(lambda i=i: generate(i)) for i in range(1, options.repeats + 1)]
-    peak = peak_mib(device)
+    peak = peak_mib(device)  # before that of the machine's own limits
+    bandwidth, flop_rate = chips * copy_bandwidth(), chips * matmul_rate(job.dtype)
     rates = [float(result.lengths.sum()) / seconds for seconds, result in runs]
     number = sorted(range(options.repeats), key=lambda i: runs[i][0])[options.repeats // 2]
     seconds, last = runs[number]  # the run of median time
     reading, computing = limit_seconds(job, last, bandwidth, flop_rate)
     later, decoding = float(last.lengths.sum()) - options.prompts * options.generations, seconds - prefill_seconds
+    share = reading * (1 - 1 / last.decode_steps) / decoding if later and decoding > 0 else None
     over_time = occupancy_over_time(job, number + 1) if options.over_time else []
     report = {
         "bench": "rollout_tput",
@@ -246,7 +249,7 @@ def measure(options: BenchOptions) -> int:
         "prefill_tokens_per_second": round(sum(map(len, job.prompts)) / prefill_seconds, 1),
         "decode_tokens_per_second": round(later / decoding, 1) if later and decoding > 0 else None,
         "decode_steps": last.decode_steps,
-        "decode_share_of_bandwidth": round(reading / decoding, 3) if decoding > 0 else None,
+        "decode_share_of_bandwidth": share and round(share, 3),
         "occupancy": round(last.occupancy, 3),
         "occupancy_over_time": over_time,
         "peak_mib": round(peak, 1),
@@ -259,7 +262,7 @@ def measure(options: BenchOptions) -> int:
         f"{report['share_of_limit']:.0%} of the limit; prefill and first token {prefill_seconds:.3f} s, "
         f"{report['prefill_tokens_per_second']:.0f} prompt tokens/s; "
         f"later tokens {report['decode_tokens_per_second'] or 'too few to time'} per s\n"
-        f"decoding alone reads at {report['decode_share_of_bandwidth'] or 0:.0%} of the copy's rate; "
+        f"decoding alone reads at {'?' if share is None else f'{share:.0%}'} of the copy's rate; "
         f"slots decoding, by tenths of the steps: {' '.join(f'{share:.0%}' for share in over_time) or '?'}; "
         f"{peak:.0f} MiB at the peak\n"
     )

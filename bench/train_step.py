@@ -23,6 +23,7 @@ from minigrpo.config import (
     Options,
     RolloutOptions,
     Settings,
+    UsageError,
     option,
     run_command,
 )
@@ -31,7 +32,7 @@ from minigrpo.model import ModelConfig, abstract_params
 from minigrpo.optimizer import TrainState, init_state, make_optimizer
 from minigrpo.packing import place_batch
 from minigrpo.rollout import Roller, Rollout
-from minigrpo.sharding import Layout, launch, make_mesh, start_platform
+from minigrpo.sharding import Layout, check_divisible, launch, make_mesh, start_platform
 from minigrpo.start import choose_tiles
 from minigrpo.weights import random_params
 from minigrpo.work import Work
@@ -83,6 +84,11 @@ def stop_tokens(vocab: int, mean_length: int) -> tuple[int, ...]:
 
 
 def model_config(options: ShapeOptions) -> ModelConfig:
+    """A Qwen3 of the flags' sizes; UsageError for sizes that make no model."""
+    if options.heads % options.kv_heads:
+        raise UsageError(f"--heads={options.heads}: not a multiple of --kv_heads={options.kv_heads}; make it one")
+    if options.head_dim % 2:
+        raise UsageError(f"--head_dim={options.head_dim}: rotary angles need an even size; add 1")
     return ModelConfig(
         model_type="qwen3",
         vocab_size=options.vocab,
@@ -187,8 +193,14 @@ def peak_mib(device: jax.Device) -> float:
 def main(settings: Settings) -> int:
     options: ShapeOptions = settings[ShapeOptions]
     lengths: LengthOptions = settings[LengthOptions]
+    if lengths.mean_length and not lengths.sampled:
+        raise UsageError(
+            f"--mean_length={lengths.mean_length}: completions that are made up have full length; "
+            "leave it at 0 or sample them with --sampled=true"
+        )
     start_platform(options.mesh)
     mesh = make_mesh(options.mesh)
+    check_divisible(model_config(options).sizes, mesh)
     dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     completion = min(lengths.mean_length or options.new_tokens, options.new_tokens)
     prompt = options.prompt_length * 3 // 4 if lengths.mean_length else options.prompt_length  # on average

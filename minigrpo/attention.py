@@ -112,6 +112,11 @@ def splash_attention(
     return out.swapaxes(1, 2)[:, :length]
 
 
+def fused_on_gpu(head_dim: int, itemsize: int) -> bool:
+    """Whether cuDNN has an attention for such numbers, on Ampere and newer."""
+    return itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+
+
 def cudnn_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -137,7 +142,7 @@ def causal_attention(
     """Causal attention of every row, within its segments: fused on TPU and GPU; on the CPU a few rows at a time."""
     if platform == "tpu":
         return splash_attention(q, k, v, segments)
-    if platform == "gpu" and q.dtype.itemsize == 2:
+    if platform == "gpu" and fused_on_gpu(q.shape[3], q.dtype.itemsize):
         return cudnn_attention(q, k, v, segments)
     if platform == "cpu":
         rows = math.gcd(len(q), CPU_ROWS)

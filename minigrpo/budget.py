@@ -61,10 +61,14 @@ def update_scratch(programs: Programs, work: Work, parts: int, trained: int) -> 
 
 
 def scoring_scratch(programs: Programs, work: Work, parts: int) -> int:
-    """The widest of one layer's numbers in a forward pass: the MLP's two products, and what goes in and comes out."""
+    """The widest of one layer's numbers in a forward pass: the MLP's two products, and what goes in and comes out.
+
+    Or attention's scores and weights, where these are more.
+    """
     widest = 2 * (programs.config.intermediate_size + programs.config.hidden_size) * programs.dtype.itemsize
-    tokens = rows_in_part(programs, work, parts) * (work.prompt + work.completion)
-    return tokens * widest + gathered_bytes(programs, work)
+    length = work.prompt + work.completion
+    row = max(length * widest, 2 * memory.score_bytes(programs, length)) + memory.mask_bytes(programs, length)
+    return rows_in_part(programs, work, parts) * row + gathered_bytes(programs, work)
 
 
 def rollout_scratch(programs: Programs, slots: int, pool: int) -> int:

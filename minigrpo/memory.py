@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from minigrpo.attention import QUERY_BLOCK
+from minigrpo.attention import QUERY_BLOCK, fused_on_gpu
 from minigrpo.chips import GIB
 from minigrpo.config import DataOptions, OptimizerOptions, RolloutOptions, StepOptions, UsageError
 from minigrpo.model import ModelConfig, abstract_params
@@ -46,11 +46,27 @@ def activation_bytes(programs: Programs, length: int) -> int:
     The TPU compiler keeps about as many bytes of a layer's numbers as if all were float32, the GPU's as many as in the
     compute dtype (BUILD_NOTES.md); what the layers save for the backward pass is in the compute dtype.
     """
-    config, item = programs.config, programs.dtype.itemsize
-    fused = programs.platform == "tpu" or (programs.platform == "gpu" and item == 2)
-    scores = 0 if fused else 3 * config.num_attention_heads * min(QUERY_BLOCK, length) * length * 4
-    width = 4 if programs.platform == "tpu" else item
-    return length * width * working_numbers(config) + saved_bytes(programs, length) + scores
+    width = programs.dtype.itemsize if programs.platform == "gpu" else 4
+    working = length * width * working_numbers(programs.config)
+    held = saved_bytes(programs, length) + mask_bytes(programs, length)
+    return working + held + 3 * score_bytes(programs, length)
+
+
+def fused_attention(programs: Programs) -> bool:
+    on_gpu = programs.platform == "gpu" and fused_on_gpu(programs.config.head_dim, programs.dtype.itemsize)
+    return on_gpu or programs.platform == "tpu"
+
+
+def score_bytes(programs: Programs, length: int) -> int:
+    """Bytes of one sequence's attention scores, as many as are held at a time."""
+    block = min(QUERY_BLOCK, length) * length
+    return 0 if fused_attention(programs) else 4 * programs.config.num_attention_heads * block
+
+
+def mask_bytes(programs: Programs, length: int) -> int:
+    """Bytes of the mask by which cuDNN keeps the sequences of a packed row apart."""
+    masked = programs.platform == "gpu" and fused_attention(programs) and programs.packing
+    return programs.dtype.itemsize * length**2 if masked else 0
 
 
 def device_budget(programs: Programs) -> float:

@@ -276,7 +276,7 @@ def product(name: str, x: Array, weights: Array) -> Array:
 
 
 def in_order(x: Array, before: str, after: str) -> Array:
-    """Dims put in another order, after whatever made x, which XLA would rather make in that order."""
+    """Dims put in another order, but not before x is made: XLA on the CPU would turn the larger things x is made of."""
     return jnp.einsum(f"{before}->{after}", jax.lax.optimization_barrier(x))
 
 

@@ -382,7 +382,7 @@ def batch_sizes(slots: int, least: int) -> list[int]:
     """64, 4 -> [64, 16, 4]: the batch's size at first and in the tail."""
     sizes = [slots]
     while sizes[-1] > least:
-        sizes.append(-(-sizes[-1] // TAIL_SHRINK))
+        sizes.append(max(least, -(-sizes[-1] // TAIL_SHRINK)))
     return sizes
 
 
@@ -516,8 +516,9 @@ def decode_weights(plan: RolloutPlan, params: Params) -> Params:
 
 def as_decoded(plan: RolloutPlan, params: Params) -> bool:
     """Whether the policy is laid out for decoding as it is."""
-    whole = all(x.dtype == plan.dtype and x.is_fully_replicated for x in jax.tree.leaves(params))
-    return whole and plan.model == plan.policy and not plan.layers_apart
+    if plan.layers_apart or plan.model != plan.policy:
+        return False
+    return all(x.dtype == plan.dtype and x.is_fully_replicated for x in jax.tree.leaves(params))
 
 
 def shared_by_host(mesh: Mesh, weights: Params) -> Params:

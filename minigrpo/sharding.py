@@ -52,7 +52,7 @@ def start_platform(mesh_flag: str) -> None:
 
 
 def launch(function: Any, *arguments: Any) -> Any:
-    """Calls a jitted function; if it is compiled for that, what compiling took of the host is given back before."""
+    """Calls a jitted function; if it has to be compiled, the host gets back what that took before it runs."""
     started = time.perf_counter()
     function.lower(*arguments).compile()  # at once if it has been, and the call finds it
     give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of the GNU C library

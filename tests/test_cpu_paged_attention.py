@@ -112,13 +112,12 @@ emulated_hopper = pytest.mark.skipif(
 
 @emulated_hopper
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "page_size"),
     [(16, 8, 128, 64), (14, 2, 64, 8), (12, 2, 128, 16), (18, 2, 64, 32), (4, 2, 128, 128)],
 )
-def test_the_gpu_kernel_equals_oracle(heads, kv_heads, dim, page_size, dtype):
-    check(attend_hopper, heads, kv_heads, dim, page_size, dtype, extra=(131,))
+def test_the_gpu_kernel_equals_oracle(heads, kv_heads, dim, page_size):
+    check(attend_hopper, heads, kv_heads, dim, page_size, jnp.bfloat16, extra=(131,))
 
 
 def without_waits(shape, refs, sequence, block, slot, do):
@@ -218,6 +217,20 @@ def test_appending_tokens_and_filling_pages_are_the_same(path, page_size, dim):
     written = np.concatenate([np.concatenate([x[0, :page_size], *x[1:]]).ravel() for x in (k, v)])
     np.testing.assert_array_equal(np.sort(filled[1, jnp.array([3, 0, 2])].ravel()), np.sort(written))
     assert not np.asarray(filled[0]).any() and not np.asarray(filled[1, jnp.array([1, 4])]).any()
+
+
+def test_more_queries_than_the_gpu_kernel_takes_are_refused():
+    pages = jnp.zeros((1, 1, *gpu.page_shape(64, 1, 64)), jnp.bfloat16)
+    one = jnp.ones(1, jnp.int32)
+    with pytest.raises(ValueError, match="65 query heads for 1 kv heads: at most 64 for each"):
+        gpu.paged_attention(
+            jax.devices()[0],
+            jnp.zeros((1, 65, 64), jnp.bfloat16),
+            pages,
+            jnp.int32(0),
+            one,
+            jnp.zeros((1, 1), jnp.int32),
+        )
 
 
 def test_pages_of_other_heads_are_refused():

@@ -12,10 +12,17 @@ PYTHONS = ("python3.12", "python3.13")
 """Tunix's jax is newer than Python 3.11 gets."""
 
 
+def output_of(*command: str) -> str:
+    """What a process prints; one that fails has said why, and ends this one."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        sys.exit(result.returncode)
+    return result.stdout
+
+
 def last_json(*command: str) -> dict:
     """The JSON line that a process ends with."""
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(output_of(*command).splitlines()[-1])
 
 
 def find_python() -> str:
@@ -39,6 +46,6 @@ def tunix_python(folder: str) -> str:
     """Python of the environment in `folder`, which is made and filled from PyPI when it is not there."""
     python = pathlib.Path(folder) / "bin" / "python"
     if not python.exists():
-        subprocess.run([find_python(), "-m", "venv", folder], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", TUNIX], check=True, stdout=sys.stderr)
+        output_of(find_python(), "-m", "venv", folder)
+        sys.stderr.write(output_of(str(python), "-m", "pip", "install", "--quiet", TUNIX))
     return str(python)

@@ -35,7 +35,7 @@ def path(device: jax.Device, head_dim: int, pages: Float[Array, "L P ..."]) -> M
 
 
 def plain_path(device: jax.Device, head_dim: int) -> ModuleType:
-    """The same where the Hopper kernel does not."""
+    """What reads and writes pages that are not laid out for the Hopper kernel."""
     if device.platform == "cpu" and head_dim <= cpu.MOST_HEAD_DIM:
         return cpu
     return tpu if device.platform == "tpu" else xla

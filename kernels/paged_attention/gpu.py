@@ -196,9 +196,14 @@ def tuned_attention(
     tuning: Tuning,
     interpret: Any = None,
 ) -> Float[Array, "B N H"]:
-    """`paged_attention` with a given tuning; `interpret` runs it elsewhere, as jax's Pallas takes it."""
+    """`paged_attention` with a given tuning; `interpret` runs it elsewhere, as jax's Pallas takes it.
+
+    ValueError for more than 64 query heads that share a kv head.
+    """
     (batch, heads, dim), (kv_heads, page_size) = q.shape, pages.shape[3:5]
     group, pieces = heads // kv_heads, max(1, BLOCK_TOKENS // page_size)
+    if group > ROWS:
+        raise ValueError(f"{heads} query heads for {kv_heads} kv heads: at most {ROWS} for each")
     rows = max(TILE_ROWS, pl.next_power_of_2(group))
     grouped = jnp.pad(q.reshape(batch, kv_heads, group, dim), ((0, 0), (0, 0), (0, rows - group), (0, 0)))
     in_tiles = plgpu.TilingTransform((TILE_ROWS, TILE_LANES)), plgpu.SwizzleTransform(2 * TILE_LANES)

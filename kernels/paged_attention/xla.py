@@ -1,4 +1,4 @@
-"""Paged attention in plain XLA, the path of GPUs, and of the CPU for heads larger than `cpu` reads.
+"""Paged attention in plain XLA: of GPUs where `gpu` has no kernel, and of the CPU for heads larger than `cpu` reads.
 
 A page is cut into pieces of at most PIECE_TOKENS tokens; in a piece a head's keys lie [H, S] and its values [S, H], as
 the two products read them, S being the piece's tokens. So a page is [R, K, W]: R the keys and values of every piece, W
