@@ -213,6 +213,22 @@ def limit_seconds(job: Job, last: Rollout, bandwidth: float, flop_rate: float) -
     return needed / bandwidth, work.rollout_flops() / flop_rate
 
 
+def describe(report: dict, limits: tuple[float, float], seconds: float, prefill_seconds: float) -> str:
+    """The report in words; `limits` are seconds to read weights and cache, and for the products."""
+    share, over_time = report["decode_share_of_bandwidth"], report["occupancy_over_time"]
+    return (
+        f"limit: {limits[0]:.3f} s to read weights and cache at {report['copy_gb_per_s']:.1f} GB/s, "
+        f"{limits[1]:.3f} s for the products at {report['matmul_gflop_per_s']:.0f} GFLOP/s\n"
+        f"ours:  {seconds:.3f} s, {report['tokens_per_second']:.0f} tokens/s (median of {report['repeats']}), "
+        f"{report['share_of_limit']:.0%} of the limit; prefill and first token {prefill_seconds:.3f} s, "
+        f"{report['prefill_tokens_per_second']:.0f} prompt tokens/s; "
+        f"later tokens {report['decode_tokens_per_second'] or 'too few to time'} per s\n"
+        f"decoding alone reads at {'?' if share is None else f'{share:.0%}'} of the copy's rate; "
+        f"slots decoding, by tenths of the steps: {' '.join(f'{part:.0%}' for part in over_time) or '?'}; "
+        f"{report['peak_mib']:.0f} MiB at the peak\n"
+    )
+
+
 def measure(options: BenchOptions) -> int:
     """Ours in this process: the machine's limits, then the rates and their share of them."""
     start_platform(options.mesh)
@@ -255,17 +271,7 @@ def measure(options: BenchOptions) -> int:
         "peak_mib": round(peak, 1),
         "share_of_limit": round(max(reading, computing) / seconds, 3),
     }
-    sys.stderr.write(
-        f"limit: {reading:.3f} s to read weights and cache at {bandwidth / 1e9:.1f} GB/s, "
-        f"{computing:.3f} s for the products at {flop_rate / 1e9:.0f} GFLOP/s\n"
-        f"ours:  {seconds:.3f} s, {report['tokens_per_second']:.0f} tokens/s (median of {options.repeats}), "
-        f"{report['share_of_limit']:.0%} of the limit; prefill and first token {prefill_seconds:.3f} s, "
-        f"{report['prefill_tokens_per_second']:.0f} prompt tokens/s; "
-        f"later tokens {report['decode_tokens_per_second'] or 'too few to time'} per s\n"
-        f"decoding alone reads at {'?' if share is None else f'{share:.0%}'} of the copy's rate; "
-        f"slots decoding, by tenths of the steps: {' '.join(f'{share:.0%}' for share in over_time) or '?'}; "
-        f"{peak:.0f} MiB at the peak\n"
-    )
+    sys.stderr.write(describe(report, (reading, computing), seconds, prefill_seconds))
     sys.stdout.write(json.dumps(report) + "\n")
     return 0
 
