@@ -47,7 +47,7 @@ PREFILL_ROWS = 8
 TAIL_SHRINK = 4
 """When no completion waits, the batch shrinks by this factor each time the running ones fit. Every size is compiled."""
 LEAST_BATCH, GPU_LEAST_BATCH = 4, 64
-"""A batch of so few is not shrunk: on a GPU fewer take as long, as reading the weights does."""
+"""A batch of so few is not shrunk: on a GPU each size is another program of unrolled layers to compile."""
 CPU_HEAD_PARTS = 8
 """Parts of the vocabulary that the CPU's logits are computed by, where they divide it."""
 

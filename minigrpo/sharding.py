@@ -5,6 +5,7 @@ import dataclasses
 import glob
 import importlib.util
 import os
+import sys
 import time
 from typing import Any
 
@@ -55,9 +56,10 @@ def launch(function: Any, *arguments: Any) -> Any:
     """Calls a jitted function; if it has to be compiled, the host gets back what that took before it runs."""
     started = time.perf_counter()
     function.lower(*arguments).compile()  # at once if it has been, and the call finds it
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of the GNU C library
-    if give_back and time.perf_counter() - started > LONG_COMPILE:
-        give_back(0)
+    if sys.platform == "linux" and time.perf_counter() - started > LONG_COMPILE:
+        give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of the GNU C library, not of every Linux
+        if give_back:
+            give_back(0)
     return function(*arguments)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import optax
 import pytest
 from conftest import mesh_of
 
-from minigrpo import grpo, losses
+from minigrpo import grpo, losses, sharding
 from minigrpo import rollout as rollout_module
 from minigrpo.attention import attend_on, causal_attention
 from minigrpo.config import LossOptions, RolloutOptions, UsageError
@@ -163,6 +164,18 @@ def test_greedy_equals_repeated_full_forward(tiny_config, tiny_params):
         hidden, _ = model(sequence, positions, attend_on(mesh_of(1, 1)))
         best = np.asarray(unembed(hidden, model.head_weights())[0, :, :REAL].argmax(axis=-1))
         np.testing.assert_array_equal(best[len(prompt) - 1 : -1], rollout.tokens[2 * row])
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(-1.0, 2), (60.0, 0)])
+def test_a_program_is_compiled_once_and_memory_given_back_after_long_compiling(seconds, times, monkeypatch):
+    traced, given = [], []
+    library = types.SimpleNamespace(malloc_trim=given.append)
+    monkeypatch.setattr(sharding, "LONG_COMPILE", seconds)
+    monkeypatch.setattr(sharding.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(sharding.sys, "platform", "linux")
+    double = jax.jit(lambda x: traced.append(x) or 2 * x)
+    assert [float(sharding.launch(double, x)) for x in (1.0, 3.0)] == [2.0, 6.0]
+    assert len(traced) == 1 and len(given) == times
 
 
 def test_virtual_devices_read_the_same_weights():

@@ -15,6 +15,8 @@ PYTHONS = ("python3.12", "python3.13")
 def output_of(*command: str) -> str:
     """What a process prints; one that fails has said why, and ends this one."""
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if result.returncode < 0:
+        sys.stderr.write(f"error: {' '.join(command[:2])} was ended by signal {-result.returncode}\n")
     if result.returncode:
         sys.exit(result.returncode)
     return result.stdout
