@@ -73,7 +73,11 @@ class LengthOptions(Options):
         low=0,
     )
     parts: int = option(1, "parts that the update is computed in", low=1)
-    packing: bool = option(True, "put short sequences side by side in one row of the update")
+    arrangement: str = option(
+        "sheets",
+        "of the update's sequences: a row each, several in a row, or several in a row and shared prompts once",
+        choices=("apart", "rows", "sheets"),
+    )
     sampled: bool = option(True, "sample the completions; false makes them up and times the update alone")
 
 
@@ -175,7 +179,7 @@ class Stepper:
         advantages = grpo.group_advantages(rewards, options.generations, "group")
         recorded = rollout.logprobs[:, : batch.completions.shape[1]]
         batch = dataclasses.replace(batch, advantages=advantages, rollout_logprobs=recorded)
-        batch = place_batch(self.mesh, batch, self.trainer.parts, self.lengths.packing)
+        batch = place_batch(self.mesh, batch, self.trainer.parts, self.lengths.arrangement)
         self.state, metrics = jax.block_until_ready(launch(grpo.update, self.trainer, self.state, batch, {}))
         ended = time.perf_counter()
         assert np.isfinite(float(metrics["loss"]))
@@ -204,7 +208,8 @@ def main(settings: Settings) -> int:
     dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     completion = min(lengths.mean_length or options.new_tokens, options.new_tokens)
     prompt = options.prompt_length * 3 // 4 if lengths.mean_length else options.prompt_length  # on average
-    work = Work(model_config(options), options.prompts, options.generations, prompt, completion)
+    shared = lengths.arrangement == "sheets"
+    work = Work(model_config(options), options.prompts, options.generations, prompt, completion, shared)
     rate = matmul_rate(dtype) * (1 if jax.default_backend() == "cpu" else mesh.size)
     flops = work.update_flops(options.remat) + (work.rollout_flops() if lengths.sampled else 0)
     sys.stderr.write(f"limit: {flops / 1e9:.1f} GFLOP at {rate / 1e9:.0f} GFLOP/s is {flops / rate:.3f} s a step\n")

@@ -1,7 +1,9 @@
 """Causal attention over whole sequences, for training and prefill."""
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,20 @@ TPU_TILE, MOST_BLOCK = 128, 1024
 
 ATTENTION = "attention"
 """The name of attention's results for rematerialisation policies."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows that attention sees, and how tokens stand there that lie on sheets, end to end: a shared one in several.
+
+    S sheets hold M tokens each, and R / S rows of T places belong to each. Without sheets, tokens lie as they stand.
+    """
+
+    segments: Any  # int32 [R, T], the row's sequences from 1 on; 0 is padding
+    tokens: Any = None  # int32 [R, T], the token of the sheet that stands there
+    first: Any = None  # int32 [S, M], the first place of each token in its sheet's rows, end to end; past them if none
+    others: Any = None  # int32 [S, Q, E], the other places of the sheet's first Q tokens; past the rows if none
 
 
 def attend_block(
@@ -150,14 +166,68 @@ def causal_attention(
     return jax.vmap(attend_sequence)(q, k, v, segments)
 
 
-def attend_on(mesh: Mesh, segments: Int[Array, "B T"] | None = None) -> Attend:
-    """Causal attention of rows spread over the mesh, in the form the model calls."""
-    platform = mesh.devices.flat[0].platform
-    rows = PartitionSpec(DATA)
+def read(x: Float[Array, "M N H"], places: Int[Array, "*P"]) -> Float[Array, "*P N H"]:
+    """Entries of x; 0 past its end."""
+    return x.at[places].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def to_rows(x: Float[Array, "M N H"], rows: Rows) -> Float[Array, "R T N H"]:
+    """One sheet's tokens as they stand in its rows. Backward, what the copies of a token get is read and added up."""
+    return x[rows.tokens]
+
+
+def to_rows_forward(x, rows):
+    return to_rows(x, rows), rows
+
+
+def to_rows_backward(rows, cotangent):
+    flat = cotangent.reshape(-1, *cotangent.shape[2:])
+    grads, shared = read(flat, rows.first[0]), rows.others.shape[1]
+    copies = read(flat, rows.others[0]).sum(axis=1, dtype=jnp.float32)
+    return jnp.concatenate([(grads[:shared] + copies).astype(flat.dtype), grads[shared:]]), None
+
+
+to_rows.defvjp(to_rows_forward, to_rows_backward)
+
+
+@jax.custom_vjp
+def from_rows(x: Float[Array, "R T N H"], rows: Rows) -> Float[Array, "M N H"]:
+    """What stands in the first of each token's places; 0 for one that has none."""
+    return read(x.reshape(-1, *x.shape[2:]), rows.first[0])
+
+
+def from_rows_forward(x, rows):
+    return from_rows(x, rows), rows
+
+
+def from_rows_backward(rows, cotangent):
+    is_first = rows.first[0][rows.tokens] == jnp.arange(rows.tokens.size).reshape(rows.tokens.shape)
+    return jnp.where(is_first[:, :, None, None], cotangent[rows.tokens], 0), None
+
+
+from_rows.defvjp(from_rows_forward, from_rows_backward)
+
+
+def sheet_attention(platform: str, q: Array, k: Array, v: Array, rows: Rows) -> Array:
+    """Attention of one sheet's tokens, in lines [l, T, ...], every sequence in its row."""
+    q_rows, k_rows, v_rows = (to_rows(x.reshape(-1, *x.shape[2:]), rows) for x in (q, k, v))
+    return from_rows(causal_attention(platform, q_rows, k_rows, v_rows, rows.segments), rows).reshape(q.shape)
+
+
+def attend_rows(platform: str, q: Array, k: Array, v: Array, rows: Rows | None) -> Array:
+    """Attention of one device's tokens: a sequence in each row, or as `rows` says."""
+    if rows is not None and rows.tokens is not None:
+        return sheet_attention(platform, q, k, v, rows)
+    return causal_attention(platform, q, k, v, None if rows is None else rows.segments)
+
+
+def attend_on(mesh: Mesh, rows: Rows | None = None) -> Attend:
+    """Causal attention in the form the model calls: of rows, or of a sheet per device, spread over the mesh."""
+    spec, local = PartitionSpec(DATA), functools.partial(attend_rows, mesh.devices.flat[0].platform)
 
     def attend(layer, q, k, v, carry):
-        local = functools.partial(causal_attention, platform)
-        spread = jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
-        return spread(q, k, v, segments), carry
+        spread = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        return spread(q, k, v, rows), carry
 
     return attend

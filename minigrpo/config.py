@@ -242,6 +242,11 @@ class StepOptions(Options):
     packing: bool = option(
         True, "short sequences share rows in the update, changing no number; not with --lora_dropout"
     )
+    share_prompts: str = option(
+        "auto",
+        "compute a prompt once for its completions, with --packing, changing no number; auto does, but not on TPU",
+        choices=("auto", "true", "false"),
+    )
     max_steps: int = option(0, "steps to train; 0 means --num_epochs over the data", low=0)
     num_epochs: float = option(1.0, "passes over the data when --max_steps is 0", above=0.0)
     seed: int = option(0, "seed of shuffling, sampling and random weights", low=0, high=LARGEST_SEED)
@@ -250,6 +255,8 @@ class StepOptions(Options):
         super().__post_init__()
         if self.batch_size % self.num_minibatches:
             raise UsageError(f"--num_minibatches={self.num_minibatches}: must divide --batch_size={self.batch_size}")
+        if self.share_prompts == "true" and not self.packing:
+            raise UsageError("--share_prompts=true: needs --packing=true; leave one of them out")
 
     @property
     def updates_per_step(self) -> int:

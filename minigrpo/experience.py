@@ -205,8 +205,8 @@ def make_batches(job: Job, experience: Experience, advantages: np.ndarray, state
     whole = host_batch(job, experience, advantages)
     shares = np.split(np.arange(len(whole.tokens)), job.options(StepOptions).num_minibatches)
     shares = [rows for rows in shares if whole.completion_lengths[rows].any()] or shares[:1]
-    mesh, parts, packing = job.setup.mesh, job.trainer.parts, job.setup.packing
-    batches = [place_batch(mesh, jax.tree.map(lambda x, rows=rows: x[rows], whole), parts, packing) for rows in shares]
+    mesh, parts, how = job.setup.mesh, job.trainer.parts, job.setup.arrangement
+    batches = [place_batch(mesh, jax.tree.map(lambda x, rows=rows: x[rows], whole), parts, how) for rows in shares]
     return jax.block_until_ready([score_batch(job, batch, state) for batch in batches])
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from minigrpo import losses
-from minigrpo.attention import ATTENTION, attend_on
+from minigrpo.attention import ATTENTION, Rows, attend_on
 from minigrpo.config import LossOptions
 from minigrpo.logprobs import Head, completion_logprobs, logprobs_after
 from minigrpo.model import Params, join, unchanged
@@ -41,16 +41,17 @@ CHECKPOINT_POLICIES = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """How a batch's R rows hold its B sequences, several in one; minigrpo.packing lays them out.
+    """How a batch's B sequences lie on S sheets, one for each device and part; minigrpo.packing lays them out.
 
-    A row and its sequences are always on the same device and in the same part of the batch.
+    Everything is computed once for a token of a sheet, and sequences share their prompt's; only attention sees rows of
+    whole sequences.
     """
 
-    positions: Any  # int32 [R, T], every token's in its own sequence
-    segments: Any  # int32 [R, T], the row's sequences from 1 on; 0 is padding
-    scored: Any  # int32 [R, C], the tokens of the row whose successors are scored: all of its completions'
-    targets: Any  # int32 [R, C], these successors
-    starts: Any  # int32 [B], where a sequence's completion starts in the scored ones of its part of one device
+    positions: Any  # int32 [l, T], every token's in its own sequence; lines as of the batch's tokens
+    rows: Rows
+    scored: Any  # int32 [S, C], the sheet's tokens whose successors are scored: all of its completions'
+    targets: Any  # int32 [S, C], these successors
+    starts: Any  # int32 [B], where a sequence's completion starts in its sheet's scored ones
 
 
 @jax.tree_util.register_dataclass
@@ -58,12 +59,12 @@ class Packed:
 class Batch:
     """Sequences to train on. Row b's prompt fills tokens[b, :prompt_lengths[b]]; its completion follows at once.
 
-    If packed, rows of tokens are what `packed` says, and b counts sequences.
+    If packed, tokens lie as `packed` says, and b counts sequences.
     Rows of completion length 0 are padding. Example of one row: tokens [5, 6, 7, 8, 2, 0], prompt_lengths 3,
     completions [8, 2, 0], completion_lengths 2.
     """
 
-    tokens: Any  # int32 [B, T], or [R, T] if packed
+    tokens: Any  # int32 [B, T]; if packed, the sheets' tokens, end to end, in lines [l, T]
     prompt_lengths: Any  # int32 [B]
     completions: Any  # int32 [B, C]
     completion_lengths: Any  # int32 [B]
@@ -287,25 +288,26 @@ def score(
     model = nnx.merge(trainer.graph, params)
     policy = CHECKPOINT_POLICIES[trainer.remat]
     remat = unchanged if policy is None else functools.partial(jax.checkpoint, policy=policy)
-    rows, head = batch.packed, model.head_weights()
+    packed, head = batch.packed, model.head_weights()
     positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
     attend = attend_on(trainer.head.mesh)
-    if rows is not None:
-        positions, attend = rows.positions, attend_on(trainer.head.mesh, rows.segments)
+    if packed is not None:
+        positions, attend = packed.positions, attend_on(trainer.head.mesh, packed.rows)
     hidden, _ = model(batch.tokens, positions, attend, None, trainer.layout, remat, dropout=dropout)
-    if rows is None:
+    if packed is None:
         return completion_logprobs(trainer.head, hidden, head, batch.prompt_lengths, batch.completions)
-    logprobs, entropy = logprobs_after(trainer.head, hidden, head, rows.scored, rows.targets)
-    sequences = functools.partial(of_sequences, trainer.head.mesh.size, rows, batch.completions.shape[1])
+    sheets = hidden.reshape(len(packed.scored), -1, hidden.shape[2])
+    logprobs, entropy = logprobs_after(trainer.head, sheets, head, packed.scored, packed.targets)
+    sequences = functools.partial(of_sequences, packed, batch.completions.shape[1])
     return sequences(logprobs), sequences(entropy)
 
 
-def of_sequences(devices: int, rows: Packed, length: int, scores: Float[Array, "R C"]) -> Float[Array, "B C"]:
-    """Rows' scores by sequence; those past a completion's end mean nothing."""
-    own = scores.reshape(devices, -1)
-    places = rows.starts.reshape(devices, -1, 1) + jnp.arange(length)
-    places = jnp.minimum(places, own.shape[1] - 1).reshape(devices, -1)
-    return jnp.take_along_axis(own, places, axis=1).reshape(-1, length)
+def of_sequences(packed: Packed, length: int, scores: Float[Array, "S C"]) -> Float[Array, "B L"]:
+    """Sheets' scores by sequence, `length` of each; those past a completion's end mean nothing."""
+    sheets, most = scores.shape
+    places = packed.starts.reshape(sheets, -1, 1) + jnp.arange(length)
+    places = jnp.minimum(places, most - 1).reshape(sheets, -1)
+    return jnp.take_along_axis(scores, places, axis=1).reshape(-1, length)
 
 
 def in_parts(trainer: Trainer, tree: Any) -> Any:

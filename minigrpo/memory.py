@@ -65,7 +65,7 @@ def score_bytes(programs: Programs, length: int) -> int:
 
 def mask_bytes(programs: Programs, length: int) -> int:
     """Bytes of the mask by which cuDNN keeps the sequences of a packed row apart."""
-    masked = programs.platform == "gpu" and fused_attention(programs) and programs.packing
+    masked = programs.platform == "gpu" and fused_attention(programs) and programs.arrangement != "apart"
     return programs.dtype.itemsize * length**2 if masked else 0
 
 

@@ -80,7 +80,7 @@ def validation_batches(job: Job, data: Prompts) -> list[tuple[Experience, grpo.B
     for first in range(0, len(data), size):
         experience = take_responses(held, data, list(range(first, min(first + size, len(data)))), [0, first])
         batch = host_batch(held, experience, advantages(held, experience))
-        batch = place_batch(job.setup.mesh, batch, job.trainer.parts, packing=False)
+        batch = place_batch(job.setup.mesh, batch, job.trainer.parts, "apart")
         batches.append((experience, batch))
     return batches
 

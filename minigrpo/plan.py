@@ -42,7 +42,7 @@ from minigrpo.config import (
 from minigrpo.lora import make_lora
 from minigrpo.model import ModelConfig, abstract_params, join, parse_config, read_config, split_trained
 from minigrpo.optimizer import TrainState
-from minigrpo.packing import lay_out
+from minigrpo.packing import ARRANGEMENTS
 from minigrpo.rollout import RolloutPlan, decode_weights, least_pages, num_pages, run_mesh, spread
 from minigrpo.sharding import arrange, by_sequence, check_divisible, replicated
 from minigrpo.sources import placed
@@ -181,18 +181,21 @@ def placed_reference(programs: Programs) -> Any:
 
 
 def placed_batch(programs: Programs, trainer: grpo.Trainer, rows: int) -> grpo.Batch:
-    """A batch of `rows` sequences as training lays it out, of the shapes it has when all are of full length."""
+    """A batch of `rows` sequences as training lays it out, of the shapes it has when all are of full length.
+
+    They share no prompt, as sequences of one group need not where they are on different chips.
+    """
     prompt = programs.settings[DataOptions].max_prompt_length
     completion = programs.settings[RolloutOptions].max_completion_length
     full = grpo.Batch(
-        tokens=np.ones((rows, prompt + completion), np.int32),
+        tokens=np.tile(np.arange(rows, dtype=np.int32)[:, None], prompt + completion),
         prompt_lengths=np.full(rows, prompt, np.int32),
         completions=np.ones((rows, completion), np.int32),
         completion_lengths=np.full(rows, completion, np.int32),
         advantages=np.zeros(rows, np.float32),
         rollout_logprobs=np.zeros((rows, completion), np.float32),
     )
-    batch = lay_out(programs.mesh.size, full, trainer.parts, programs.packing)
+    batch = ARRANGEMENTS[programs.arrangement](full, programs.mesh.size, trainer.parts)
     sharding = by_sequence(programs.mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
 

@@ -94,6 +94,8 @@ def check_lora(settings: Settings, config: ModelConfig) -> None:
         )
     if settings[StepOptions].packing and "packing" in settings.explicit and config.lora.dropout:
         raise UsageError(f"--packing=true: not with --lora_dropout={config.lora.dropout}; leave one of them out")
+    if settings[StepOptions].share_prompts == "true" and config.lora.dropout:
+        raise UsageError(f"--share_prompts=true: not with --lora_dropout={config.lora.dropout}; leave one of them out")
 
 
 def check_quantize(config: ModelConfig) -> None:
@@ -160,9 +162,13 @@ class Programs:
         )
 
     @property
-    def packing(self) -> bool:
-        """Whether sequences share rows in the update; never under dropout, which has a key per row."""
-        return self.settings[StepOptions].packing and not (self.config.lora and self.config.lora.dropout)
+    def arrangement(self) -> str:
+        """How sequences lie in the update; a row each under dropout, which has a key per row."""
+        steps = self.settings[StepOptions]
+        if not steps.packing or (self.config.lora and self.config.lora.dropout):
+            return "apart"
+        share = {"auto": self.platform != "tpu", "true": True, "false": False}[steps.share_prompts]
+        return "sheets" if share else "rows"
 
     @property
     def trained_dtype(self) -> Any:

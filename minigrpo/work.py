@@ -55,6 +55,8 @@ class Work:
     group: int
     prompt: int
     completion: int
+    shared: bool = False
+    """An update's layers take each prompt once, and not with each of its completions."""
 
     @property
     def layer_weights(self) -> int:
@@ -87,8 +89,9 @@ class Work:
     def score_flops(self) -> tuple[float, float, float]:
         """One forward pass: matrix products of the layers, of the head, and attention."""
         length = self.prompt + self.completion
+        copies = self.prompts if self.shared else self.rows
         return (
-            2.0 * self.layer_weights * self.rows * length,
+            2.0 * self.layer_weights * (copies * self.prompt + self.rows * self.completion),
             2.0 * self.head_weights * self.rows * self.completion,
             self.rows * self.attention_flops(length),
         )

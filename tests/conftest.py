@@ -36,6 +36,13 @@ def mesh_of(fsdp, tp):
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Each program compiled for the CPU takes hundreds of memory maps; Linux gives a process 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def shared():
     if not SHARED.exists():

@@ -167,6 +167,8 @@ def test_groups_without_contrast_are_replaced_and_the_reference_follows(tmp_path
         (["--offline", "--normalize_rewards=each"], "--normalize_rewards: --offline takes"),
         (["--lora_alpha=8"], "--lora_alpha: means nothing without --lora_rank"),
         (["--lora_rank=4", "--lora_dropout=0.1", "--packing=true"], "--packing=true: not with --lora_dropout=0.1"),
+        (["--packing=false", "--share_prompts=true"], "--share_prompts=true: needs --packing=true"),
+        (["--lora_rank=4", "--lora_dropout=0.1", "--share_prompts=true"], "--share_prompts=true: not with --lora_drop"),
         (["--lora_rank=4", "--init=random"], "--init=random: adapters need a base"),
         (["--lora_rank=4", "--sync_ref_steps=1", "--ref_mixup_alpha=0.5", "--beta=1"], "--ref_mixup_alpha=0.5: a mix"),
     ],

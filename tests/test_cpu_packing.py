@@ -11,74 +11,144 @@ from test_cpu_grpo import assert_close, host_batch, make_trainer
 
 from minigrpo import grpo
 from minigrpo.attention import attend_sequence, splash_attention
-from minigrpo.config import LossOptions
+from minigrpo.config import LossOptions, StepOptions, parse_flags
+from minigrpo.model import Lora, abstract_params
 from minigrpo.optimizer import init_state
-from minigrpo.packing import MOST_IN_A_ROW, pack, place_batch, rows_per_part
+from minigrpo.packing import ARRANGEMENTS, MOST_IN_A_ROW, pack, place_batch, rows_per_part
+from minigrpo.start import Programs
 
 
-def random_batch(seed, rows, limits=(24, 40)):
-    """Sequences of all sizes, a few of them without a completion."""
+def random_batch(seed, rows, group, limits=(24, 40)):
+    """Sequences of all sizes, `group` of them with the same prompt, a few of them without a completion."""
     rng = np.random.default_rng(seed)
     lengths = np.minimum(rng.geometric(1 / rng.integers(2, 30), rows), limits[1])
     lengths[rng.random(rows) < 0.1] = 0
     lengths[0] = max(1, lengths[0])
-    prompts = [rng.integers(1, 200, rng.integers(1, limits[0] + 1)).tolist() for _ in range(rows)]
-    return grpo.assemble(prompts, rng.integers(1, 200, (rows, limits[1])).astype(np.int32), lengths, limits)
+    prompts = [rng.integers(1, 200, rng.integers(1, limits[0] + 1)).tolist() for _ in range(-(-rows // group))]
+    completions = rng.integers(1, 200, (rows, limits[1])).astype(np.int32)
+    return grpo.assemble([prompts[row // group] for row in range(rows)], completions, lengths, limits)
 
 
-def unpack(batch, devices, parts):
-    """The packed sequences as (tokens, completion), read back slowly; asserts that padding is nothing."""
-    packed, most = batch.packed, batch.completions.shape[1]
-    rows, slots = len(batch.tokens) // (devices * parts), len(batch.completion_lengths) // (devices * parts)
-    found = []
-    for slot, length in enumerate(batch.completion_lengths):
-        if length:
-            row, start = divmod(int(packed.starts[slot]), most)
-            row += slot // slots * rows
-            last = packed.scored[row, start : start + length]
-            segment = packed.segments[row, last[0]]
-            assert segment > 0
-            own = np.flatnonzero(packed.segments[row] == segment)
-            np.testing.assert_array_equal(own, np.arange(own[0], own[0] + len(own)))
-            np.testing.assert_array_equal(packed.positions[row, own], np.arange(len(own)))
-            np.testing.assert_array_equal(last, own[-length - 1 : -1])
-            np.testing.assert_array_equal(batch.tokens[row, last + 1], packed.targets[row, start : start + length])
-            np.testing.assert_array_equal(packed.targets[row, start : start + length], batch.completions[slot, :length])
-            assert len(own) == batch.prompt_lengths[slot] + length
-            found.append(tuple(batch.tokens[row, own].tolist()) + (int(length),))
+def unpack(batch, sheets):
+    """The packed sequences as (tokens, completion), read back slowly; asserts that all else is nothing."""
+    packed, found = batch.packed, []
+    tokens, positions = batch.tokens.reshape(sheets, -1), packed.positions.reshape(sheets, -1)
+    segments = packed.rows.segments.reshape(sheets, -1, packed.rows.segments.shape[1])
+    as_they_lie = np.broadcast_to(np.arange(segments[0].size), (sheets, segments[0].size))
+    places = (as_they_lie if packed.rows.tokens is None else packed.rows.tokens).reshape(segments.shape)
+    starts, lengths = (x.reshape(sheets, -1) for x in (packed.starts, batch.completion_lengths))
+    completions = batch.completions.reshape(sheets, -1, batch.completions.shape[1])
+    for sheet in range(sheets):
+        sequences = {}
+        for row, ids in zip(places[sheet], segments[sheet], strict=True):
+            for segment in range(1, ids.max() + 1):
+                where = np.flatnonzero(ids == segment)
+                np.testing.assert_array_equal(where, np.arange(where[0], where[0] + len(where)))
+                own = row[where]
+                np.testing.assert_array_equal(positions[sheet, own], np.arange(len(own)))
+                sequences[own[-1]] = own
+        used = [(start, length, i) for i, (start, length) in enumerate(zip(starts[sheet], lengths[sheet], strict=True))]
+        for start, length, slot in filter(lambda one: one[1], used):
+            scored = slice(start, start + length)
+            last, targets = packed.scored[sheet, scored], packed.targets[sheet, scored]
+            own = next(own for own in sequences.values() if np.array_equal(own[-length - 1 : -1], last))
+            np.testing.assert_array_equal(tokens[sheet, own[-length:]], targets)
+            np.testing.assert_array_equal(completions[sheet, slot, :length], targets)
+            found.append(tuple(tokens[sheet, own].tolist()) + (int(length),))
+            del sequences[own[-1]]
+        assert not sequences
     return sorted(found)
 
 
-@pytest.mark.parametrize("devices,parts", [(1, 1), (1, 4), (4, 1), (2, 3), (8, 2)])
-@pytest.mark.parametrize("seed", range(6))
-def test_every_sequence_is_laid_out_once(devices, parts, seed):
-    rows = [8, 13, 32, 64, 100, 5][seed]
-    batch = random_batch(seed, rows)
-    packed = pack(batch, devices, parts)
-    want = [
-        tuple(batch.tokens[i, : batch.prompt_lengths[i] + length].tolist()) + (int(length),)
-        for i, length in enumerate(batch.completion_lengths)
-        if length
-    ]
-    assert unpack(packed, devices, parts) == sorted(want)
-    assert max(packed.packed.segments.max(axis=1)) <= MOST_IN_A_ROW
-    assert len(packed.tokens) <= -(-rows // (devices * parts)) * devices * parts
+def sequences_of(batch):
+    rows = zip(batch.tokens, batch.prompt_lengths, batch.completion_lengths, strict=True)
+    return sorted((*tokens[: prompt + length].tolist(), int(length)) for tokens, prompt, length in rows if length)
 
 
-def test_short_sequences_take_fewer_rows_and_long_ones_no_more():
+LAYOUTS = [(1, 1, 1), (1, 4, 4), (4, 1, 8), (2, 3, 2), (8, 2, 4), (3, 2, 5)]
+
+
+@pytest.mark.parametrize("devices,parts,group", LAYOUTS)
+@pytest.mark.parametrize("rows", [8, 13, 32, 64, 100, 5])
+@pytest.mark.parametrize("share", [False, True])
+def test_every_sequence_is_laid_out_once(devices, parts, group, rows, share):
+    batch = random_batch(rows, rows, group)
+    packed = pack(batch, devices, parts, share)
+    assert unpack(packed, devices * parts) == sequences_of(batch)
+    assert packed.packed.rows.segments.max() <= MOST_IN_A_ROW
+    assert len(packed.packed.rows.segments) <= -(-rows // (devices * parts)) * devices * parts
+
+
+@pytest.mark.parametrize("devices,parts,group", LAYOUTS)
+def test_a_sheet_holds_each_prompt_once_and_knows_where_each_token_stands(devices, parts, group):
+    batch, sheets = random_batch(3, 64, group), devices * parts
+    packed = pack(dataclasses.replace(batch, advantages=np.arange(64.0)), devices, parts, share=True)
+    rows, on_sheets = (
+        packed.packed.rows,
+        [x.reshape(sheets, -1) for x in (packed.advantages, packed.completion_lengths)],
+    )
+    for sheet, (ids, tokens) in enumerate(
+        zip(*(x.reshape(sheets, -1) for x in (rows.segments, rows.tokens)), strict=True)
+    ):
+        standing = [(int(tokens[place]), place) for place in np.flatnonzero(ids)]
+        told = [(token, place) for token, place in enumerate(rows.first[sheet]) if place < len(ids)]
+        told += [
+            (token, place) for token, others in enumerate(rows.others[sheet]) for place in others if place < len(ids)
+        ]
+        assert sorted(told) == sorted(standing)
+        own = [int(row) for row, length in zip(*(x[sheet] for x in on_sheets), strict=True) if length]
+        prompts = {tuple(batch.tokens[row, : batch.prompt_lengths[row]].tolist()) for row in own}
+        assert len({token for token, _ in standing}) == sum(map(len, prompts)) + batch.completion_lengths[own].sum()
+
+
+@pytest.mark.parametrize(
+    ("platform", "flags", "dropout", "arrangement"),
+    [
+        ("tpu", (), 0.0, "rows"),
+        ("tpu", ("--share_prompts=true",), 0.0, "sheets"),
+        ("gpu", (), 0.0, "sheets"),
+        ("cpu", ("--share_prompts=false",), 0.0, "rows"),
+        ("cpu", ("--packing=false",), 0.0, "apart"),
+        ("gpu", (), 0.1, "apart"),
+    ],
+)
+def test_sequences_are_arranged_as_flags_and_platform_ask(
+    monkeypatch, tiny_config, platform, flags, dropout, arrangement
+):
+    monkeypatch.setattr(Programs, "platform", platform)
+    config = dataclasses.replace(tiny_config, lora=Lora(4, 8.0, dropout, ("q",)))
+    settings = parse_flags(list(flags), (StepOptions,))
+    assert (
+        Programs(settings, config, abstract_params(config)[0], mesh_of(1, 1), jnp.float32, 200, (0,)).arrangement
+        == arrangement
+    )
+
+
+def test_groups_stay_together_where_devices_are_few():
+    prompts = [[row // 8 + 1] * 24 for row in range(64)]
+    full = grpo.assemble(prompts, np.full((64, 40), 3, np.int32), np.full(64, 40), (24, 40))
+    on_one, on_eight, apart = (pack(full, devices, 1, share=True) for devices in (1, 8, 64))
+    assert on_one.tokens.size == 2816  # 8 prompts and 64 completions: 2,752 tokens, in lines of 256
+    assert on_eight.tokens.size == 8 * 352  # a prompt and 8 completions each: 344 tokens, in lines of 32
+    assert apart.tokens.size == 64 * 64
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_short_sequences_take_fewer_rows_and_long_ones_no_more(share):
     short = grpo.assemble([[1, 2]] * 64, np.full((64, 40), 3, np.int32), np.array([40] + [6] * 63), (24, 40))
-    packed = pack(short, 1, 1)
-    assert len(packed.tokens) == 16  # 63 in rows of 64 tokens, 40 of them completions: six a row, and one by itself
+    rows = pack(short, 1, 1, share).packed.rows
+    assert len(rows.segments) == 16  # 63 in rows of 64 tokens, 40 of them completions: six a row, and one by itself
     full = grpo.assemble([[1] * 24] * 64, np.full((64, 40), 3, np.int32), np.full(64, 40), (24, 40))
-    assert pack(full, 8, 2).tokens.shape == full.tokens.shape
-    lengths = pack(short, 2, 4).completion_lengths.reshape(2, 4, -1)
+    assert pack(full, 8, 2, share).packed.rows.segments.shape == full.tokens.shape
+    lengths = pack(short, 2, 4, share).completion_lengths.reshape(2, 4, -1)
     assert (lengths[:, :1] > 0).any() and not (lengths[:, 1:] > 0).any(axis=(0, 2)).all()
 
 
-def test_a_batch_without_completions_has_nothing_to_compute():
+@pytest.mark.parametrize("share", [False, True])
+def test_a_batch_without_completions_has_nothing_to_compute(share):
     batch = grpo.assemble([[1, 2], [3]], np.zeros((2, 40), np.int32), np.array([0, 0]), (24, 40))
-    packed = pack(batch, 2, 2)
-    assert not packed.packed.segments.any() and not packed.completion_lengths.any()
+    packed = pack(batch, 2, 2, share)
+    assert not packed.packed.rows.segments.any() and not packed.completion_lengths.any()
 
 
 def test_parts_are_few_and_rows_too():
@@ -109,36 +179,56 @@ LOSSES = {
 }
 
 
+def shared_batch(old=False, ref=False):
+    """Two groups of three with a prompt each, and two sequences by themselves."""
+    batch = host_batch(old=old, ref=ref)
+    limits = batch.tokens.shape[1] - 8, 8
+    prompts = [
+        [7, 8, 9, 10, 11],
+        [12, 13, 14],
+        [7, 8, 9, 10, 11],
+        [15],
+        [12, 13, 14],
+        [16, 17],
+        [7, 8, 9, 10, 11],
+        [12, 13, 14],
+    ]
+    again = grpo.assemble(prompts, batch.completions, batch.completion_lengths, limits)
+    return dataclasses.replace(batch, tokens=again.tokens, prompt_lengths=again.prompt_lengths)
+
+
 @pytest.mark.parametrize(
     "mesh,parts,loss",
     [((1, 1), 1, "gspo"), ((1, 1), 2, "grpo"), ((1, 1), 4, "left_out"), ((2, 1), 2, "gspo"), ((4, 2), 1, "grpo")],
 )
 def test_packing_gives_the_same_update(tiny_config, tiny_params, mesh, parts, loss):
-    batch, device_mesh = host_batch(old=True, ref=True), mesh_of(*mesh)
+    batch, device_mesh = shared_batch(old=True, ref=True), mesh_of(*mesh)
     if loss == "left_out":
         batch = dataclasses.replace(batch, left_out=np.arange(8) % 3 == 0)
     trainer = make_trainer(tiny_config, device_mesh, parts=parts, loss=LOSSES[loss])
     results = []
-    for packing in (False, True):
-        placed = place_batch(device_mesh, batch, parts, packing)
+    for arrangement in ARRANGEMENTS:
+        placed = place_batch(device_mesh, batch, parts, arrangement)
         state = init_state(trainer.optimizer, jax.tree.map(jnp.copy, place(tiny_params, device_mesh)), device_mesh)
         new, metrics = grpo.update(trainer, state, placed, {})
         grads = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), tiny_params, new.params)
         results.append((grads, {name: float(value) for name, value in metrics.items()}))
-    assert_close(results[1][0], results[0][0], 1e-5)
-    assert results[1][1] == pytest.approx(results[0][1], rel=1e-5, abs=1e-6)
+    for other in results[1:]:
+        assert_close(other[0], results[0][0], 1e-5)
+        assert other[1] == pytest.approx(results[0][1], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("mesh,parts", [((1, 1), 2), ((4, 2), 1)])
 def test_packed_logprobs_are_those_of_the_sequences_by_themselves(tiny_config, tiny_params, mesh, parts):
-    batch, device_mesh = host_batch(), mesh_of(*mesh)
+    batch, device_mesh = shared_batch(), mesh_of(*mesh)
     trainer, params = make_trainer(tiny_config, device_mesh, parts=parts), place(tiny_params, device_mesh)
     found = []
-    for packing in (False, True):
-        placed = place_batch(device_mesh, batch, parts, packing)
+    for arrangement in ARRANGEMENTS:
+        placed = place_batch(device_mesh, batch, parts, arrangement)
         logprobs = np.asarray(grpo.batch_logprobs(trainer, params, placed))
         lengths, names = np.asarray(placed.completion_lengths), np.asarray(placed.advantages)
         found.append({float(names[row]): logprobs[row, : lengths[row]] for row in np.flatnonzero(lengths)})
-    assert set(found[0]) == set(found[1]) and len(found[0]) == 8
+    assert len(found[0]) == 8 and all(set(other) == set(found[0]) for other in found)
     for name, logprobs in found[0].items():
-        np.testing.assert_allclose(found[1][name], logprobs, rtol=1e-5)
+        for other in found[1:]:
+            np.testing.assert_allclose(other[name], logprobs, rtol=1e-5)

@@ -74,8 +74,10 @@ SIZES = ("--batch_size=3", "--num_generations=5", "--max_prompt_length=64", "--m
 """15 completions on 4 chips: training pads them, and so must the plan."""
 
 
-def test_the_plan_of_a_small_model(small_model):
-    report = report_of("-m", "minigrpo.plan", f"--model={small_model}", "--topology=v6e:2x2", "--mesh=2,2", *SIZES)
+@pytest.mark.parametrize("share", ["auto", "true"])
+def test_the_plan_of_a_small_model(small_model, share):
+    flags = (f"--model={small_model}", "--topology=v6e:2x2", "--mesh=2,2", f"--share_prompts={share}")
+    report = report_of("-m", "minigrpo.plan", *flags, *SIZES)
     assert report["fits"] and report["gradient_accumulation_steps"] == 1
     assert report["largest_batch"] > report["largest_batch_in_one_part"] > 8
     phases = report["phases"]

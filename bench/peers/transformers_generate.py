@@ -10,7 +10,7 @@ import sys
 import time
 
 import torch
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
 
 def build_model(shape):
@@ -29,8 +29,9 @@ def build_model(shape):
     )
     torch.manual_seed(0)
     on_gpu = torch.cuda.is_available()
-    model = Qwen3ForCausalLM(config).to(torch.bfloat16 if on_gpu else torch.float32)
-    return model.to("cuda" if on_gpu else "cpu").eval()
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    return model.eval()
 
 
 def main():
