@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from minigrpo import grpo, losses
+from minigrpo.attention import copying_pays
 from minigrpo.config import (
     LossOptions,
     OptimizerOptions,
@@ -74,11 +75,19 @@ class LengthOptions(Options):
     )
     parts: int = option(1, "parts that the update is computed in", low=1)
     arrangement: str = option(
-        "sheets",
-        "of the update's sequences: a row each, several in a row, or several in a row and shared prompts once",
-        choices=("apart", "rows", "sheets"),
+        "auto",
+        "how an update's sequences lie: apart, a row each; rows, several in one; sheets, with shared prompts computed "
+        "once; auto as in training",
+        choices=("auto", "apart", "rows", "sheets"),
     )
     sampled: bool = option(True, "sample the completions; false makes them up and times the update alone")
+
+
+def arrangement_of(lengths: LengthOptions) -> str:
+    """--arrangement, or for auto what training does on this platform."""
+    if lengths.arrangement != "auto":
+        return lengths.arrangement
+    return "sheets" if copying_pays(jax.default_backend()) else "rows"
 
 
 def stop_tokens(vocab: int, mean_length: int) -> tuple[int, ...]:
@@ -179,7 +188,7 @@ class Stepper:
         advantages = grpo.group_advantages(rewards, options.generations, "group")
         recorded = rollout.logprobs[:, : batch.completions.shape[1]]
         batch = dataclasses.replace(batch, advantages=advantages, rollout_logprobs=recorded)
-        batch = place_batch(self.mesh, batch, self.trainer.parts, self.lengths.arrangement)
+        batch = place_batch(self.mesh, batch, self.trainer.parts, arrangement_of(self.lengths))
         self.state, metrics = jax.block_until_ready(launch(grpo.update, self.trainer, self.state, batch, {}))
         ended = time.perf_counter()
         assert np.isfinite(float(metrics["loss"]))
@@ -208,7 +217,7 @@ def main(settings: Settings) -> int:
     dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     completion = min(lengths.mean_length or options.new_tokens, options.new_tokens)
     prompt = options.prompt_length * 3 // 4 if lengths.mean_length else options.prompt_length  # on average
-    shared = lengths.arrangement == "sheets"
+    shared = arrangement_of(lengths) == "sheets"
     work = Work(model_config(options), options.prompts, options.generations, prompt, completion, shared)
     rate = matmul_rate(dtype) * (1 if jax.default_backend() == "cpu" else mesh.size)
     flops = work.update_flops(options.remat) + (work.rollout_flops() if lengths.sampled else 0)

@@ -1,9 +1,9 @@
 """Short sequences side by side, so that they do not pay for the longest one's length, and shared prompts once.
 
-The sequences are dealt out to devices, and each device's to rows, largest first. Rows are computed in parts of equal
-size, from the first on; parts that stay empty are not computed. On "sheets" only attention sees rows: the tokens of a
-part's rows lie there end to end, and a prompt that several of its sequences have, once. None of it changes a number but
-by the order of sums.
+The sequences are dealt out to devices, and each device's to rows, longest first. Rows are computed in parts of equal
+size, from the first on; parts that stay empty are not computed. On "sheets" the layers see no rows, only attention and
+the head do: the tokens of a part's rows lie there end to end, and a prompt that several of its sequences have, once.
+None of it changes a number but by the order of sums.
 """
 
 import collections
@@ -25,6 +25,9 @@ MOST_IN_A_ROW = 8
 
 MOST_LINES, LINE_MULTIPLE = 16, 16
 """A sheet has at most so many lines, of one length, a multiple of the second: so few sizes are ever compiled."""
+
+ROW_COST = 0.25
+"""What a place in a row costs, in attention and in the head, of what a token of a sheet costs in the layers."""
 
 
 @dataclasses.dataclass
@@ -92,20 +95,23 @@ def deal_pieces(batch: Batch, devices: int, size: int) -> list[list[int]]:
 
 
 def deal(batch: Batch, devices: int, share: bool) -> list[list[int]]:
-    """Each device's sequences, one by one.
+    """Each device's sequences, one by one; to `share` prompts, whole groups, halves, quarters ..., as costs least."""
 
-    Or, to `share` prompts, by groups, their halves, quarters ..., whichever leaves the fullest with fewest tokens.
-    """
+    def cost(shares):
+        rows = max(len(fill_rows(batch, sequences)) for sequences in shares)
+        return max(tokens_of(batch, sequences) for sequences in shares) + ROW_COST * rows * batch.tokens.shape[1]
+
     largest = max(map(len, same_prompt(batch)), default=1) if share else 1
     dealt = [deal_pieces(batch, devices, largest >> halvings) for halvings in range(largest.bit_length())]
-    return min(dealt, key=lambda shares: max(tokens_of(batch, share) for share in shares))
+    return min(dealt, key=cost)
 
 
 def fill_rows(batch: Batch, sequences: list[int]) -> list[Row]:
-    """First fit: every sequence goes into the first row that has room for its tokens and for its completion."""
+    """First fit, longest first: each goes into the first row that has room for its tokens and for its completion."""
     width, most = batch.tokens.shape[1], batch.completions.shape[1]
+    sizes = batch.prompt_lengths + batch.completion_lengths
     rows: list[Row] = []
-    for sequence in sequences:
+    for sequence in sorted(sequences, key=lambda i: -sizes[i]):
         completion = int(batch.completion_lengths[sequence])
         tokens = int(batch.prompt_lengths[sequence]) + completion
 
@@ -138,50 +144,55 @@ class Sheet:
     positions: Int[np.ndarray, "M"]
     scored: Int[np.ndarray, "C"]
     targets: Int[np.ndarray, "C"]
-    places: Int[np.ndarray, "r T"]
     segments: Int[np.ndarray, "r T"]
-    first: Int[np.ndarray, "M"]
-    others: Int[np.ndarray, "Q E"]
+    places: Int[np.ndarray, "r T"] | None
+    """The token that stands in each place; None where tokens lie as they stand."""
 
-    def write(self, batch: Batch, rows: list[Row], prompts: dict[bytes, int] | None) -> list[int]:
+    def write(self, batch: Batch, rows: list[Row], prompts: dict[bytes, int]) -> list[int]:
         """Puts the rows' sequences side by side -> where each one's completion starts among the scored.
 
-        `prompts` are the shared ones; None has tokens lie on the sheet as they stand in the rows.
+        `prompts` are the shared ones, and where they begin.
         """
-        at, done, starts = sum(prompt_tokens(batch, prompts or ())), 0, []
+        at, done, starts = sum(prompt_tokens(batch, prompts)), 0, []
         for number, row in enumerate(rows):
-            begin, at = 0, at if prompts is not None else number * self.places.shape[1]
+            begin = number * self.segments.shape[1]
             for segment, sequence in enumerate(row.sequences, 1):
                 prompt, completion = int(batch.prompt_lengths[sequence]), int(batch.completion_lengths[sequence])
-                shared = (prompts or {}).get(prompt_of(batch, sequence))
-                own = np.arange(at, at + completion + (prompt if shared is None else 0))
-                at += len(own)
-                own = own if shared is None else np.concatenate([np.arange(shared, shared + prompt), own])
-                span, scores = slice(begin, begin + len(own)), slice(done, done + completion)
-                self.places[number, span], self.segments[number, span] = own, segment
+                span, scores = slice(begin, begin + prompt + completion), slice(done, done + completion)
+                own = np.arange(span.start, span.stop)
+                if self.places is not None:
+                    own, at = lay_end_to_end(prompts.get(prompt_of(batch, sequence)), prompt, completion, at)
+                    self.places.reshape(-1)[span] = own
+                self.segments.reshape(-1)[span] = segment
                 self.tokens[own], self.positions[own] = batch.tokens[sequence, : len(own)], np.arange(len(own))
-                self.scored[scores], self.targets[scores] = (
-                    own[prompt - 1 : -1],
-                    batch.completions[sequence, :completion],
-                )
+                self.scored[scores] = np.arange(span.start + prompt - 1, span.stop - 1)
+                self.targets[scores] = batch.completions[sequence, :completion]
                 starts.append(done)
                 begin, done = span.stop, scores.stop
-        self.find_places()
         return starts
 
-    def find_places(self) -> None:
-        """Inverts `places`."""
-        used = np.flatnonzero(self.segments)
-        used = used[np.argsort(self.places.reshape(-1)[used], kind="stable")]
-        token = self.places.reshape(-1)[used]
-        number = np.arange(len(token))
-        copy = number - np.searchsorted(token, token)  # 0 for the first place of a token
-        self.first[token[copy == 0]] = used[copy == 0]
-        self.others[token[copy > 0], copy[copy > 0] - 1] = used[copy > 0]
+
+def find_places(
+    places: Int[np.ndarray, "r T"],
+    segments: Int[np.ndarray, "r T"],
+    first: Int[np.ndarray, "M"],
+    others: Int[np.ndarray, "Q E"],
+) -> None:
+    """Inverts `places`: writes where each token stands."""
+    used = np.flatnonzero(segments)
+    used = used[np.argsort(places.reshape(-1)[used], kind="stable")]
+    token = places.reshape(-1)[used]
+    copy = np.arange(len(token)) - np.searchsorted(token, token)  # 0 for the first place of a token
+    first[token[copy == 0]] = used[copy == 0]
+    others[token[copy > 0], copy[copy > 0] - 1] = used[copy > 0]
 
 
-def sequences_in(rows: list[Row]) -> list[int]:
-    return [sequence for row in rows for sequence in row.sequences]
+def lay_end_to_end(shared: int | None, prompt: int, completion: int, at: int) -> tuple[Int[np.ndarray, "n"], int]:
+    """Where a sequence's tokens lie if its own begin `at`, and where the next begin; `shared` is its prompt's place."""
+    if shared is None:
+        return np.arange(at, at + prompt + completion), at + prompt + completion
+    own = np.arange(at, at + completion)
+    return np.concatenate([np.arange(shared, shared + prompt), own]), at + completion
 
 
 def in_lines(tokens: int, line: int) -> int:
@@ -189,44 +200,59 @@ def in_lines(tokens: int, line: int) -> int:
     return max(1, -(-tokens // line)) * line
 
 
+def in_parts(rows: list[Row], size: int, parts: int) -> list[list[Row]]:
+    """Rows in the first parts, no more than these need; long sequences and short ones in each alike."""
+    used = -(-len(rows) // size)
+    return [rows[part::used] if part < used else [] for part in range(parts)]
+
+
+def two_to_the(least: int) -> int:
+    """The first power of two that is not below `least`."""
+    return 1 << (least - 1).bit_length()
+
+
+def sheet_sizes(
+    batch: Batch, sheets: list[list[int]], prompts: list[dict[bytes, int]], size: int
+) -> tuple[int, int, int, int]:
+    """Tokens of a line and of a sheet of `size` rows, and M, Q and E of `Rows`, where prompts are shared."""
+    line = -(-size * batch.tokens.shape[1] // (MOST_LINES * LINE_MULTIPLE)) * LINE_MULTIPLE
+    held = in_lines(max(tokens_of(batch, sequences) for sequences in sheets), line)
+    copied = in_lines(max(sum(prompt_tokens(batch, shared)) for shared in prompts), line)
+    members = min(max(map(len, same_prompt(batch)), default=1), MOST_IN_A_ROW * size)
+    return line, held, min(held, line * two_to_the(copied // line)), max(1, two_to_the(members) - 1)
+
+
 def pack(batch: Batch, devices: int, parts: int, share: bool) -> Batch:
     """A batch on the host with its sequences side by side, all in the order of devices, of parts, and of rows."""
     shares = [fill_rows(batch, one) for one in deal(batch, devices, share)]
-    own = -(-len(batch.tokens) // devices)
+    own, (width, most) = -(-len(batch.tokens) // devices), (x.shape[1] for x in (batch.tokens, batch.completions))
     size = rows_per_part(max(map(len, shares)), -(-own // parts), parts)
-    of_sheets = [rows[part * size : (part + 1) * size] for rows in shares for part in range(parts)]
-    prompts = [shared_prompts(batch, sequences_in(rows)) if share else None for rows in of_sheets]
-    width, most, slots = batch.tokens.shape[1], batch.completions.shape[1], min(MOST_IN_A_ROW * size, own)
-    places, line, held = size * width, width, size * width
+    sheets = [part for rows in shares for part in in_parts(rows, size, parts)]
+    sequences = [[sequence for row in rows for sequence in row.sequences] for rows in sheets]
+    prompts = [shared_prompts(batch, one) if share else {} for one in sequences]
+    line, held, copied, copies = sheet_sizes(batch, sequences, prompts, size) if share else (width, size * width, 0, 0)
+
+    def blank(*shape, fill=0):
+        return np.full((len(sheets), *shape), fill, np.int32)
+
+    tokens, positions, segments = blank(held), blank(held), blank(size, width)
+    scored, targets = blank(size * most), blank(size * most)
+    order = blank(min(MOST_IN_A_ROW * size, own), fill=len(batch.tokens))
+    starts, rows = np.zeros_like(order), Rows(segments.reshape(-1, width))
     if share:
-        line = -(-places // (MOST_LINES * LINE_MULTIPLE)) * LINE_MULTIPLE
-        held = in_lines(max(tokens_of(batch, sequences_in(rows)) for rows in of_sheets), line)
-    copied = in_lines(max(sum(prompt_tokens(batch, one or ())) for one in prompts), line)
-    shapes = {
-        "tokens": (held,),
-        "positions": (held,),
-        "scored": (size * most,),
-        "targets": (size * most,),
-        "places": (size, width),
-        "segments": (size, width),
-        "first": (held,),
-        "others": (copied, max(1, max(map(len, same_prompt(batch)), default=1) - 1)),
-    }
-    nowhere = {"first": places, "others": places}
-    arrays = {name: np.full((len(of_sheets), *shape), nowhere.get(name, 0), np.int32) for name, shape in shapes.items()}
-    order = np.full((len(of_sheets), slots), len(batch.tokens))
-    starts = np.zeros((len(of_sheets), slots), np.int32)
-    for number, (rows, shared) in enumerate(zip(of_sheets, prompts, strict=True)):
-        done = Sheet(**{name: x[number] for name, x in arrays.items()}).write(batch, rows, shared)
-        order[number, : len(done)] = sequences_in(rows)
-        starts[number, : len(done)] = done
+        nowhere = size * width
+        places, first, others = blank(size, width), blank(held, fill=nowhere), blank(copied, copies, fill=nowhere)
+        rows = Rows(rows.segments, places.reshape(-1, width), first, others)
+    for i, (in_sheet, shared) in enumerate(zip(sheets, prompts, strict=True)):
+        sheet = Sheet(tokens[i], positions[i], scored[i], targets[i], segments[i], places[i] if share else None)
+        done = sheet.write(batch, in_sheet, shared)
+        order[i, : len(done)], starts[i, : len(done)] = sequences[i], done
+        if share:
+            find_places(places[i], segments[i], first[i], others[i])
     with_empty = pad_rows(batch, len(batch.tokens) + 1)  # the last row stands where a part has fewer sequences
     moved = jax.tree.map(lambda x: x[order.reshape(-1)], with_empty)
-    tokens, positions = (arrays[name].reshape(-1, line) for name in ("tokens", "positions"))
-    in_rows, segments = (arrays[name].reshape(-1, width) for name in ("places", "segments"))
-    standing = Rows(segments, in_rows, arrays["first"], arrays["others"]) if share else Rows(segments)
-    packed = Packed(positions, standing, arrays["scored"], arrays["targets"], starts.reshape(-1))
-    return dataclasses.replace(moved, tokens=tokens, packed=packed)
+    packed = Packed(positions.reshape(-1, line), rows, scored, targets, starts.reshape(-1))
+    return dataclasses.replace(moved, tokens=tokens.reshape(-1, line), packed=packed)
 
 
 ARRANGEMENTS: dict[str, Callable[[Batch, int, int], Batch]] = {

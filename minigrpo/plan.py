@@ -46,7 +46,7 @@ from minigrpo.packing import ARRANGEMENTS
 from minigrpo.rollout import RolloutPlan, decode_weights, least_pages, num_pages, run_mesh, spread
 from minigrpo.sharding import arrange, by_sequence, check_divisible, replicated
 from minigrpo.sources import placed
-from minigrpo.start import DEFAULT_MODEL, Programs, check_loss, check_quantize
+from minigrpo.start import DEFAULT_MODEL, Programs, check_lora, check_loss, check_quantize
 from minigrpo.tokenizer import load_tokenizer
 from minigrpo.work import Counted, Phase, Work, bytes_on_chip
 
@@ -142,6 +142,7 @@ def make_programs(settings: Settings) -> tuple[Programs, Chip]:
     mesh = virtual_mesh(wanted.mesh) if on_gpu else topology_mesh(wanted.topology, wanted.mesh)
     check_divisible(config.sizes, mesh)
     check_loss(settings[LossOptions], settings[RolloutOptions])
+    check_lora(settings, config)
     check_quantize(config)
     if dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -183,7 +184,7 @@ def placed_reference(programs: Programs) -> Any:
 def placed_batch(programs: Programs, trainer: grpo.Trainer, rows: int) -> grpo.Batch:
     """A batch of `rows` sequences as training lays it out, of the shapes it has when all are of full length.
 
-    They share no prompt, as sequences of one group need not where they are on different chips.
+    They share no prompt, so that their tokens are the most there can be.
     """
     prompt = programs.settings[DataOptions].max_prompt_length
     completion = programs.settings[RolloutOptions].max_completion_length

@@ -31,8 +31,8 @@ AXIS_OF_DIM = {"V": TP, "N": TP, "K": TP, "F": TP, "D": FSDP}
 LONG_COMPILE = 0.5
 """Seconds of compiling after which there is memory to give back."""
 
-M_TRIM_THRESHOLD, M_MMAP_MAX, LARGEST_INT = -1, -4, 2**31 - 1
-"""Options of the C library's mallopt(3), and its argument's largest value."""
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Options of the C library's mallopt(3)."""
 
 
 def accelerator_present() -> bool:
@@ -65,12 +65,13 @@ def of_c_library(name: str) -> Callable[..., int] | None:
 def keep_freed_memory() -> None:
     """Makes malloc keep what is freed: a CPU program's arrays are allocated anew in every run of it.
 
-    Otherwise each page of the large ones comes from the system every time, zeroed, at a tenth of an update's time.
+    Otherwise each page of the large ones comes from the system every time, zeroed, at a tenth of an update's time. Only
+    `launch` gives memory back from then on, after compiling.
     """
     set_option = of_c_library("mallopt")
     if set_option:
         set_option(M_MMAP_MAX, 0)
-        set_option(M_TRIM_THRESHOLD, LARGEST_INT)
+        set_option(M_TRIM_THRESHOLD, -1)  # never
 
 
 def launch(function: Any, *arguments: Any) -> Any:

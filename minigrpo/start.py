@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from minigrpo import grpo, losses
+from minigrpo.attention import copying_pays
 from minigrpo.chips import GIB, memory_of_kind
 from minigrpo.config import (
     DataOptions,
@@ -167,7 +168,7 @@ class Programs:
         steps = self.settings[StepOptions]
         if not steps.packing or (self.config.lora and self.config.lora.dropout):
             return "apart"
-        share = {"auto": self.platform != "tpu", "true": True, "false": False}[steps.share_prompts]
+        share = {"auto": copying_pays(self.platform), "true": True, "false": False}[steps.share_prompts]
         return "sheets" if share else "rows"
 
     @property

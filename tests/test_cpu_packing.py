@@ -14,7 +14,7 @@ from minigrpo.attention import attend_sequence, splash_attention
 from minigrpo.config import LossOptions, StepOptions, parse_flags
 from minigrpo.model import Lora, abstract_params
 from minigrpo.optimizer import init_state
-from minigrpo.packing import ARRANGEMENTS, MOST_IN_A_ROW, pack, place_batch, rows_per_part
+from minigrpo.packing import ARRANGEMENTS, MOST_IN_A_ROW, deal, pack, place_batch, rows_per_part, tokens_of
 from minigrpo.start import Programs
 
 
@@ -32,30 +32,31 @@ def random_batch(seed, rows, group, limits=(24, 40)):
 def unpack(batch, sheets):
     """The packed sequences as (tokens, completion), read back slowly; asserts that all else is nothing."""
     packed, found = batch.packed, []
-    tokens, positions = batch.tokens.reshape(sheets, -1), packed.positions.reshape(sheets, -1)
+    tokens, positions = (x.reshape(sheets, -1) for x in (batch.tokens, packed.positions))
     segments = packed.rows.segments.reshape(sheets, -1, packed.rows.segments.shape[1])
     as_they_lie = np.broadcast_to(np.arange(segments[0].size), (sheets, segments[0].size))
-    places = (as_they_lie if packed.rows.tokens is None else packed.rows.tokens).reshape(segments.shape)
+    places = (as_they_lie if packed.rows.tokens is None else packed.rows.tokens).reshape(sheets, -1)
     starts, lengths = (x.reshape(sheets, -1) for x in (packed.starts, batch.completion_lengths))
     completions = batch.completions.reshape(sheets, -1, batch.completions.shape[1])
     for sheet in range(sheets):
-        sequences = {}
-        for row, ids in zip(places[sheet], segments[sheet], strict=True):
+        sequences = {}  # a sequence's places in the sheet's rows, by the last of them
+        for number, ids in enumerate(segments[sheet]):
             for segment in range(1, ids.max() + 1):
                 where = np.flatnonzero(ids == segment)
                 np.testing.assert_array_equal(where, np.arange(where[0], where[0] + len(where)))
-                own = row[where]
-                np.testing.assert_array_equal(positions[sheet, own], np.arange(len(own)))
-                sequences[own[-1]] = own
+                where = where + number * len(ids)
+                np.testing.assert_array_equal(positions[sheet, places[sheet, where]], np.arange(len(where)))
+                sequences[where[-1]] = where
         used = [(start, length, i) for i, (start, length) in enumerate(zip(starts[sheet], lengths[sheet], strict=True))]
         for start, length, slot in filter(lambda one: one[1], used):
             scored = slice(start, start + length)
             last, targets = packed.scored[sheet, scored], packed.targets[sheet, scored]
-            own = next(own for own in sequences.values() if np.array_equal(own[-length - 1 : -1], last))
+            where = sequences.pop(last[-1] + 1)
+            np.testing.assert_array_equal(where[-length - 1 : -1], last)
+            own = places[sheet, where]
             np.testing.assert_array_equal(tokens[sheet, own[-length:]], targets)
             np.testing.assert_array_equal(completions[sheet, slot, :length], targets)
             found.append(tuple(tokens[sheet, own].tolist()) + (int(length),))
-            del sequences[own[-1]]
         assert not sequences
     return sorted(found)
 
@@ -131,6 +132,31 @@ def test_groups_stay_together_where_devices_are_few():
     assert on_one.tokens.size == 2816  # 8 prompts and 64 completions: 2,752 tokens, in lines of 256
     assert on_eight.tokens.size == 8 * 352  # a prompt and 8 completions each: 344 tokens, in lines of 32
     assert apart.tokens.size == 64 * 64
+
+
+def pieces_batch(completions, group):
+    """Groups with prompts of a token, and completions of these lengths."""
+    prompts = [[1 + row // group] for row in range(len(completions))]
+    return grpo.assemble(prompts, np.full((len(completions), 40), 3, np.int32), np.array(completions), (24, 40))
+
+
+def test_groups_are_dealt_largest_first_and_in_parts_where_whole_ones_leave_devices_uneven():
+    batch = pieces_batch([8, 8, 7, 7, 6, 6, 5, 5], group=2)
+    assert sorted(tokens_of(batch, share) for share in deal(batch, 2, share=True)) == [28, 28]
+    batch = pieces_batch([40] * 24, group=8)  # three groups on four devices with room for six each
+    assert sorted(len({row // 8 for row in share}) for share in deal(batch, 4, share=True)) == [2, 2, 2, 2]
+
+
+def test_few_shapes_are_ever_compiled():
+    rng, shapes = np.random.default_rng(0), {"rows": set(), "sheets": set()}
+    for _ in range(50):
+        prompts = [rng.integers(1, 200, rng.integers(8, 25)).tolist() for _ in range(32)]
+        lengths = np.clip(rng.gamma(2, 40 / 6, 256), 1, 40).astype(np.int64)
+        completions = rng.integers(1, 200, (256, 40)).astype(np.int32)
+        batch = grpo.assemble([prompts[row // 8] for row in range(256)], completions, lengths, (24, 40))
+        for name, found in shapes.items():
+            found.add(tuple(x.shape for x in jax.tree.leaves(ARRANGEMENTS[name](batch, 8, 2))))
+    assert len(shapes["sheets"]) <= 2 * len(shapes["rows"]) + 4
 
 
 @pytest.mark.parametrize("share", [False, True])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
 import types
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import mesh_of
+from conftest import ROOT, mesh_of
 
 from minigrpo import grpo, losses, sharding
 from minigrpo import rollout as rollout_module
@@ -176,6 +178,28 @@ def test_a_program_is_compiled_once_and_memory_given_back_after_long_compiling(s
     double = jax.jit(lambda x: traced.append(x) or 2 * x)
     assert [float(sharding.launch(double, x)) for x in (1.0, 3.0)] == [2.0, 6.0]
     assert len(traced) == 1 and len(given) == times
+
+
+FAULTS = """
+import ctypes, resource
+from minigrpo import sharding
+sharding.keep_freed_memory()
+library, size = ctypes.CDLL(None), 1 << 28
+library.malloc.restype = ctypes.c_void_p
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = ctypes.c_void_p(library.malloc(ctypes.c_size_t(size)))
+    ctypes.memset(block, 1, size)
+    library.free(block)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sharding.of_c_library("mallopt"), reason="keeps memory by the GNU C library's malloc")
+def test_memory_once_freed_is_had_again_without_asking_the_system():
+    result = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True)
+    first, second = map(int, result.stdout.split())
+    assert first > 3000 and second < 500, result.stderr  # pages, some of them huge
 
 
 def test_virtual_devices_read_the_same_weights():

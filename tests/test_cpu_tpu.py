@@ -98,6 +98,10 @@ def test_the_plan_of_a_small_model(small_model, share):
         (("--topology=v6e:3x7",), "--topology=v6e:3x7: not chips that the TPU compiler knows; use such as v6e:2x4"),
         (("--topology=gpu:80",), "--topology=gpu:80: a GPU is written with its memory, such as gpu:80GB"),
         (("--quantize=int8",), "--quantize=int8: whole numbers cannot be trained"),
+        (
+            ("--lora_rank=4", "--lora_dropout=0.1", "--share_prompts=true"),
+            "--share_prompts=true: not with --lora_dropout=0.1; leave one of them out",
+        ),
         (("--topology=v6e:2x2", "--mesh=4,2"), "--mesh=4,2: 8 chips, but --topology=v6e:2x2 has 4; use --mesh=4,1"),
         (("--model=Qwen/Qwen9-1T",), "--model=Qwen/Qwen9-1T: neither a folder nor one of Qwen/Qwen3-0.6B"),
         (
