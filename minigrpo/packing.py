@@ -94,16 +94,20 @@ def deal_pieces(batch: Batch, devices: int, size: int) -> list[list[int]]:
     return shares
 
 
-def deal(batch: Batch, devices: int, share: bool) -> list[list[int]]:
-    """Each device's sequences, one by one; to `share` prompts, whole groups, halves, quarters ..., as costs least."""
+def sequences_in(rows: list[Row]) -> list[int]:
+    return [sequence for row in rows for sequence in row.sequences]
+
+
+def deal(batch: Batch, devices: int, share: bool) -> list[list[Row]]:
+    """Each device's rows, dealt sequence by sequence; to `share` prompts, by groups, halves ..., as costs least."""
 
     def cost(shares):
-        rows = max(len(fill_rows(batch, sequences)) for sequences in shares)
-        return max(tokens_of(batch, sequences) for sequences in shares) + ROW_COST * rows * batch.tokens.shape[1]
+        tokens, rows = max(tokens_of(batch, sequences_in(rows)) for rows in shares), max(map(len, shares))
+        return tokens + ROW_COST * rows * batch.tokens.shape[1]
 
     largest = max(map(len, same_prompt(batch)), default=1) if share else 1
     dealt = [deal_pieces(batch, devices, largest >> halvings) for halvings in range(largest.bit_length())]
-    return min(dealt, key=cost)
+    return min(([fill_rows(batch, sequences) for sequences in shares] for shares in dealt), key=cost)
 
 
 def fill_rows(batch: Batch, sequences: list[int]) -> list[Row]:
@@ -206,29 +210,29 @@ def in_parts(rows: list[Row], size: int, parts: int) -> list[list[Row]]:
     return [rows[part::used] if part < used else [] for part in range(parts)]
 
 
-def two_to_the(least: int) -> int:
-    """The first power of two that is not below `least`."""
+def power_of_two(least: int) -> int:
+    """The first that is not below `least`."""
     return 1 << (least - 1).bit_length()
 
 
 def sheet_sizes(
     batch: Batch, sheets: list[list[int]], prompts: list[dict[bytes, int]], size: int
 ) -> tuple[int, int, int, int]:
-    """Tokens of a line and of a sheet of `size` rows, and M, Q and E of `Rows`, where prompts are shared."""
+    """Tokens of a line, and M, Q and E of `Rows`, for sheets of these sequences and shared prompts, of `size` rows."""
     line = -(-size * batch.tokens.shape[1] // (MOST_LINES * LINE_MULTIPLE)) * LINE_MULTIPLE
     held = in_lines(max(tokens_of(batch, sequences) for sequences in sheets), line)
     copied = in_lines(max(sum(prompt_tokens(batch, shared)) for shared in prompts), line)
     members = min(max(map(len, same_prompt(batch)), default=1), MOST_IN_A_ROW * size)
-    return line, held, min(held, line * two_to_the(copied // line)), max(1, two_to_the(members) - 1)
+    return line, held, min(held, line * power_of_two(copied // line)), max(1, power_of_two(members) - 1)
 
 
 def pack(batch: Batch, devices: int, parts: int, share: bool) -> Batch:
     """A batch on the host with its sequences side by side, all in the order of devices, of parts, and of rows."""
-    shares = [fill_rows(batch, one) for one in deal(batch, devices, share)]
+    shares = deal(batch, devices, share)
     own, (width, most) = -(-len(batch.tokens) // devices), (x.shape[1] for x in (batch.tokens, batch.completions))
     size = rows_per_part(max(map(len, shares)), -(-own // parts), parts)
     sheets = [part for rows in shares for part in in_parts(rows, size, parts)]
-    sequences = [[sequence for row in rows for sequence in row.sequences] for rows in sheets]
+    sequences = [sequences_in(rows) for rows in sheets]
     prompts = [shared_prompts(batch, one) if share else {} for one in sequences]
     line, held, copied, copies = sheet_sizes(batch, sequences, prompts, size) if share else (width, size * width, 0, 0)
 
