@@ -256,7 +256,7 @@ def measure(options: BenchOptions) -> int:
         **dataclasses.asdict(options),
         "copy_gb_per_s": round(bandwidth / 1e9, 2),
         "matmul_gflop_per_s": round(flop_rate / 1e9, 1),
-        "limit_seconds": round(max(reading, computing), 4),
+        "limit_seconds": round(max(reading, computing), 6),
         "first_call_seconds": round(compile_seconds, 2),
         "rates": [round(rate, 1) for rate in rates],
         "tokens_per_second": round(statistics.median(rates), 1),

@@ -43,7 +43,7 @@ from minigrpo.lora import make_lora
 from minigrpo.model import ModelConfig, abstract_params, join, parse_config, read_config, split_trained
 from minigrpo.optimizer import TrainState
 from minigrpo.packing import ARRANGEMENTS
-from minigrpo.rollout import RolloutPlan, decode_weights, least_pages, num_pages, run_mesh, spread
+from minigrpo.rollout import RolloutPlan, decode_weights, least_pages, num_pages, rollout_program, spread
 from minigrpo.sharding import arrange, by_sequence, check_divisible, replicated
 from minigrpo.sources import placed
 from minigrpo.start import DEFAULT_MODEL, Programs, check_lora, check_loss, check_quantize
@@ -317,7 +317,8 @@ def plan_rollout(programs: Programs, work: Work, resident: Resident) -> Phase:
     scratch = budget.rollout_scratch(programs, slots, cache_bytes(programs, resident))
     scratch += result_bytes(programs, work.rows)
     counted = Counted(resident.total, work.rollout_flops() / chips, moved, scratch)
-    return measure(programs, counted, run_mesh, plan, decoded_shapes(programs, plan), prompts, seed)
+    program = rollout_program(plan.device.platform)
+    return measure(programs, counted, program, plan, decoded_shapes(programs, plan), prompts, seed)
 
 
 def plan_scoring(programs: Programs, trainer: grpo.Trainer, work: Work, resident: int, params: Any) -> Phase:

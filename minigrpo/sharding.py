@@ -74,6 +74,15 @@ def keep_freed_memory() -> None:
         set_option(M_TRIM_THRESHOLD, -1)  # never
 
 
+def known_options(options: dict[str, Any]) -> dict[str, Any] | None:
+    """The options for XLA's compiler; None where it does not know them, as such options come and go."""
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return options
+
+
 def launch(function: Any, *arguments: Any) -> Any:
     """Calls a jitted function; if it has to be compiled, the host gets back what that took before it runs."""
     started = time.perf_counter()

@@ -19,7 +19,7 @@ from minigrpo.attention import attend_on, causal_attention
 from minigrpo.config import LossOptions, RolloutOptions, UsageError
 from minigrpo.logprobs import Head
 from minigrpo.model import abstract_params, unembed
-from minigrpo.rollout import Roller, batch_sizes, shared_by_host, spread
+from minigrpo.rollout import WIDE_VECTORS, Roller, batch_sizes, shared_by_host, spread
 from minigrpo.sharding import Layout, by_sequence, put, replicated
 
 REAL = 250
@@ -178,6 +178,12 @@ def test_a_program_is_compiled_once_and_memory_given_back_after_long_compiling(s
     double = jax.jit(lambda x: traced.append(x) or 2 * x)
     assert [float(sharding.launch(double, x)) for x in (1.0, 3.0)] == [2.0, 6.0]
     assert len(traced) == 1 and len(given) == times
+
+
+def test_the_compiler_is_told_only_what_it_knows():
+    """When the first line fails, XLA has lost the option: find out what widens vectors now."""
+    assert sharding.known_options(WIDE_VECTORS) == WIDE_VECTORS
+    assert sharding.known_options({"xla_cpu_no_such_option": 1}) is None
 
 
 FAULTS = """
