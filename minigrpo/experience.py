@@ -17,6 +17,7 @@ from minigrpo.optimizer import TrainState
 from minigrpo.packing import place_batch
 from minigrpo.rewards import Reward, score_completions
 from minigrpo.rollout import Roller, Rollout
+from minigrpo.sharding import launch
 from minigrpo.start import Setup
 
 
@@ -212,9 +213,9 @@ def make_batches(job: Job, experience: Experience, advantages: np.ndarray, state
 
 def score_batch(job: Job, batch: grpo.Batch, state: TrainState) -> grpo.Batch:
     again = job.options(StepOptions).updates_per_step > 1
-    old = grpo.batch_logprobs(job.trainer, job.whole(state.params), batch) if again else None
+    old = launch(grpo.batch_logprobs, job.trainer, job.whole(state.params), batch) if again else None
     reference = job.reference if state.reference is None else state.reference
-    ref = None if reference is None else grpo.batch_logprobs(job.trainer, job.whole(reference), batch)
+    ref = None if reference is None else launch(grpo.batch_logprobs, job.trainer, job.whole(reference), batch)
     return dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref)
 
 

@@ -15,6 +15,7 @@ from minigrpo.model import Params
 from minigrpo.optimizer import TrainState
 from minigrpo.packing import place_batch
 from minigrpo.rollout import Rollout
+from minigrpo.sharding import launch
 from minigrpo.start import Setup
 
 SCORE = "score"
@@ -90,7 +91,7 @@ def response_logprobs(job: Job, params: Params, batches: list[tuple[Experience, 
     means = []
     for experience, batch in batches:
         rows, lengths = len(experience.rewards), experience.rollout.lengths
-        logprobs = np.asarray(grpo.batch_logprobs(job.trainer, params, batch), np.float64)[:rows]
+        logprobs = np.asarray(launch(grpo.batch_logprobs, job.trainer, params, batch), np.float64)[:rows]
         mask = np.arange(logprobs.shape[1]) < lengths[:, None]
         means.append(np.where(mask, logprobs, 0).sum(axis=1) / np.maximum(lengths, 1))
     return np.concatenate(means)
