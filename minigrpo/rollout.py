@@ -51,7 +51,7 @@ LEAST_BATCH, GPU_LEAST_BATCH = 4, 64
 CPU_HEAD_PARTS = 8
 """Parts of the vocabulary that the CPU's logits are computed by, where they divide it."""
 WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
-"""XLA on the CPU takes 256 bits at a time if not told; attention's sums gain by as many as the machine has."""
+"""XLA on the CPU prefers vectors of 256 bits; attention's sums gain by 512 where the machine has them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -546,8 +546,8 @@ def run_mesh(plan: RolloutPlan, weights: Params, prompts: Prompts, seed: Int[Arr
 
 
 @functools.cache
-def rollout_program(platform: str) -> Callable[..., Any]:
-    """`run_mesh` as it is compiled for a platform."""
+def rollout_program(platform: str) -> jax.stages.Wrapped:
+    """`run_mesh` as a platform that has been started compiles it; one per process, as it keeps its programs."""
     options = known_options(WIDE_VECTORS) if platform == "cpu" else None
     return jax.jit(run_mesh, static_argnums=0, compiler_options=options)
 

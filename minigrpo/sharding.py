@@ -74,13 +74,21 @@ def keep_freed_memory() -> None:
         set_option(M_TRIM_THRESHOLD, -1)  # never
 
 
-def known_options(options: dict[str, Any]) -> dict[str, Any] | None:
-    """The options for XLA's compiler; None where it does not know them, as such options come and go."""
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
+def known_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options for XLA's compiler that it knows, as they come and go, and that XLA_FLAGS does not set."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    known = {}
+    for name, value in options.items():
+        try:
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+            sys.stderr.write(f"{name}: this version of XLA knows no such option; programs may be slower\n")
+            continue
+        if f"--{name}=" not in flags:
+            known[name] = value
+    return known
 
 
 def launch(function: Any, *arguments: Any) -> Any:

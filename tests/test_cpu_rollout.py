@@ -180,10 +180,22 @@ def test_a_program_is_compiled_once_and_memory_given_back_after_long_compiling(s
     assert len(traced) == 1 and len(given) == times
 
 
-def test_the_compiler_is_told_only_what_it_knows():
+def test_the_compiler_is_told_what_it_knows_and_no_flag_says(monkeypatch, capsys):
     """When the first line fails, XLA has lost the option: find out what widens vectors now."""
     assert sharding.known_options(WIDE_VECTORS) == WIDE_VECTORS
-    assert sharding.known_options({"xla_cpu_no_such_option": 1}) is None
+    assert sharding.known_options({"xla_cpu_no_such_option": 1} | WIDE_VECTORS) == WIDE_VECTORS
+    assert capsys.readouterr().err.startswith("xla_cpu_no_such_option: ")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="not a valid"):
+        sharding.known_options(dict.fromkeys(WIDE_VECTORS, "wide"))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_prefer_vector_width=128")
+    assert sharding.known_options(WIDE_VECTORS) == {}
+
+
+def test_rollouts_are_compiled_with_these_options(tiny_config, tiny_params, monkeypatch):
+    monkeypatch.setattr(rollout_module, "known_options", lambda options: {"xla_cpu_no_such_option": 1})
+    monkeypatch.setattr(rollout_module, "rollout_program", rollout_module.rollout_program.__wrapped__)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_cpu_no_such_option"):
+        roll(tiny_config, tiny_params)
 
 
 FAULTS = """
