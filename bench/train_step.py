@@ -31,7 +31,7 @@ from minigrpo.config import (
 from minigrpo.logprobs import Head
 from minigrpo.model import ModelConfig, abstract_params
 from minigrpo.optimizer import TrainState, init_state, make_optimizer
-from minigrpo.packing import place_batch
+from minigrpo.packing import ARRANGEMENTS, place_batch
 from minigrpo.rollout import Roller, Rollout
 from minigrpo.sharding import Layout, check_divisible, launch, make_mesh, start_platform
 from minigrpo.start import choose_tiles
@@ -78,7 +78,7 @@ class LengthOptions(Options):
         "auto",
         "how an update's sequences lie: apart, a row each; rows, several in one; sheets, with shared prompts computed "
         "once; auto as in training",
-        choices=("auto", "apart", "rows", "sheets"),
+        choices=("auto", *ARRANGEMENTS),
     )
     sampled: bool = option(True, "sample the completions; false makes them up and times the update alone")
 

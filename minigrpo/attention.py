@@ -226,7 +226,7 @@ def attend_rows(platform: str, q: Array, k: Array, v: Array, rows: Rows | None) 
 def copying_pays(platform: str) -> bool:
     """Whether copying tokens to rows in every layer costs less than computing again those that are shared.
 
-    On TPU the compiler counts it at a sixth of a layer's time.
+    On TPU by the compiler's count of cycles it costs more (BUILD_NOTES.md); no TPU has timed it.
     """
     return platform != "tpu"
 

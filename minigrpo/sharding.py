@@ -79,14 +79,15 @@ def known_options(options: dict[str, Any]) -> dict[str, Any]:
     flags = os.environ.get("XLA_FLAGS", "")
     known = {}
     for name, value in options.items():
+        if f"--{name}=" in flags:
+            continue
         try:
             jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
         except jax.errors.JaxRuntimeError as error:
             if "No such compile option" not in str(error):
                 raise
             sys.stderr.write(f"{name}: this version of XLA knows no such option; programs may be slower\n")
-            continue
-        if f"--{name}=" not in flags:
+        else:
             known[name] = value
     return known
 
