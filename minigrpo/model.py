@@ -62,6 +62,18 @@ for matrix, (ins, outs) in PROJECTIONS.items():
 Params = dict[str, Any]
 """A nested dict of arrays, the pure form of the model's NNX state."""
 
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """Kernels for one token of each sequence that take the place of products and of what follows them; None: there is none."""
+
+    gated: Callable[..., Array] | None = None
+    """gated(x [B,D], gate, up) -> silu(x gate) * (x up) [B,F]."""
+    heads: Callable[..., tuple[Array, Array, Array]] | None = None
+    """heads(x [B,D], (q, k, v), (q_norm, k_norm), (cos, sin) [B,H/2], eps) -> rotated q, k, and v [B,heads,H]."""
+
+
+UNFUSED = Fused()
+
 Attend = Callable[..., tuple[Array, Any]]
 """attend(layer, q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], carry) -> (out [B,T,N,H], carry)."""
 
@@ -326,9 +338,22 @@ class Attention(Projections):
             k = rms_norm(k, self.k_norm[...], self.config.rms_norm_eps)
         return q, k, v
 
-    def __call__(self, x: Array, angles: Angles, layer: Array, attend: Attend, carry: Any, dropout: Array | None):
+    def rotated_heads(self, x: Array, angles: Angles, dropout: Array | None) -> tuple[Array, Array, Array]:
+        """As `heads`, after rope."""
         q, k, v = self.heads(x, dropout)
-        out, carry = attend(layer, apply_rope(q, angles), apply_rope(k, angles), v, carry)
+        return apply_rope(q, angles), apply_rope(k, angles), v
+
+    def fused_heads(self, run: Callable, x: Array, angles: Angles) -> Any:
+        """The same by a kernel, of one token a sequence."""
+        weights, norms = (self.q[...], self.k[...], self.v[...]), (self.q_norm[...], self.k_norm[...])
+        of_rows = tuple(table[:, 0, 0] for table in angles)
+        return jax.tree.map(lambda heads: heads[:, None], run(x[:, 0], weights, norms, of_rows, self.config.rms_norm_eps))
+
+    def __call__(
+        self, x: Array, angles: Angles, layer: Array, attend: Attend, carry: Any, dropout: Array | None, fused: Fused
+    ):
+        made = self.fused_heads(fused.heads, x, angles) if fused.heads else self.rotated_heads(x, angles, dropout)
+        out, carry = attend(layer, *made, carry)
         return self.project("o", out, dropout), carry
 
 
@@ -343,8 +368,11 @@ class Mlp(Projections):
     def __init__(self, config: ModelConfig):
         super().__init__(config, ("gate", "up", "down"))
 
-    def __call__(self, x: Float[Array, "B T D"], dropout: Array | None) -> Float[Array, "B T D"]:
-        gated = silu(self.project("gate", x, dropout)) * self.project("up", x, dropout)
+    def __call__(self, x: Float[Array, "B T D"], dropout: Array | None, fused: Fused) -> Float[Array, "B T D"]:
+        if fused.gated:
+            gated = fused.gated(x[:, 0], self.gate[...], self.up[...])[:, None]
+        else:
+            gated = silu(self.project("gate", x, dropout)) * self.project("up", x, dropout)
         return self.project("down", gated, dropout)
 
 
@@ -358,11 +386,13 @@ class Block(nnx.Module):
         self.attention = Attention(config)
         self.mlp = Mlp(config)
 
-    def __call__(self, x: Array, angles: Angles, layer: Array, attend: Attend, carry: Any, dropout: Array | None):
-        eps = self.config.rms_norm_eps
-        out, carry = self.attention(rms_norm(x, self.attn_norm[...], eps), angles, layer, attend, carry, dropout)
+    def __call__(
+        self, x: Array, angles: Angles, layer: Array, attend: Attend, carry: Any, dropout: Array | None, fused: Fused
+    ):
+        normed = rms_norm(x, self.attn_norm[...], self.config.rms_norm_eps)
+        out, carry = self.attention(normed, angles, layer, attend, carry, dropout, fused)
         x = x + out
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], eps), dropout), carry
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps), dropout, fused), carry
 
 
 def unchanged(x):
@@ -395,12 +425,14 @@ class Qwen(nnx.Module):
         each_layer: EachLayer = jax.lax.scan,
         dropout: Array | None = None,
         angles: Angles | None = None,
+        fused: Fused = UNFUSED,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Hidden states after the final norm, and what `attend` made of `carry`.
 
         `layout` says in which dtype and where on the mesh to compute; `remat` wraps the scanned layer, as
         jax.checkpoint does, and `each_layer` runs it over the layers, as jax.lax.scan does. `dropout` holds a key per
-        sequence for the adapters' dropout, None being no dropout. `angles` are those of the positions, if known.
+        sequence for the adapters' dropout, None being no dropout. `angles` are those of the positions, if known. `fused`
+        is what kernels do in place of plain weights' products, T being 1.
         """
         angles = angles or rope_angles(positions, self.config.head_dim, self.config.rope_theta)
         graph, stacked = nnx.split(self.layers)
@@ -409,7 +441,7 @@ class Qwen(nnx.Module):
             (x, carry), (index, weights) = state, scanned
             block = nnx.merge(graph, layout.weights(weights))
             keys = None if dropout is None else fold_all(dropout, index)
-            x, carry = block(x, angles, index, attend, carry, keys)
+            x, carry = block(x, angles, index, attend, carry, keys, fused)
             return (layout.activations(x), carry), None
 
         x = layout.embed(self.embed[...], tokens)

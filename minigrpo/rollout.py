@@ -26,8 +26,10 @@ from minigrpo.kernels.paged_attention import append_rows, empty_pages, fill_page
 from minigrpo.lora import merge
 from minigrpo.model import (
     PROJECTIONS,
+    UNFUSED,
     Angles,
     EachLayer,
+    Fused,
     ModelConfig,
     Params,
     Qwen,
@@ -138,6 +140,10 @@ class State:
     tokens: Any  # int32 [B, C]
     logprobs: Any  # float [B, C]
     lengths: Any  # int32 [B]
+    ended: Any  # bool [S]
+    """Slots whose completion ended with the last token and has not left yet."""
+    scheduled: Any  # bool scalar
+    """Whether nothing was decoded since completions last left and took slots."""
     steps: Any  # int32 scalar
     busy: Any  # int32 scalar
     """Sum over steps of slots that were decoding."""
@@ -280,20 +286,35 @@ def needs_page(plan: RolloutPlan, state: State) -> Bool[Array, "S"]:
     return running(state) & (state.slots.length % plan.page_size == 0)
 
 
-def extend(plan: RolloutPlan, state: State) -> State:
-    """Gives a page to every slot about to start one. When there are too few, the youngest completions start over later.
+def is_short(plan: RolloutPlan, state: State) -> Bool[Array, ""]:
+    """More slots are about to start a page than pages are left."""
+    return needs_page(plan, state).sum() > state.pool.top
+
+
+def evict(plan: RolloutPlan, state: State) -> State:
+    """Sends the youngest completion back, to start over later.
 
     The oldest unfinished completion is never sent back and its pages always fit, so every completion ends.
     """
+    youngest = jnp.where(running(state), state.slots.completion, -1)
+    return release(plan, state, jnp.arange(youngest.shape[0]) == jnp.argmax(youngest), WAITING)
 
-    def evict(state):
-        youngest = jnp.where(running(state), state.slots.completion, -1)
-        return release(plan, state, jnp.arange(youngest.shape[0]) == jnp.argmax(youngest), WAITING)
 
-    def short(state):
-        return needs_page(plan, state).sum() > state.pool.top
+def schedule(plan: RolloutPlan, prompts: Prompts, table: Array, state: State) -> State:
+    """Completions that ended leave their slots, waiting ones take them, and while pages are short the youngest go."""
+    state = release(plan, state, state.ended, DONE)
+    state = jax.lax.while_loop(can_admit, functools.partial(admit, plan, prompts, table), state)
+    state = jax.lax.while_loop(functools.partial(is_short, plan), functools.partial(evict, plan), state)
+    return update(state, ended=jnp.zeros_like(state.ended), scheduled=jnp.bool(True))
 
-    state = jax.lax.while_loop(short, evict, state)
+
+def can_decode(plan: RolloutPlan, state: State) -> Bool[Array, ""]:
+    """Nobody's turn has come to leave, enter or make room: the one question between two tokens."""
+    return state.scheduled | ~(state.ended.any() | can_admit(state) | is_short(plan, state))
+
+
+def extend(plan: RolloutPlan, state: State) -> State:
+    """Gives a page to every slot about to start one."""
     wanted = needs_page(plan, state)
     pool, page = cache.take(state.pool, wanted)
     slots = state.slots
@@ -310,6 +331,20 @@ def by_parts(hidden: Float[Array, "S D"], head: Float[Array, "V D"]) -> Float[Ar
     parts = head.reshape(math.gcd(len(head), CPU_HEAD_PARTS), -1, head.shape[1]).astype(hidden.dtype)
     logits = jnp.einsum("SD,PVD->PSV", hidden, parts, preferred_element_type=jnp.float32)
     return logits.swapaxes(0, 1).reshape(len(hidden), -1)
+
+
+def fused(plan: RolloutPlan, rows: int) -> Fused:
+    """The kernels that decode so many rows of this model on this device; imported where they are, as that takes time."""
+    config = plan.model
+    if plan.device.platform != "gpu" or config.int8:
+        return UNFUSED
+    from minigrpo.kernels import fused_products
+
+    if not fused_products.fits(plan.device, rows, config.hidden_size, plan.dtype):
+        return UNFUSED
+    whole_tiles = config.intermediate_size % fused_products.COLUMNS == 0
+    halves = config.qk_norm and config.head_dim == 2 * fused_products.COLUMNS
+    return Fused(fused_products.gated if whole_tiles else None, fused_products.heads if halves else None)
 
 
 def next_tokens(
@@ -336,6 +371,7 @@ def next_tokens(
         Layout(plan.dtype),
         each_layer=each_layer,
         angles=jax.tree.map(lambda table: table[0, slots.length, None], angles),
+        fused=fused(plan, len(rows)),
     )
     logits = (by_parts if plan.on_cpu else unembed)(hidden[:, 0], model.head_weights())
     if logits.shape[1] > plan.num_tokens:
@@ -352,7 +388,7 @@ def decode(
     uniforms: Array,
     state: State,
 ) -> State:
-    """One token for every running slot; completions that end leave their slots."""
+    """One token for every running slot."""
     slots, active = state.slots, running(state)
     index = jnp.where(active, slots.completion, 0)
     count = slots.length + 1 - prompts.lengths[index // plan.group]
@@ -360,24 +396,24 @@ def decode(
     if plan.watch:
         jax.debug.callback(plan.watch, slots.completion, count, tokens)
     at = (slots.completion, count)
-    state = update(
+    return update(
         state,
         pages=pages,
         slots=dataclasses.replace(slots, token=tokens, length=slots.length + active),
         tokens=state.tokens.at[at].set(tokens, mode="drop"),
         logprobs=state.logprobs.at[at].set(logprobs, mode="drop"),
         lengths=state.lengths.at[slots.completion].set(count + 1, mode="drop"),
+        ended=active & (jnp.isin(tokens, jnp.array(plan.stop_tokens)) | (count + 1 == plan.max_tokens)),
+        scheduled=jnp.bool(False),
         steps=state.steps + 1,
         busy=state.busy + active.sum(),
     )
-    ended = active & (jnp.isin(tokens, jnp.array(plan.stop_tokens)) | (count + 1 == plan.max_tokens))
-    return jax.lax.cond(ended.any(), lambda s: release(plan, s, ended, DONE), lambda s: s, state)
 
 
 def shrink(state: State, size: int) -> State:
     """Keeps `size` slots, the running ones first."""
     order = jnp.argsort(~running(state), stable=True)[:size]
-    return update(state, slots=jax.tree.map(lambda x: x[order], state.slots))
+    return update(state, slots=jax.tree.map(lambda x: x[order], state.slots), ended=state.ended[order])
 
 
 def batch_sizes(slots: int, least: int) -> list[int]:
@@ -437,19 +473,22 @@ def decode_all(
     state: State,
 ) -> State:
     """Decodes until every completion is done, in a batch that shrinks once fewer are left than it holds."""
-
     positions = jnp.arange(plan.max_pages(prompts.tokens.shape[1]) * plan.page_size)
     angles = rope_angles(positions[None], plan.model.head_dim, plan.model.rope_theta)
-
-    def step(state):
-        state = jax.lax.while_loop(can_admit, functools.partial(admit, plan, prompts, table), state)
-        return decode(plan, model, each_layer, angles, prompts, uniforms, extend(plan, state))
 
     least = GPU_LEAST_BATCH if plan.device.platform == "gpu" else LEAST_BATCH
     sizes = batch_sizes(state.slots.token.shape[0], least)
     for size, following in zip(sizes, sizes[1:] + [0], strict=True):
-        state = shrink(state, size)
-        state = jax.lax.while_loop(functools.partial(more_left_than, following), step, state)
+        more_left = functools.partial(more_left_than, following)
+
+        def step(state):
+            return decode(plan, model, each_layer, angles, prompts, uniforms, extend(plan, state))
+
+        def turn(state, more_left=more_left):
+            state = schedule(plan, prompts, table, state)
+            return jax.lax.while_loop(lambda s: can_decode(plan, s) & more_left(s), step, state)
+
+        state = jax.lax.while_loop(more_left, turn, shrink(state, size))
     return state
 
 
@@ -472,6 +511,8 @@ def start(plan: RolloutPlan, model: Qwen, each_layer: EachLayer, prompts: Prompt
         tokens=jnp.zeros((total, plan.max_tokens), jnp.int32),
         logprobs=jnp.zeros((total, plan.max_tokens), jnp.float32),
         lengths=jnp.zeros(total, jnp.int32),
+        ended=jnp.zeros(slots, bool),
+        scheduled=jnp.bool(False),
         steps=jnp.int32(0),
         busy=jnp.int32(0),
     )

@@ -42,7 +42,7 @@ def sample(
     else:
         tokens = invert_cdf(truncate(sampler, probs), uniforms)
     chosen = jnp.take_along_axis(scaled - peak, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jnp.log(probs.sum(axis=-1))
+    return tokens, chosen - jnp.log(running_sums(in_blocks(probs))[:, -1])
 
 
 def truncate(sampler: Sampler, probs: Float[Array, "B V"]) -> Float[Array, "B V"]:
@@ -74,15 +74,25 @@ def first_past(cumulative: Float[Array, "B N"], target: Float[Array, "B"]) -> In
     return jnp.minimum(past, jnp.sum(cumulative < cumulative[:, -1:], axis=-1))
 
 
-def invert_cdf(probs: Float[Array, "B V"], uniforms: Float[Array, "B"]) -> Int[Array, "B"]:
-    """The token where the row's running sum of unnormalised `probs` passes uniform * total; never one of 0."""
+def in_blocks(probs: Float[Array, "B V"]) -> Float[Array, "B N S"]:
+    """The vocabulary cut into blocks, the last one filled with zeros."""
     rows, vocab = probs.shape
     divisor = math.gcd(vocab, CDF_BLOCK)
     size = divisor if divisor >= LEAST_BLOCK else CDF_BLOCK
-    blocks = jnp.pad(probs, ((0, 0), (0, -vocab % size))).reshape(rows, -1, size)
-    cumulative = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
+    return jnp.pad(probs, ((0, 0), (0, -vocab % size))).reshape(rows, -1, size)
+
+
+def running_sums(blocks: Float[Array, "B N S"]) -> Float[Array, "B N"]:
+    """Of all numbers up to each block's last; the pass over the vocabulary that every use of the same blocks shares."""
+    return jnp.cumsum(blocks.sum(axis=-1), axis=-1)
+
+
+def invert_cdf(probs: Float[Array, "B V"], uniforms: Float[Array, "B"]) -> Int[Array, "B"]:
+    """The token where the row's running sum of unnormalised `probs` passes uniform * total; never one of 0."""
+    blocks = in_blocks(probs)
+    cumulative = running_sums(blocks)
     target = uniforms * cumulative[:, -1]
     block = first_past(cumulative, target)
     before = jnp.where(block > 0, jnp.take_along_axis(cumulative, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0)
     inside = jnp.cumsum(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
-    return block * size + first_past(inside, target - before)
+    return block * blocks.shape[2] + first_past(inside, target - before)

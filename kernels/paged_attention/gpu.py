@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-BLOCK_TOKENS = 64
-"""Context tokens attended to at a time."""
+BLOCK_TOKENS, PIECE_TOKENS = 64, 32
+"""Context tokens attended to at a time, and fetched by one copy: pieces past the sequence's end are not."""
 
 ROWS, TILE_ROWS, TILE_LANES = 64, 8, 64
 """Rows of one tensor-core product, and the tiles that 16-bit operands lie in in shared memory."""
@@ -98,22 +98,24 @@ class Walk:
         return jax.lax.rem(block, self.keys.shape[0])
 
 
-def page_of(walk: Walk, first: Any) -> Any:
-    """The page that holds token `first`; 0 for one that the sequence has not got."""
-    entry = jax.lax.div(first, walk.pages.shape[4])
-    return jnp.where(first < walk.length, walk.table[walk.row, jnp.minimum(entry, walk.table.shape[1] - 1)], 0)
-
-
 def fetch(walk: Walk, block: Any) -> None:
-    """Starts copying a block of keys and values."""
+    """Starts copying a block of keys and values, but no piece of it that the sequence has not got."""
     page_size, buffer = walk.pages.shape[4], walk.buffer(block)
-    piece = min(page_size, BLOCK_TOKENS)
-    for start in range(0, BLOCK_TOKENS, piece):
-        first = block * BLOCK_TOKENS + start
-        page, tokens = page_of(walk, first), pl.ds(jax.lax.rem(first, page_size), piece)
+    piece = min(page_size, PIECE_TOKENS)
+
+    def copy(start, first):
+        page, tokens = walk.table[walk.row, jax.lax.div(first, page_size)], pl.ds(jax.lax.rem(first, page_size), piece)
         for which, buffers in enumerate((walk.keys, walk.values)):
             source = walk.pages.at[walk.layer, page, which, walk.head, tokens]
             plgpu.copy_gmem_to_smem(source, buffers.at[buffer, pl.ds(start, piece)], walk.arrived[which].at[buffer])
+
+    def skip():
+        for arrived in walk.arrived:
+            plgpu.barrier_arrive(arrived.at[buffer])
+
+    for start in range(0, BLOCK_TOKENS, piece):
+        first = block * BLOCK_TOKENS + start
+        jax.lax.cond(first < walk.length, functools.partial(copy, start, first), skip)
 
 
 def spread(rows: Array, columns: int) -> Array:
@@ -157,18 +159,26 @@ def attend_block(walk: Walk, queries: Any, block: Any, state: tuple[Array, Array
     return new_peak, total * rescale + weights.sum(axis=1), acc * spread(rescale, acc.shape[1]) + sums
 
 
-def kernel(q, pages, layer, lengths, table, out, queries, keys, values, weights, results, q_arrived, *arrived):
-    """Attends the queries of one kv head, of which the product sees copies, to one sequence."""
+def load_queries(q: Any, queries: Any) -> None:
+    """Copies the queries of a kv head to the first rows of a product; the other rows, which nobody reads, get the last's."""
+    rows = plgpu.broadcasted_iota(jnp.int32, queries.shape, 0, layout=plgpu.Layout.WGMMA)
+    found = jnp.zeros(queries.shape, queries.dtype)
+    for index in range(q.shape[0]):
+        query = plgpu.load(q.at[index], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        found = jnp.where(rows < index, found, jax.lax.broadcast_in_dim(query, queries.shape, [1]))
+    queries[...] = found
+    plgpu.commit_smem()
+
+
+def kernel(q, pages, layer, lengths, table, out, queries, keys, values, weights, results, *arrived):
+    """Attends the queries of one kv head to one sequence."""
     row, head = jax.lax.axis_index("row"), jax.lax.axis_index("head")
     walk = Walk(pages, table, keys, values, weights, arrived, row, head, layer[0], lengths[row])
     blocks = jax.lax.div(walk.length + BLOCK_TOKENS - 1, BLOCK_TOKENS)
     buffers = keys.shape[0]
     for block in range(buffers):
         pl.when(block < blocks)(functools.partial(fetch, walk, jnp.int32(block)))
-    own = q.shape[2]
-    for start in range(0, ROWS, own):
-        plgpu.copy_gmem_to_smem(q.at[row, head], queries.at[pl.ds(start, own)], q_arrived)
-    plgpu.barrier_wait(q_arrived)
+    load_queries(q.at[row, head], queries)
 
     def step(block, state):
         state = attend_block(walk, queries, block, state)
@@ -201,11 +211,9 @@ def tuned_attention(
     ValueError for more than 64 query heads that share a kv head.
     """
     (batch, heads, dim), (kv_heads, page_size) = q.shape, pages.shape[3:5]
-    group, pieces = heads // kv_heads, max(1, BLOCK_TOKENS // page_size)
+    group, pieces = heads // kv_heads, BLOCK_TOKENS // min(page_size, PIECE_TOKENS)
     if group > ROWS:
         raise ValueError(f"{heads} query heads for {kv_heads} kv heads: at most {ROWS} for each")
-    rows = max(TILE_ROWS, pl.next_power_of_2(group))
-    grouped = jnp.pad(q.reshape(batch, kv_heads, group, dim), ((0, 0), (0, 0), (0, rows - group), (0, 0)))
     in_tiles = plgpu.TilingTransform((TILE_ROWS, TILE_LANES)), plgpu.SwizzleTransform(2 * TILE_LANES)
     blocks = plgpu.SMEM((tuning.buffers, BLOCK_TOKENS, dim), pages.dtype, transforms=in_tiles)
     run = plgpu.kernel(
@@ -219,14 +227,13 @@ def tuned_attention(
             blocks,
             plgpu.SMEM((ROWS, BLOCK_TOKENS), pages.dtype, transforms=in_tiles),
             plgpu.SMEM((ROWS, dim), q.dtype),
-            plgpu.Barrier(num_arrivals=ROWS // rows),
             plgpu.Barrier(num_arrivals=pieces, num_barriers=tuning.buffers),
             plgpu.Barrier(num_arrivals=pieces, num_barriers=tuning.buffers),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
-    return run(grouped, pages, layer[None], lengths, page_table).reshape(q.shape)
+    return run(q.reshape(batch, kv_heads, group, dim), pages, layer[None], lengths, page_table).reshape(q.shape)
 
 
 def paged_attention(

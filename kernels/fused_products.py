@@ -1,0 +1,196 @@
+"""A decoding step's widest products as Pallas Mosaic kernels for Hopper GPUs, with what follows done before they are stored.
+
+Few rows meet large matrices, so the bound is the bandwidth at which weights arrive. One warpgroup makes two tiles of 64
+columns that belong together: the same columns of gate and up, or both halves of a head, which rope turns into each other.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+ROWS, COLUMNS, TILE_ROWS = 64, 64, 8
+"""Rows and columns of one tensor-core product, and the rows of the tiles that 16-bit operands lie in in shared memory."""
+
+DEPTH, BUFFERS = 128, 4
+"""What is summed over at a time, and how many such blocks of the operands shared memory holds: 192 KB."""
+
+
+def fits(device: jax.Device, rows: int, depth: int, dtype: Any) -> bool:
+    """Whether the kernels are for this GPU and for products of so many rows, each a sum over `depth` numbers."""
+    hopper = str(getattr(device, "compute_capability", "")).startswith("9.")
+    return hopper and rows <= ROWS and depth % DEPTH == 0 and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Blocks of the operands in shared memory: some arriving, one being multiplied."""
+
+    x: Any  # [BUFFERS, ROWS, DEPTH]
+    first: Any  # [BUFFERS, DEPTH, COLUMNS]
+    second: Any
+    arrived: Any
+    """A barrier per block."""
+
+
+def two_products(x: Any, ring: Ring, fetch_weights: Callable[[Any, Any, Any, Any], None]) -> tuple[Array, Array]:
+    """x [ROWS, D] times two tiles of weights, float32 [ROWS, COLUMNS] each.
+
+    fetch_weights(depth, first, second, arrived) starts the copies of the tiles' rows `depth` to where they go.
+    """
+    steps = x.shape[1] // DEPTH
+
+    def fetch(step):
+        at, depth = jax.lax.rem(step, BUFFERS), pl.ds(step * DEPTH, DEPTH)
+        fetch_weights(depth, ring.first.at[at], ring.second.at[at], ring.arrived.at[at])
+        plgpu.copy_gmem_to_smem(x.at[:, depth], ring.x.at[at], ring.arrived.at[at])
+
+    for step in range(min(BUFFERS, steps)):
+        fetch(jnp.int32(step))
+
+    def multiply(first, second):
+        def turn(step, _):
+            at = jax.lax.rem(step, BUFFERS)
+            plgpu.barrier_wait(ring.arrived.at[at])
+            plgpu.wgmma(first, ring.x.at[at], ring.first.at[at])
+            plgpu.wgmma(second, ring.x.at[at], ring.second.at[at])
+            plgpu.wgmma_wait(2)  # the turn before has read its block
+            pl.when((step > 0) & (step - 1 + BUFFERS < steps))(lambda: fetch(step - 1 + BUFFERS))
+            return ()
+
+        jax.lax.fori_loop(0, steps, turn, ())
+        return first[...], second[...]
+
+    return pl.run_scoped(multiply, *[plgpu.ACC((ROWS, COLUMNS), jnp.float32)] * 2)
+
+
+def gated_kernel(x, gate, up, out, results, *ring):
+    """One tile of columns of silu(x gate) * (x up)."""
+    columns = pl.ds(jax.lax.axis_index("tile") * COLUMNS, COLUMNS)
+
+    def fetch(depth, first, second, arrived):
+        plgpu.copy_gmem_to_smem(gate.at[depth, columns], first, arrived)
+        plgpu.copy_gmem_to_smem(up.at[depth, columns], second, arrived)
+
+    gates, ups = two_products(x, Ring(*ring), fetch)
+    results[...] = (gates / (1 + jnp.exp(-gates)) * ups).astype(results.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(results, out.at[:, columns])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def store_head(first: Array, second: Array, results: Any, out: Any, head: Any) -> None:
+    """Stores the two halves of a head of every row."""
+    results[:, pl.ds(0, COLUMNS)] = first.astype(results.dtype)
+    results[:, pl.ds(COLUMNS, COLUMNS)] = second.astype(results.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(results, out.at[:, head])
+
+
+def norm_and_turn(first: Array, second: Array, scale: Any, cos: Any, sin: Any, eps: float) -> tuple[Array, Array]:
+    """RMS norm of a head, then rope, all in float32."""
+
+    def half_scale(start):
+        columns = plgpu.load(scale.at[pl.ds(start, COLUMNS)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        return jax.lax.broadcast_in_dim(columns.astype(jnp.float32), first.shape, [1])
+
+    squares = jnp.square(first).sum(axis=1) + jnp.square(second).sum(axis=1)
+    inverse = jax.lax.broadcast_in_dim(jax.lax.rsqrt(squares / (2 * COLUMNS) + eps), first.shape, [0])
+    first, second = first * inverse * half_scale(0), second * inverse * half_scale(COLUMNS)
+    cos, sin = (plgpu.load(table, layout=plgpu.Layout.WGMMA, optimized=False) for table in (cos, sin))
+    return first * cos - second * sin, second * cos + first * sin
+
+
+def heads_kernel(x, q, k, v, q_norm, k_norm, cos, sin, q_out, k_out, v_out, results, *ring, eps):
+    """One head of every row, of queries, keys or values."""
+    head, (queries, keys) = jax.lax.axis_index("head"), (q.shape[0], k.shape[0])
+    kinds = (
+        (head < queries, head, q, q_out, q_norm),
+        ((head >= queries) & (head < queries + keys), head - queries, k, k_out, k_norm),
+        (head >= queries + keys, head - queries - keys, v, v_out, None),
+    )
+
+    def fetch(depth, first, second, arrived):
+        def from_one(weights, own):
+            for half, buffer in enumerate((first, second)):
+                columns = pl.ds(half * COLUMNS, COLUMNS)
+                plgpu.copy_gmem_to_smem(weights.at[own, depth, columns], buffer, arrived)
+
+        for chosen, own, weights, _, _ in kinds:
+            pl.when(chosen)(functools.partial(from_one, weights, own))
+
+    sums = two_products(x, Ring(*ring), fetch)
+
+    def store(own, out, scale):
+        halves = sums if scale is None else norm_and_turn(*sums, scale, cos, sin, eps)
+        store_head(*halves, results, out, own)
+
+    for chosen, own, _, out, scale in kinds:
+        pl.when(chosen)(functools.partial(store, own, out, scale))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def run(body: Callable, tiles: int, name: str, width: int, outs: Any, interpret: Any, x: Array, *operands: Array) -> Any:
+    """Runs a kernel over `tiles` pairs of tiles, called `name`; `width` is that of what a tile stores."""
+    in_tiles = plgpu.TilingTransform((TILE_ROWS, COLUMNS)), plgpu.SwizzleTransform(2 * COLUMNS)
+
+    def blocks(*shape):
+        return plgpu.SMEM((BUFFERS, *shape), x.dtype, transforms=in_tiles)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=outs,
+        grid=(tiles,),
+        grid_names=(name,),
+        scratch_types=[
+            plgpu.SMEM((ROWS, width), x.dtype, transforms=in_tiles),
+            blocks(ROWS, DEPTH),
+            blocks(DEPTH, COLUMNS),
+            blocks(DEPTH, COLUMNS),
+            plgpu.Barrier(num_arrivals=3, num_barriers=BUFFERS),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )
+    return kernel(whole(x), *operands)
+
+
+def whole(x: Array) -> Array:
+    """Filled with rows of zeros up to ROWS."""
+    return jnp.pad(x, ((0, ROWS - len(x)), *[(0, 0)] * (x.ndim - 1)))
+
+
+def gated(
+    x: Float[Array, "B D"], gate: Float[Array, "D F"], up: Float[Array, "D F"], interpret: Any = None
+) -> Float[Array, "B F"]:
+    """silu(x gate) * (x up) (arXiv:2002.05202) of operands that `fits` and an F of whole tiles of COLUMNS.
+
+    `interpret` runs it elsewhere, as jax's Pallas takes it.
+    """
+    outs = jax.ShapeDtypeStruct((ROWS, gate.shape[1]), x.dtype)
+    return run(gated_kernel, gate.shape[1] // COLUMNS, "tile", COLUMNS, outs, interpret, x, gate, up)[: len(x)]
+
+
+def heads(
+    x: Float[Array, "B D"],
+    weights: tuple[Float[Array, "N D H"], Float[Array, "K D H"], Float[Array, "K D H"]],
+    norms: tuple[Float[Array, "H"], Float[Array, "H"]],
+    angles: tuple[Float[Array, "B H/2"], Float[Array, "B H/2"]],
+    eps: float,
+    interpret: Any = None,
+) -> tuple[Float[Array, "B N H"], Float[Array, "B K H"], Float[Array, "B K H"]]:
+    """Queries, keys and values of operands that `fits` and heads of 2 * COLUMNS; queries and keys normed and rotated.
+
+    `norms` are the scales of queries and keys, `angles` the cosines and sines of the rows' positions, float32.
+    """
+    outs = tuple(jax.ShapeDtypeStruct((ROWS, len(w), w.shape[2]), x.dtype) for w in weights)
+    body = functools.partial(heads_kernel, eps=eps)
+    tiles, width = sum(map(len, weights)), 2 * COLUMNS
+    made = run(body, tiles, "head", width, outs, interpret, x, *weights, *norms, *map(whole, angles))
+    return tuple(out[: len(x)] for out in made)
