@@ -1,7 +1,7 @@
-"""A decoding step's widest products as Pallas Mosaic kernels for Hopper GPUs, with what follows done before they are stored.
+"""A decoding step's widest products, and what follows them, as Pallas Mosaic kernels for Hopper GPUs.
 
 Few rows meet large matrices, so the bound is the bandwidth at which weights arrive. One warpgroup makes two tiles of 64
-columns that belong together: the same columns of gate and up, or both halves of a head, which rope turns into each other.
+columns that belong together: the same columns of gate and up, or the halves of a head, which rope mixes.
 """
 
 import dataclasses
@@ -15,17 +15,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-ROWS, COLUMNS, TILE_ROWS = 64, 64, 8
-"""Rows and columns of one tensor-core product, and the rows of the tiles that 16-bit operands lie in in shared memory."""
+from .hopper import IN_TILES, ROWS, TILE_LANES, is_hopper, load
+
+COLUMNS = TILE_LANES
+"""Columns of one product."""
 
 DEPTH, BUFFERS = 128, 4
 """What is summed over at a time, and how many such blocks of the operands shared memory holds: 192 KB."""
 
 
-def fits(device: jax.Device, rows: int, depth: int, dtype: Any) -> bool:
+def fits(device: Any, rows: int, depth: int, dtype: Any) -> bool:
     """Whether the kernels are for this GPU and for products of so many rows, each a sum over `depth` numbers."""
-    hopper = str(getattr(device, "compute_capability", "")).startswith("9.")
-    return hopper and rows <= ROWS and depth % DEPTH == 0 and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    return is_hopper(device) and rows <= ROWS and depth % DEPTH == 0 and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +98,13 @@ def norm_and_turn(first: Array, second: Array, scale: Any, cos: Any, sin: Any, e
     """RMS norm of a head, then rope, all in float32."""
 
     def half_scale(start):
-        columns = plgpu.load(scale.at[pl.ds(start, COLUMNS)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        columns = load(scale.at[pl.ds(start, COLUMNS)], plgpu.Layout.WGMMA.reduce(0))
         return jax.lax.broadcast_in_dim(columns.astype(jnp.float32), first.shape, [1])
 
     squares = jnp.square(first).sum(axis=1) + jnp.square(second).sum(axis=1)
     inverse = jax.lax.broadcast_in_dim(jax.lax.rsqrt(squares / (2 * COLUMNS) + eps), first.shape, [0])
     first, second = first * inverse * half_scale(0), second * inverse * half_scale(COLUMNS)
-    cos, sin = (plgpu.load(table, layout=plgpu.Layout.WGMMA, optimized=False) for table in (cos, sin))
+    cos, sin = (load(table, plgpu.Layout.WGMMA) for table in (cos, sin))
     return first * cos - second * sin, second * cos + first * sin
 
 
@@ -136,12 +137,13 @@ def heads_kernel(x, q, k, v, q_norm, k_norm, cos, sin, q_out, k_out, v_out, resu
     plgpu.wait_smem_to_gmem(0)
 
 
-def run(body: Callable, tiles: int, name: str, width: int, outs: Any, interpret: Any, x: Array, *operands: Array) -> Any:
+def run(
+    body: Callable, tiles: int, name: str, width: int, outs: Any, interpret: Any, x: Array, *operands: Array
+) -> Any:
     """Runs a kernel over `tiles` pairs of tiles, called `name`; `width` is that of what a tile stores."""
-    in_tiles = plgpu.TilingTransform((TILE_ROWS, COLUMNS)), plgpu.SwizzleTransform(2 * COLUMNS)
 
-    def blocks(*shape):
-        return plgpu.SMEM((BUFFERS, *shape), x.dtype, transforms=in_tiles)
+    def tiled(*shape):
+        return plgpu.SMEM(shape, x.dtype, transforms=IN_TILES)
 
     kernel = plgpu.kernel(
         body,
@@ -149,10 +151,10 @@ def run(body: Callable, tiles: int, name: str, width: int, outs: Any, interpret:
         grid=(tiles,),
         grid_names=(name,),
         scratch_types=[
-            plgpu.SMEM((ROWS, width), x.dtype, transforms=in_tiles),
-            blocks(ROWS, DEPTH),
-            blocks(DEPTH, COLUMNS),
-            blocks(DEPTH, COLUMNS),
+            tiled(ROWS, width),
+            tiled(BUFFERS, ROWS, DEPTH),
+            tiled(BUFFERS, DEPTH, COLUMNS),
+            tiled(BUFFERS, DEPTH, COLUMNS),
             plgpu.Barrier(num_arrivals=3, num_barriers=BUFFERS),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -166,6 +168,7 @@ def whole(x: Array) -> Array:
     return jnp.pad(x, ((0, ROWS - len(x)), *[(0, 0)] * (x.ndim - 1)))
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def gated(
     x: Float[Array, "B D"], gate: Float[Array, "D F"], up: Float[Array, "D F"], interpret: Any = None
 ) -> Float[Array, "B F"]:
@@ -177,6 +180,7 @@ def gated(
     return run(gated_kernel, gate.shape[1] // COLUMNS, "tile", COLUMNS, outs, interpret, x, gate, up)[: len(x)]
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def heads(
     x: Float[Array, "B D"],
     weights: tuple[Float[Array, "N D H"], Float[Array, "K D H"], Float[Array, "K D H"]],

@@ -1,4 +1,4 @@
-"""Float64 NumPy oracle of paged attention, written from the definition, one sequence and head at a time."""
+"""Float64 NumPy oracles of the kernels, written from the definitions, one sequence and head at a time."""
 
 import numpy as np
 
@@ -19,4 +19,23 @@ def paged_attention(q, pages, layer, lengths, page_table):
             scores = keys @ q[b, n] / dim**0.5
             weights = np.exp(scores - scores.max())
             out[b, n] = weights @ values / weights.sum()
+    return out
+
+
+def gated(x, gate, up):
+    """x [B,D], gate and up [D,F] -> silu(x gate) * (x up) [B,F] in float64."""
+    x, gate, up = (np.asarray(array, np.float64) for array in (x, gate, up))
+    through = x @ gate
+    return through / (1 + np.exp(-through)) * (x @ up)
+
+
+def head(x, weights, scale, positions, theta, eps):
+    """x [B,D], weights [D,H], scale [H], positions [B] -> x times weights, RMS-normed and rotated, [B,H] in float64."""
+    x, weights, scale = (np.asarray(array, np.float64) for array in (x, weights, scale))
+    out = x @ weights
+    half = weights.shape[1] // 2
+    for row, position in zip(out, positions, strict=True):
+        row *= scale / np.sqrt(np.mean(row**2) + eps)
+        turned = [(row[i] + 1j * row[i + half]) * np.exp(1j * position * theta ** (-i / half)) for i in range(half)]
+        row[:] = np.concatenate([np.real(turned), np.imag(turned)])
     return out

@@ -62,9 +62,10 @@ for matrix, (ins, outs) in PROJECTIONS.items():
 Params = dict[str, Any]
 """A nested dict of arrays, the pure form of the model's NNX state."""
 
+
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """Kernels for one token of each sequence that take the place of products and of what follows them; None: there is none."""
+    """Kernels for one token of each sequence, in place of products and what follows them; None where there is none."""
 
     gated: Callable[..., Array] | None = None
     """gated(x [B,D], gate, up) -> silu(x gate) * (x up) [B,F]."""
@@ -256,12 +257,14 @@ class Projections(nnx.Module):
                 setattr(self, f"{name}_lora_a", parameter(config, f"{name}_lora_a"))
                 setattr(self, f"{name}_lora_b", parameter(config, f"{name}_lora_b"))
 
+    def array(self, name: str) -> Array:
+        return getattr(self, name)[...]
+
     def project(self, name: str, x: Array, dropout: Array | None) -> Array:
         """The matrix `name` applied to x [B,T,...], scale and adapter included; `dropout` holds a key per sequence."""
-        weights = getattr(self, name)[...].astype(x.dtype)
-        out = product(name, x, weights)
+        out = product(name, x, self.array(name).astype(x.dtype))
         if self.config.int8:
-            out = out * getattr(self, f"{name}_scale")[...]
+            out = out * self.array(f"{name}_scale")
         if self.config.lora and name in self.config.lora.targets:
             out = out + self.adapt(self.config.lora, name, x, dropout)
         return out
@@ -271,8 +274,8 @@ class Projections(nnx.Module):
         ins, outs = PROJECTIONS[name]
         if dropout is not None:
             x = drop_out(x, fold_all(dropout, list(PROJECTIONS).index(name)), lora.dropout)
-        inner = jnp.einsum(f"BT{ins},{ins}R->BTR", x, getattr(self, f"{name}_lora_a")[...])
-        return lora.scale * jnp.einsum(f"BTR,R{outs}->BT{outs}", inner, getattr(self, f"{name}_lora_b")[...])
+        inner = jnp.einsum(f"BT{ins},{ins}R->BTR", x, self.array(f"{name}_lora_a"))
+        return lora.scale * jnp.einsum(f"BTR,R{outs}->BT{outs}", inner, self.array(f"{name}_lora_b"))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -345,9 +348,10 @@ class Attention(Projections):
 
     def fused_heads(self, run: Callable, x: Array, angles: Angles) -> Any:
         """The same by a kernel, of one token a sequence."""
-        weights, norms = (self.q[...], self.k[...], self.v[...]), (self.q_norm[...], self.k_norm[...])
+        weights, norms = (tuple(map(self.array, names)) for names in (("q", "k", "v"), ("q_norm", "k_norm")))
         of_rows = tuple(table[:, 0, 0] for table in angles)
-        return jax.tree.map(lambda heads: heads[:, None], run(x[:, 0], weights, norms, of_rows, self.config.rms_norm_eps))
+        made = run(x[:, 0], weights, norms, of_rows, self.config.rms_norm_eps)
+        return jax.tree.map(lambda heads: heads[:, None], made)
 
     def __call__(
         self, x: Array, angles: Angles, layer: Array, attend: Attend, carry: Any, dropout: Array | None, fused: Fused
@@ -370,7 +374,7 @@ class Mlp(Projections):
 
     def __call__(self, x: Float[Array, "B T D"], dropout: Array | None, fused: Fused) -> Float[Array, "B T D"]:
         if fused.gated:
-            gated = fused.gated(x[:, 0], self.gate[...], self.up[...])[:, None]
+            gated = fused.gated(x[:, 0], self.array("gate"), self.array("up"))[:, None]
         else:
             gated = silu(self.project("gate", x, dropout)) * self.project("up", x, dropout)
         return self.project("down", gated, dropout)
@@ -431,8 +435,8 @@ class Qwen(nnx.Module):
 
         `layout` says in which dtype and where on the mesh to compute; `remat` wraps the scanned layer, as
         jax.checkpoint does, and `each_layer` runs it over the layers, as jax.lax.scan does. `dropout` holds a key per
-        sequence for the adapters' dropout, None being no dropout. `angles` are those of the positions, if known. `fused`
-        is what kernels do in place of plain weights' products, T being 1.
+        sequence for the adapters' dropout, None being no dropout. `angles` are those of the positions, if known.
+        `fused` is what kernels do where T is 1 and weights are neither int8 nor adapted.
         """
         angles = angles or rope_angles(positions, self.config.head_dim, self.config.rope_theta)
         graph, stacked = nnx.split(self.layers)

@@ -333,17 +333,16 @@ def by_parts(hidden: Float[Array, "S D"], head: Float[Array, "V D"]) -> Float[Ar
     return logits.swapaxes(0, 1).reshape(len(hidden), -1)
 
 
-def fused(plan: RolloutPlan, rows: int) -> Fused:
-    """The kernels that decode so many rows of this model on this device; imported where they are, as that takes time."""
-    config = plan.model
-    if plan.device.platform != "gpu" or config.int8:
+def fused(device: Any, model: ModelConfig, dtype: Any, rows: int) -> Fused:
+    """The kernels that decode so many rows on a device; imported where they may be, as that takes time."""
+    if device.platform != "gpu" or model.int8:
         return UNFUSED
     from minigrpo.kernels import fused_products
 
-    if not fused_products.fits(plan.device, rows, config.hidden_size, plan.dtype):
+    if not fused_products.fits(device, rows, model.hidden_size, dtype):
         return UNFUSED
-    whole_tiles = config.intermediate_size % fused_products.COLUMNS == 0
-    halves = config.qk_norm and config.head_dim == 2 * fused_products.COLUMNS
+    whole_tiles = model.intermediate_size % fused_products.COLUMNS == 0
+    halves = model.qk_norm and model.head_dim == 2 * fused_products.COLUMNS
     return Fused(fused_products.gated if whole_tiles else None, fused_products.heads if halves else None)
 
 
@@ -371,7 +370,7 @@ def next_tokens(
         Layout(plan.dtype),
         each_layer=each_layer,
         angles=jax.tree.map(lambda table: table[0, slots.length, None], angles),
-        fused=fused(plan, len(rows)),
+        fused=fused(plan.device, plan.model, plan.dtype, len(rows)),
     )
     logits = (by_parts if plan.on_cpu else unembed)(hidden[:, 0], model.head_weights())
     if logits.shape[1] > plan.num_tokens:

@@ -13,6 +13,7 @@ import pytest
 from conftest import mesh_of
 from flax import nnx
 from test_cpu_attention import oracle, oracle_gradients
+from test_cpu_fused_products import check_gated, check_heads
 from test_cpu_paged_attention import attend_here, check
 
 from minigrpo.attention import attend_on, causal_attention
@@ -26,14 +27,29 @@ pytestmark = pytest.mark.skipif(jax.devices()[0].platform != "gpu", reason="need
 BF16 = jnp.dtype("bfloat16")
 
 
-@pytest.mark.skipif(
-    not str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9."), reason="the kernel is for Hopper"
+hopper = pytest.mark.skipif(
+    not str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9."), reason="the kernels are for Hopper"
 )
+
+
+@hopper
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 128), (14, 2, 64), (12, 2, 128), (18, 2, 64)])
 @pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128])
 def test_the_hopper_kernel_equals_oracle(heads, kv_heads, dim, page_size):
     assert empty_pages(jax.devices()[0], 1, 1, page_size, kv_heads, dim, BF16).ndim == HOPPER_RANK
     check(attend_here, heads, kv_heads, dim, page_size, jnp.bfloat16, extra=(131, *range(1, 2305, 256)))
+
+
+@hopper
+@pytest.mark.parametrize(("rows", "depth", "width"), [(64, 2048, 6144), (64, 128, 64), (5, 896, 4864)])
+def test_gated_products_equal_oracle(rows, depth, width):
+    check_gated(rows, depth, width)
+
+
+@hopper
+@pytest.mark.parametrize(("rows", "depth", "heads", "kv_heads"), [(64, 2048, 16, 8), (5, 1024, 7, 1)])
+def test_heads_equal_oracle(rows, depth, heads, kv_heads):
+    check_heads(rows, depth, heads, kv_heads)
 
 
 def assert_near(got, want, bound=1e-2):
@@ -62,9 +78,11 @@ def test_fused_attention_and_its_gradients(length, heads, kv_heads, dim, pieces)
             assert_near(ours[:, start:end], want, 2e-2)
 
 
-@pytest.fixture(scope="module")
-def hopper_config(tiny_config):
-    return dataclasses.replace(tiny_config, head_dim=64)
+@pytest.fixture(scope="module", params=[(32, 64), (128, 128)])
+def hopper_config(tiny_config, request):
+    """Without and with the kernels that fuse products."""
+    hidden, dim = request.param
+    return dataclasses.replace(tiny_config, hidden_size=hidden, head_dim=dim)
 
 
 def test_a_rollout_in_bfloat16_is_what_the_whole_sequence_gives(hopper_config):

@@ -16,11 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-BLOCK_TOKENS, PIECE_TOKENS = 64, 32
-"""Context tokens attended to at a time, and fetched by one copy: pieces past the sequence's end are not."""
+from ..hopper import IN_TILES, ROWS, TILE_ROWS, is_hopper, load
 
-ROWS, TILE_ROWS, TILE_LANES = 64, 8, 64
-"""Rows of one tensor-core product, and the tiles that 16-bit operands lie in in shared memory."""
+BLOCK_TOKENS = 64
+"""Context tokens attended to at a time."""
 
 LOG2E = math.log2(math.e)
 
@@ -38,10 +37,8 @@ def reads(device: jax.Device, page_size: int, head_dim: int, dtype: Any) -> bool
 
     It takes 16-bit numbers, heads of whole tiles, and pages that blocks consist of or that consist of blocks.
     """
-    if not str(getattr(device, "compute_capability", "")).startswith("9."):
-        return False
     whole = page_size % TILE_ROWS == 0 and (BLOCK_TOKENS % page_size == 0 or page_size % BLOCK_TOKENS == 0)
-    return whole and head_dim in (64, 128) and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    return is_hopper(device) and whole and head_dim in (64, 128) and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
 def page_shape(page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
@@ -98,24 +95,22 @@ class Walk:
         return jax.lax.rem(block, self.keys.shape[0])
 
 
-def fetch(walk: Walk, block: Any) -> None:
-    """Starts copying a block of keys and values, but no piece of it that the sequence has not got."""
-    page_size, buffer = walk.pages.shape[4], walk.buffer(block)
-    piece = min(page_size, PIECE_TOKENS)
+def page_of(walk: Walk, first: Any) -> Any:
+    """The page that holds token `first`; 0 for one that the sequence has not got."""
+    entry = jax.lax.div(first, walk.pages.shape[4])
+    return jnp.where(first < walk.length, walk.table[walk.row, jnp.minimum(entry, walk.table.shape[1] - 1)], 0)
 
-    def copy(start, first):
-        page, tokens = walk.table[walk.row, jax.lax.div(first, page_size)], pl.ds(jax.lax.rem(first, page_size), piece)
+
+def fetch(walk: Walk, block: Any) -> None:
+    """Starts copying a block of keys and values."""
+    page_size, buffer = walk.pages.shape[4], walk.buffer(block)
+    piece = min(page_size, BLOCK_TOKENS)
+    for start in range(0, BLOCK_TOKENS, piece):
+        first = block * BLOCK_TOKENS + start
+        page, tokens = page_of(walk, first), pl.ds(jax.lax.rem(first, page_size), piece)
         for which, buffers in enumerate((walk.keys, walk.values)):
             source = walk.pages.at[walk.layer, page, which, walk.head, tokens]
             plgpu.copy_gmem_to_smem(source, buffers.at[buffer, pl.ds(start, piece)], walk.arrived[which].at[buffer])
-
-    def skip():
-        for arrived in walk.arrived:
-            plgpu.barrier_arrive(arrived.at[buffer])
-
-    for start in range(0, BLOCK_TOKENS, piece):
-        first = block * BLOCK_TOKENS + start
-        jax.lax.cond(first < walk.length, functools.partial(copy, start, first), skip)
 
 
 def spread(rows: Array, columns: int) -> Array:
@@ -160,11 +155,11 @@ def attend_block(walk: Walk, queries: Any, block: Any, state: tuple[Array, Array
 
 
 def load_queries(q: Any, queries: Any) -> None:
-    """Copies the queries of a kv head to the first rows of a product; the other rows, which nobody reads, get the last's."""
+    """Copies the queries of a kv head to a product's first rows; the others, which nobody reads, get the last's."""
     rows = plgpu.broadcasted_iota(jnp.int32, queries.shape, 0, layout=plgpu.Layout.WGMMA)
     found = jnp.zeros(queries.shape, queries.dtype)
     for index in range(q.shape[0]):
-        query = plgpu.load(q.at[index], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        query = load(q.at[index], plgpu.Layout.WGMMA.reduce(0))
         found = jnp.where(rows < index, found, jax.lax.broadcast_in_dim(query, queries.shape, [1]))
     queries[...] = found
     plgpu.commit_smem()
@@ -197,6 +192,7 @@ def kernel(q, pages, layer, lengths, table, out, queries, keys, values, weights,
     plgpu.wait_smem_to_gmem(0)
 
 
+@functools.partial(jax.jit, static_argnames=("tuning", "interpret"))
 def tuned_attention(
     q: Float[Array, "B N H"],
     pages: Float[Array, "L P 2 K S H"],
@@ -211,21 +207,20 @@ def tuned_attention(
     ValueError for more than 64 query heads that share a kv head.
     """
     (batch, heads, dim), (kv_heads, page_size) = q.shape, pages.shape[3:5]
-    group, pieces = heads // kv_heads, BLOCK_TOKENS // min(page_size, PIECE_TOKENS)
+    group, pieces = heads // kv_heads, max(1, BLOCK_TOKENS // page_size)
     if group > ROWS:
         raise ValueError(f"{heads} query heads for {kv_heads} kv heads: at most {ROWS} for each")
-    in_tiles = plgpu.TilingTransform((TILE_ROWS, TILE_LANES)), plgpu.SwizzleTransform(2 * TILE_LANES)
-    blocks = plgpu.SMEM((tuning.buffers, BLOCK_TOKENS, dim), pages.dtype, transforms=in_tiles)
+    blocks = plgpu.SMEM((tuning.buffers, BLOCK_TOKENS, dim), pages.dtype, transforms=IN_TILES)
     run = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((batch, kv_heads, group, dim), q.dtype),
         grid=(kv_heads, batch),
         grid_names=("head", "row"),
         scratch_types=[
-            plgpu.SMEM((ROWS, dim), q.dtype, transforms=in_tiles),
+            plgpu.SMEM((ROWS, dim), q.dtype, transforms=IN_TILES),
             blocks,
             blocks,
-            plgpu.SMEM((ROWS, BLOCK_TOKENS), pages.dtype, transforms=in_tiles),
+            plgpu.SMEM((ROWS, BLOCK_TOKENS), pages.dtype, transforms=IN_TILES),
             plgpu.SMEM((ROWS, dim), q.dtype),
             plgpu.Barrier(num_arrivals=pieces, num_barriers=tuning.buffers),
             plgpu.Barrier(num_arrivals=pieces, num_barriers=tuning.buffers),

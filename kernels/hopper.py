@@ -1,0 +1,24 @@
+"""What the Pallas Mosaic kernels for Hopper GPUs have in common."""
+
+from typing import Any
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+ROWS, TILE_ROWS, TILE_LANES = 64, 8, 64
+"""Rows of one tensor-core product, and the tiles that its 16-bit operands lie in in shared memory."""
+
+IN_TILES = plgpu.TilingTransform((TILE_ROWS, TILE_LANES)), plgpu.SwizzleTransform(2 * TILE_LANES)
+
+WHOLE = ((),) if jax.__version_info__ < (0, 11) else ()
+"""The index that jax 0.10 asks for beside the reference."""
+
+
+def is_hopper(device: Any) -> bool:
+    return str(getattr(device, "compute_capability", "")).startswith("9.")
+
+
+def load(reference: Any, layout: Any) -> Array:
+    """What lies in device memory, spread over the threads as in `layout`."""
+    return plgpu.load(reference, *WHOLE, layout=layout, optimized=False)

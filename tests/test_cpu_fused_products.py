@@ -1,0 +1,150 @@
+"""The kernels of a decoding step's products on Hopper GPUs: emulated, against float64 oracles and in the model."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from minigrpo.attention import causal_attention
+from minigrpo.kernels import fused_products, reference
+from minigrpo.model import UNFUSED, Fused, abstract_params, init_params, rope_angles
+from minigrpo.rollout import fused
+from minigrpo.sharding import Layout
+
+BF16, THETA, EPS = jnp.dtype("bfloat16"), 1e4, 1e-6
+emulated = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="jax before 0.11 has no emulation of the GPU's kernels"
+)
+
+
+def emulation():
+    return plgpu.InterpretGPUParams(detect_races=True)
+
+
+def draw(*shapes):
+    """Numbers that bfloat16 holds."""
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), BF16) for shape in shapes]
+
+
+def assert_near(got, want):
+    """Within half of bfloat16's last place, by the whole array's norm."""
+    got = np.asarray(got, np.float64)
+    assert got.shape == want.shape
+    assert np.linalg.norm(got - want) < 2**-8 * np.linalg.norm(want)
+
+
+def check_gated(rows, depth, width, interpret=None):
+    x, gate, up = draw((rows, depth), (depth, width), (depth, width))
+    assert_near(fused_products.gated(x, gate, up, interpret), reference.gated(x, gate, up))
+
+
+def check_heads(rows, depth, heads, kv_heads, interpret=None):
+    shapes = (heads, depth, 128), (kv_heads, depth, 128), (kv_heads, depth, 128), (128,), (128,)
+    x, q, k, v, *norms = draw((rows, depth), *shapes)
+    positions = np.arange(rows) * 7
+    angles = tuple(table[0, :, 0] for table in rope_angles(jnp.asarray(positions)[None], 128, THETA))
+    got = fused_products.heads(x, (q, k, v), tuple(norms), angles, EPS, interpret)
+    for out, weights, scale in zip(got, (q, k), norms, strict=False):
+        want = [reference.head(x, own, scale, positions, THETA, EPS) for own in np.asarray(weights)]
+        assert_near(out, np.stack(want, axis=1))
+    assert_near(got[2], np.einsum("BD,KDH->BKH", *(np.asarray(array, np.float64) for array in (x, v))))
+
+
+@emulated
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("rows", "depth", "width"), [(64, 128, 64), (64, 1280, 192), (5, 512, 128), (1, 640, 64)])
+def test_gated_products_equal_oracle(rows, depth, width):
+    check_gated(rows, depth, width, emulation())
+
+
+@emulated
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("rows", "depth", "heads", "kv_heads"), [(64, 128, 4, 2), (64, 1280, 2, 1), (5, 512, 7, 1)])
+def test_heads_equal_oracle(rows, depth, heads, kv_heads):
+    check_heads(rows, depth, heads, kv_heads, emulation())
+
+
+def swapped(kernel):
+    """Takes the second tile for the first."""
+    return lambda *arguments: kernel(*arguments)[::-1]
+
+
+FAULTS = {
+    "tiles swapped": (fused_products, "two_products", swapped(fused_products.two_products)),
+    "a block left out": (fused_products, "DEPTH", 2 * fused_products.DEPTH),
+    "no norm": (fused_products, "norm_and_turn", lambda first, second, scale, cos, sin, eps: (first, second)),
+    "no wait": (plgpu, "barrier_wait", lambda *barrier: None),
+}
+
+
+@emulated
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_a_kernel_is_seen(fault, monkeypatch):
+    monkeypatch.setattr(*FAULTS[fault])
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+        check_heads(64, 640, 2, 1, emulation())
+
+
+@pytest.fixture(scope="module")
+def wide_config(tiny_config):
+    """Sizes that the kernels take."""
+    return dataclasses.replace(tiny_config, hidden_size=128, head_dim=128, num_attention_heads=4, num_key_value_heads=2)
+
+
+@emulated
+@pytest.mark.timeout(120)
+def test_a_model_with_its_kernels_equals_the_plain_one(wide_config):
+    params = jax.tree.map(lambda w: w.astype(BF16), init_params(wide_config, jax.random.key(0)))
+    model = nnx.merge(abstract_params(wide_config)[0], params)
+    tokens, positions = jnp.arange(6)[:, None], 3 * jnp.arange(6)[:, None]
+
+    def attend(layer, q, k, v, carry):
+        return causal_attention("cpu", q, k, v), [*carry, q, k]
+
+    def run(kernels):
+        layers = functools.partial(apart, wide_config.num_hidden_layers)
+        return model(tokens, positions, attend, [], Layout(BF16), each_layer=layers, fused=kernels)
+
+    both = fused_products.gated, fused_products.heads
+    kernels = Fused(*(functools.partial(kernel, interpret=emulation()) for kernel in both))
+    plain, ours = run(UNFUSED), run(kernels)
+    for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(got.astype(np.float32), want.astype(np.float32), atol=0.05, rtol=0.02)
+
+
+def apart(layers, step, carry, scanned):
+    """`each_layer` by a loop, whose carry may grow."""
+    for index in range(layers):
+        carry = step(carry, jax.tree.map(lambda x, index=index: x[index], scanned))[0]
+    return carry, None
+
+
+HOPPER, OLDER = (SimpleNamespace(platform="gpu", compute_capability=version) for version in ("9.0", "8.0"))
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "dtype", "rows", "expected"),
+    [
+        (HOPPER, {}, BF16, 64, (True, True)),
+        (HOPPER, {}, BF16, 65, (False, False)),
+        (HOPPER, {}, jnp.dtype("float32"), 64, (False, False)),
+        (OLDER, {}, BF16, 64, (False, False)),
+        (jax.devices("cpu")[0], {}, BF16, 64, (False, False)),
+        (HOPPER, {"hidden_size": 192}, BF16, 64, (False, False)),
+        (HOPPER, {"intermediate_size": 96}, BF16, 64, (False, True)),
+        (HOPPER, {"head_dim": 64}, BF16, 64, (True, False)),
+        (HOPPER, {"model_type": "qwen2"}, BF16, 64, (True, False)),
+    ],
+)
+def test_kernels_are_taken_where_they_fit(wide_config, device, changes, dtype, rows, expected):
+    """Qwen2.5 has biases and no norms, for which there is no kernel of heads."""
+    kernels = fused(device, dataclasses.replace(wide_config, **changes), dtype, rows)
+    assert (kernels.gated is fused_products.gated, kernels.heads is fused_products.heads) == expected
