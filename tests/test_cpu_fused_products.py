@@ -128,6 +128,7 @@ def apart(layers, step, carry, scanned):
 
 
 HOPPER, OLDER = (SimpleNamespace(platform="gpu", compute_capability=version) for version in ("9.0", "8.0"))
+CPU = SimpleNamespace(platform="cpu")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ HOPPER, OLDER = (SimpleNamespace(platform="gpu", compute_capability=version) for
         (HOPPER, {}, BF16, 65, (False, False)),
         (HOPPER, {}, jnp.dtype("float32"), 64, (False, False)),
         (OLDER, {}, BF16, 64, (False, False)),
-        (jax.devices("cpu")[0], {}, BF16, 64, (False, False)),
+        (CPU, {}, BF16, 64, (False, False)),
         (HOPPER, {"hidden_size": 192}, BF16, 64, (False, False)),
         (HOPPER, {"intermediate_size": 96}, BF16, 64, (False, True)),
         (HOPPER, {"head_dim": 64}, BF16, 64, (True, False)),
