@@ -214,6 +214,40 @@ for _ in range(2):
 """
 
 
+class Settings:
+    """jax's own, as they are before anything is said."""
+
+    def __init__(self, folder=None, enabled=True):
+        self.jax_compilation_cache_dir, self.jax_enable_compilation_cache = folder, enabled
+
+    def update(self, name, value):
+        setattr(self, name, value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [(Settings(), "minigrpo/programs"), (Settings("elsewhere"), "elsewhere"), (Settings(enabled=False), None)],
+)
+def test_compiled_programs_are_kept_where_nothing_else_is_said(settings, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sharding, "jax", types.SimpleNamespace(config=settings))
+    sharding.keep_programs()
+    own = expected == "minigrpo/programs"
+    assert settings.jax_compilation_cache_dir == (str(tmp_path / expected) if own else expected)
+    assert (tmp_path / "minigrpo" / "programs").exists() == own and not capsys.readouterr().err
+
+
+def test_a_cache_folder_that_cannot_be_written_is_told_and_does_no_harm(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    monkeypatch.setattr(sharding, "jax", types.SimpleNamespace(config=Settings()))
+    sharding.keep_programs()
+    assert sharding.jax.config.jax_compilation_cache_dir is None
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(file) in said and "JAX_COMPILATION_CACHE_DIR" in said
+
+
 @pytest.mark.skipif(not sharding.of_c_library("mallopt"), reason="keeps memory by the GNU C library's malloc")
 def test_memory_once_freed_is_had_again_without_asking_the_system():
     result = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True)
