@@ -101,13 +101,22 @@ def in_chunks(size: int, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def across_tp(x: Array) -> Array:
-    """The rows of all `tp` peers: each of them holds another part of the vocabulary."""
-    return jax.lax.all_gather(x, TP, tiled=True)
+    """The rows of all `tp` peers, if there are any: each of them holds another part of the vocabulary."""
+    return x if jax.lax.axis_size(TP) == 1 else jax.lax.all_gather(x, TP, tiled=True)
 
 
 def own_rows(x: Array, size: int) -> Array:
     """This device's rows of what `across_tp` brought together."""
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(TP) * size, size)
+
+
+def sum_and_split(x: Array, axis: str, dim: int) -> Array:
+    """The sum over a mesh axis, of which every device keeps its part of `dim`.
+
+    XLA on the CPU would copy x three times for a single device.
+    """
+    single = jax.lax.axis_size(axis) == 1
+    return x if single else jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
 
 
 def scaled_logits(head: Head, hidden: Array, weights: Array, first: Array) -> Array:
@@ -181,12 +190,12 @@ def backward_by_rows(head: Head, hidden: Array, weights: Array, targets: Array, 
         logits_grad = (jnp.where(t[:, None] == entries, scale, 0) - scale * probs).astype(h.dtype)
         hidden_grad = jnp.einsum("MV,VD->MD", logits_grad, weights, preferred_element_type=jnp.float32)
         weights_grad += jnp.einsum("MV,MD->VD", logits_grad, h, preferred_element_type=jnp.float32)
-        return weights_grad, jax.lax.psum_scatter(hidden_grad, TP, tiled=True).astype(h.dtype)
+        return weights_grad, sum_and_split(hidden_grad, TP, 0).astype(h.dtype)
 
     zeros = jnp.zeros(weights.shape, jnp.float32)
     weights_grad, hidden_grad = jax.lax.scan(chunk, zeros, in_chunks(size, (hidden, targets, log_total, cotangent)))
     hidden_grad = hidden_grad.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    return hidden_grad, jax.lax.psum_scatter(weights_grad, FSDP, scatter_dimension=1, tiled=True)
+    return hidden_grad, sum_and_split(weights_grad, FSDP, 1)
 
 
 def backward_by_vocab(head: Head, hidden: Array, weights: Array, targets: Array, log_total: Array, cotangent: Array):
@@ -212,8 +221,8 @@ def backward_by_vocab(head: Head, hidden: Array, weights: Array, targets: Array,
 
     zeros = jnp.zeros(h.shape, jnp.float32), jnp.zeros(weights.shape, jnp.float32)
     hidden_grad, weights_grad = jax.lax.fori_loop(0, -(-vocab // size), part, zeros)
-    hidden_grad = jax.lax.psum_scatter(hidden_grad, TP, tiled=True).astype(h.dtype)
-    return hidden_grad, jax.lax.psum_scatter(weights_grad, FSDP, scatter_dimension=1, tiled=True)
+    hidden_grad = sum_and_split(hidden_grad, TP, 0).astype(h.dtype)
+    return hidden_grad, sum_and_split(weights_grad, FSDP, 1)
 
 
 def completion_logprobs(

@@ -224,7 +224,7 @@ class Layout:
         return x if self.mesh is None else jax.lax.with_sharding_constraint(x, by_sequence(self.mesh))
 
     def embed(self, table: Num[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        if self.mesh is None:
+        if self.mesh is None or self.mesh.size == 1:
             return table[tokens].astype(self.dtype)
         rows, split = PartitionSpec(DATA), PartitionSpec(TP, FSDP)
         run = jax.shard_map(look_up, mesh=self.mesh, in_specs=(split, rows), out_specs=rows, check_vma=False)
