@@ -163,6 +163,13 @@ def run(
     return kernel(whole(x), *operands)
 
 
+def check(x: Array, right: bool, columns: str) -> None:
+    """ValueError for operands that the kernels would read in part only; `right` says whether `columns` are as asked."""
+    rows, depth = x.shape
+    if rows > ROWS or depth % DEPTH or not right:
+        raise ValueError(f"x {x.shape}, {columns}: at most {ROWS} rows, and sums over a multiple of {DEPTH}")
+
+
 def whole(x: Array) -> Array:
     """Filled with rows of zeros up to ROWS."""
     return jnp.pad(x, ((0, ROWS - len(x)), *[(0, 0)] * (x.ndim - 1)))
@@ -172,12 +179,14 @@ def whole(x: Array) -> Array:
 def gated(
     x: Float[Array, "B D"], gate: Float[Array, "D F"], up: Float[Array, "D F"], interpret: Any = None
 ) -> Float[Array, "B F"]:
-    """silu(x gate) * (x up) (arXiv:2002.05202) of operands that `fits` and an F of whole tiles of COLUMNS.
+    """silu(x gate) * (x up) (arXiv:2002.05202). `interpret` runs it elsewhere, as jax's Pallas takes it.
 
-    `interpret` runs it elsewhere, as jax's Pallas takes it.
+    ValueError for more than ROWS rows, a D that is no multiple of DEPTH, or an F that is none of COLUMNS.
     """
-    outs = jax.ShapeDtypeStruct((ROWS, gate.shape[1]), x.dtype)
-    return run(gated_kernel, gate.shape[1] // COLUMNS, "tile", COLUMNS, outs, interpret, x, gate, up)[: len(x)]
+    width = gate.shape[1]
+    check(x, width % COLUMNS == 0, f"{width} columns, which must be a multiple of {COLUMNS}")
+    outs = jax.ShapeDtypeStruct((ROWS, width), x.dtype)
+    return run(gated_kernel, width // COLUMNS, "tile", COLUMNS, outs, interpret, x, gate, up)[: len(x)]
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
@@ -189,10 +198,13 @@ def heads(
     eps: float,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K H"], Float[Array, "B K H"]]:
-    """Queries, keys and values of operands that `fits` and heads of 2 * COLUMNS; queries and keys normed and rotated.
+    """Queries, keys and values; queries and keys normed (arXiv:1910.07467) and rotated (arXiv:2104.09864).
 
     `norms` are the scales of queries and keys, `angles` the cosines and sines of the rows' positions, float32.
+    ValueError as for `gated`, and for heads of another size than 2 * COLUMNS.
     """
+    dim = weights[0].shape[2]
+    check(x, dim == 2 * COLUMNS, f"heads of {dim}, which must be {2 * COLUMNS}")
     outs = tuple(jax.ShapeDtypeStruct((ROWS, len(w), w.shape[2]), x.dtype) for w in weights)
     body = functools.partial(heads_kernel, eps=eps)
     tiles, width = sum(map(len, weights)), 2 * COLUMNS

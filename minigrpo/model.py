@@ -346,12 +346,12 @@ class Attention(Projections):
         q, k, v = self.heads(x, dropout)
         return apply_rope(q, angles), apply_rope(k, angles), v
 
-    def fused_heads(self, run: Callable, x: Array, angles: Angles) -> Any:
+    def fused_heads(self, run: Callable, x: Array, angles: Angles) -> tuple[Array, Array, Array]:
         """The same by a kernel, of one token a sequence."""
         weights, norms = (tuple(map(self.array, names)) for names in (("q", "k", "v"), ("q_norm", "k_norm")))
         of_rows = tuple(table[:, 0, 0] for table in angles)
-        made = run(x[:, 0], weights, norms, of_rows, self.config.rms_norm_eps)
-        return jax.tree.map(lambda heads: heads[:, None], made)
+        q, k, v = run(x[:, 0], weights, norms, of_rows, self.config.rms_norm_eps)
+        return q[:, None], k[:, None], v[:, None]
 
     def __call__(
         self, x: Array, angles: Angles, layer: Array, attend: Attend, carry: Any, dropout: Array | None, fused: Fused

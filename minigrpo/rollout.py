@@ -335,7 +335,7 @@ def by_parts(hidden: Float[Array, "S D"], head: Float[Array, "V D"]) -> Float[Ar
 
 def fused(device: Any, model: ModelConfig, dtype: Any, rows: int) -> Fused:
     """The kernels that decode so many rows on a device; imported where they may be, as that takes time."""
-    if device.platform != "gpu" or model.int8:
+    if device.platform != "gpu" or model.int8 or model.lora:
         return UNFUSED
     from minigrpo.kernels import fused_products
 
@@ -410,7 +410,7 @@ def decode(
 
 
 def shrink(state: State, size: int) -> State:
-    """Keeps `size` slots, the running ones first."""
+    """Keeps `size` slots, the running ones first. Nobody has `ended` here: `schedule` saw to that."""
     order = jnp.argsort(~running(state), stable=True)[:size]
     return update(state, slots=jax.tree.map(lambda x: x[order], state.slots), ended=state.ended[order])
 
@@ -477,17 +477,17 @@ def decode_all(
 
     least = GPU_LEAST_BATCH if plan.device.platform == "gpu" else LEAST_BATCH
     sizes = batch_sizes(state.slots.token.shape[0], least)
+
+    def step(state):
+        return decode(plan, model, each_layer, angles, prompts, uniforms, extend(plan, state))
+
+    def turn(more_left, state):
+        state = schedule(plan, prompts, table, state)
+        return jax.lax.while_loop(lambda s: can_decode(plan, s) & more_left(s), step, state)
+
     for size, following in zip(sizes, sizes[1:] + [0], strict=True):
         more_left = functools.partial(more_left_than, following)
-
-        def step(state):
-            return decode(plan, model, each_layer, angles, prompts, uniforms, extend(plan, state))
-
-        def turn(state, more_left=more_left):
-            state = schedule(plan, prompts, table, state)
-            return jax.lax.while_loop(lambda s: can_decode(plan, s) & more_left(s), step, state)
-
-        state = jax.lax.while_loop(more_left, turn, shrink(state, size))
+        state = jax.lax.while_loop(more_left, functools.partial(turn, more_left), shrink(state, size))
     return state
 
 

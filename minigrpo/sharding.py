@@ -6,10 +6,8 @@ import glob
 import importlib.util
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,9 +34,6 @@ LONG_COMPILE = 0.5
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Options of the C library's mallopt(3)."""
 
-PROGRAMS, PROGRAM_BYTES = "jax_compilation_cache_dir", 4 << 30
-"""jax's setting for the folder of compiled programs, and what it may hold; the least recently used ones go."""
-
 
 def accelerator_present() -> bool:
     """Whether a TPU or an NVIDIA GPU that jax can drive is attached, found without starting a backend."""
@@ -50,7 +45,6 @@ def accelerator_present() -> bool:
 
 def start_platform(mesh_flag: str) -> None:
     """Chooses the platform before jax starts: without an accelerator, the CPU as fsdp*tp virtual devices."""
-    keep_programs()
     if getattr(jax.config, PLATFORMS) is None and not accelerator_present():
         jax.config.update(PLATFORMS, "cpu")
     if getattr(jax.config, PLATFORMS) == "cpu" and mesh_flag != "auto":
@@ -61,23 +55,6 @@ def start_platform(mesh_flag: str) -> None:
         # programs can starve each other's collectives of threads.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         keep_freed_memory()
-
-
-def keep_programs() -> None:
-    """Has jax keep compiled programs between runs in the user's cache folder, where it was not told another."""
-    named, wanted = (getattr(jax.config, name) for name in (PROGRAMS, "jax_enable_compilation_cache"))
-    if named is not None or not wanted:
-        return
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigrpo" / "programs"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (OSError, RuntimeError) as error:
-        sys.stderr.write(f"compiled programs are not kept: {error}; JAX_COMPILATION_CACHE_DIR names another folder\n")
-        return
-    jax.config.update(PROGRAMS, str(folder))
-    jax.config.update("jax_compilation_cache_max_size", PROGRAM_BYTES)
 
 
 def of_c_library(name: str) -> Callable[..., int] | None:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -55,6 +58,12 @@ CPU_LOGITS = 4 << 20
 """Bytes of logits that one virtual CPU device holds in the backward pass."""
 
 DEFAULT_MODEL = "Qwen/Qwen3-1.7B"
+
+PROGRAMS, PROGRAM_BYTES = "jax_compilation_cache_dir", 4 << 30
+"""jax's setting for the folder of compiled programs, and what it may hold; the least recently used ones go."""
+
+TORN = 60
+"""Seconds after which jax has written a program's time stamp too, or never will."""
 
 
 def check_loss(loss: LossOptions, rollout: RolloutOptions) -> None:
@@ -246,11 +255,45 @@ def choose_lora(settings: Settings, source: Source) -> Lora | None:
     return wanted or source.lora
 
 
+def programs_folder() -> Path:
+    """Where compiled programs are kept if nothing else is said (XDG base directories); OSError if they cannot be."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (given if given.is_absolute() else Path.home() / ".cache") / "minigrpo" / "programs"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return folder
+
+
+def drop_torn_programs(folder: Path) -> None:
+    """Deletes what a process was killed while writing: jax would neither replace it nor, then, keep any other."""
+    for program in folder.glob("*-cache"):
+        stamped = program.with_name(program.name.removesuffix("-cache") + "-atime").exists()
+        if not stamped and time.time() - program.stat().st_mtime > TORN:
+            program.unlink()
+
+
+def keep_programs() -> None:
+    """Has jax keep compiled programs between runs, where it was not told a folder; one line if they cannot be kept."""
+    named, wanted = (getattr(jax.config, name) for name in (PROGRAMS, "jax_enable_compilation_cache"))
+    if named or not wanted:
+        return
+    try:
+        folder = programs_folder()
+        drop_torn_programs(folder)
+    except (OSError, RuntimeError) as error:
+        sys.stderr.write(f"compiled programs are not kept: {error}; JAX_COMPILATION_CACHE_DIR names another folder\n")
+        return
+    jax.config.update(PROGRAMS, str(folder))
+    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
+        jax.config.update("jax_compilation_cache_max_size", PROGRAM_BYTES)
+
+
 def set_up(settings: Settings, mesh_flag: str, recipes: Recipes = MappingProxyType({})) -> Setup:
     """Starts the platform, finds the checkpoint and reads everything but its weights.
 
     `recipes` are the command's own defaults by model name.
     """
+    keep_programs()
     start_platform(mesh_flag)
     mesh = make_mesh(mesh_flag)
     settings = resolve(settings, recipes)

@@ -44,6 +44,14 @@ def forget_programs():
 
 
 @pytest.fixture
+def traced_anew():
+    """For what is patched inside a kernel: programs traced before would be run again, and these by others later."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
 def shared():
     if not SHARED.exists():
         pytest.skip(f"needs real data in {SHARED}")

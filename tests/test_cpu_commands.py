@@ -2,11 +2,13 @@
 
 import io
 import json
+import os
+import types
 
 import numpy as np
 import pytest
 
-from minigrpo import evaluate, generate, report, sources, train
+from minigrpo import evaluate, generate, report, sources, start, train
 from minigrpo.config import DataOptions, UsageError, parse_flags
 from minigrpo.data import read_recorded
 from minigrpo.doctor import diagnose
@@ -340,3 +342,48 @@ def test_the_doctor_sees_trends():
     assert "Entropy fell" in diagnose(SETTINGS, falling)[0]
     dead = [row | {"rewards/b/mean": 0.0} for row in rows]
     assert "Reward b was 0" in diagnose(SETTINGS, dead)[0]
+
+
+class JaxSettings:
+    """jax's own, as they are before anything is said."""
+
+    def __init__(self, folder=None, enabled=True):
+        self.jax_compilation_cache_dir, self.jax_enable_compilation_cache = folder, enabled
+
+    def update(self, name, value):
+        setattr(self, name, value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [(JaxSettings(), "minigrpo/programs"), (JaxSettings("elsewhere"), "elsewhere"), (JaxSettings(enabled=False), None)],
+)
+def test_compiled_programs_are_kept_where_nothing_else_is_said(settings, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(start, "jax", types.SimpleNamespace(config=settings))
+    start.keep_programs()
+    own = expected == "minigrpo/programs"
+    assert getattr(settings, "jax_compilation_cache_max_size", None) == (start.PROGRAM_BYTES if own else None)
+    assert settings.jax_compilation_cache_dir == (str(tmp_path / expected) if own else expected)
+    assert (tmp_path / "minigrpo" / "programs").exists() == own and not capsys.readouterr().err
+
+
+def test_a_cache_folder_that_cannot_be_written_is_told_and_does_no_harm(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    monkeypatch.setattr(start, "jax", types.SimpleNamespace(config=JaxSettings()))
+    start.keep_programs()
+    assert start.jax.config.jax_compilation_cache_dir is None
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(file) in said and "JAX_COMPILATION_CACHE_DIR" in said
+
+
+def test_programs_that_jax_was_killed_over_are_dropped(tmp_path, monkeypatch):
+    """They have no time stamp; one that was written just now may get it yet."""
+    names = ["old-cache", "old-atime", "torn-cache", "fresh-cache"]
+    for name in names:
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, times=None if name == "fresh-cache" else (0, 0))
+    start.drop_torn_programs(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({*names} - {"torn-cache"})

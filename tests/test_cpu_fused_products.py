@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from minigrpo.attention import causal_attention
 from minigrpo.kernels import fused_products, reference
-from minigrpo.model import UNFUSED, Fused, abstract_params, init_params, rope_angles
+from minigrpo.model import UNFUSED, Fused, Lora, abstract_params, init_params, rope_angles
 from minigrpo.rollout import fused
 from minigrpo.sharding import Layout
 
@@ -33,11 +34,11 @@ def draw(*shapes):
     return [jnp.asarray(rng.normal(size=shape), BF16) for shape in shapes]
 
 
-def assert_near(got, want):
-    """Within half of bfloat16's last place, by the whole array's norm."""
+def assert_near(got, want, bound=2**-8):
+    """As a share of the whole array's norm, by default half of bfloat16's last place."""
     got = np.asarray(got, np.float64)
     assert got.shape == want.shape
-    assert np.linalg.norm(got - want) < 2**-8 * np.linalg.norm(want)
+    assert np.linalg.norm(got - want) < bound * np.linalg.norm(want)
 
 
 def check_gated(rows, depth, width, interpret=None):
@@ -71,14 +72,15 @@ def test_heads_equal_oracle(rows, depth, heads, kv_heads):
     check_heads(rows, depth, heads, kv_heads, emulation())
 
 
-def swapped(kernel):
-    """Takes the second tile for the first."""
-    return lambda *arguments: kernel(*arguments)[::-1]
-
+original_products = fused_products.two_products
 
 FAULTS = {
-    "tiles swapped": (fused_products, "two_products", swapped(fused_products.two_products)),
-    "a block left out": (fused_products, "DEPTH", 2 * fused_products.DEPTH),
+    "tiles swapped": (fused_products, "two_products", lambda *operands: original_products(*operands)[::-1]),
+    "a block left out": (
+        fused_products,
+        "two_products",
+        lambda x, *operands: original_products(x.at[:, pl.ds(0, 512)], *operands),
+    ),
     "no norm": (fused_products, "norm_and_turn", lambda first, second, scale, cos, sin, eps: (first, second)),
     "no wait": (plgpu, "barrier_wait", lambda *barrier: None),
 }
@@ -87,10 +89,19 @@ FAULTS = {
 @emulated
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_a_kernel_is_seen(fault, monkeypatch):
+def test_a_fault_in_a_kernel_is_seen(fault, monkeypatch, traced_anew):
     monkeypatch.setattr(*FAULTS[fault])
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
         check_heads(64, 640, 2, 1, emulation())
+
+
+@pytest.mark.parametrize(("rows", "depth", "width"), [(65, 128, 64), (64, 192, 64), (64, 128, 96)])
+def test_operands_that_would_be_read_in_part_are_refused(rows, depth, width):
+    x, gate, head, norm, angle = draw((rows, depth), (depth, width), (1, depth, width), (width,), (rows, width // 2))
+    of_heads = (head,) * 3, (norm,) * 2, (angle.astype(jnp.float32),) * 2, EPS
+    for kernel, operands in ((fused_products.gated, (gate, gate)), (fused_products.heads, of_heads)):
+        with pytest.raises(ValueError, match=rf"x \({rows}, {depth}\), .* at most 64 rows"):
+            kernel(x, *operands)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +113,12 @@ def wide_config(tiny_config):
 @emulated
 @pytest.mark.timeout(120)
 def test_a_model_with_its_kernels_equals_the_plain_one(wide_config):
-    params = jax.tree.map(lambda w: w.astype(BF16), init_params(wide_config, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+
+    def larger(w):
+        return jnp.asarray(rng.normal(size=w.shape) if (w == 1).all() else 4 * w, BF16)
+
+    params = jax.tree.map(larger, init_params(wide_config, jax.random.key(0)))
     model = nnx.merge(abstract_params(wide_config)[0], params)
     tokens, positions = jnp.arange(6)[:, None], 3 * jnp.arange(6)[:, None]
 
@@ -117,7 +133,7 @@ def test_a_model_with_its_kernels_equals_the_plain_one(wide_config):
     kernels = Fused(*(functools.partial(kernel, interpret=emulation()) for kernel in both))
     plain, ours = run(UNFUSED), run(kernels)
     for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_allclose(got.astype(np.float32), want.astype(np.float32), atol=0.05, rtol=0.02)
+        assert_near(got, np.asarray(want, np.float64), 2**-6)
 
 
 def apart(layers, step, carry, scanned):
@@ -143,6 +159,8 @@ CPU = SimpleNamespace(platform="cpu")
         (HOPPER, {"intermediate_size": 96}, BF16, 64, (False, True)),
         (HOPPER, {"head_dim": 64}, BF16, 64, (True, False)),
         (HOPPER, {"model_type": "qwen2"}, BF16, 64, (True, False)),
+        (HOPPER, {"int8": True}, BF16, 64, (False, False)),
+        (HOPPER, {"lora": Lora(2, 4.0, 0.0, ("q",))}, BF16, 64, (False, False)),
     ],
 )
 def test_kernels_are_taken_where_they_fit(wide_config, device, changes, dtype, rows, expected):

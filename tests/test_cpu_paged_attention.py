@@ -143,7 +143,7 @@ FAULTS = {
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_the_kernel_is_seen(fault, monkeypatch):
+def test_a_fault_in_the_kernel_is_seen(fault, monkeypatch, traced_anew):
     """The check above fails when the kernel is broken: in emulation, a copy not waited for has not arrived."""
     monkeypatch.setattr(tpu, *FAULTS[fault])
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
@@ -166,7 +166,7 @@ HOPPER_FAULTS = {
 @emulated_hopper
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("fault", HOPPER_FAULTS)
-def test_a_fault_in_the_gpu_kernel_is_seen(fault, monkeypatch):
+def test_a_fault_in_the_gpu_kernel_is_seen(fault, monkeypatch, traced_anew):
     monkeypatch.setattr(gpu, *HOPPER_FAULTS[fault])
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         check(attend_hopper, 4, 2, 128, 16, jnp.bfloat16)

@@ -18,7 +18,7 @@ from minigrpo import rollout as rollout_module
 from minigrpo.attention import attend_on, causal_attention
 from minigrpo.config import LossOptions, RolloutOptions, UsageError
 from minigrpo.logprobs import Head
-from minigrpo.model import abstract_params, unembed
+from minigrpo.model import Fused, abstract_params, silu, unembed
 from minigrpo.rollout import WIDE_VECTORS, Roller, batch_sizes, shared_by_host, spread
 from minigrpo.sharding import Layout, by_sequence, put, replicated
 
@@ -99,6 +99,64 @@ def test_small_pools_are_busier_not_wrong(tiny_config, tiny_params, plain):
     small = roll(tiny_config, tiny_params, dataclasses.replace(OPTIONS, pool_pages=28))
     assert_same(small, plain)
     assert small.decode_steps > plain.decode_steps
+
+
+def steps_by_the_rules(prompts, lengths, group, options):
+    """Decoding steps until completions of these lengths are done, one completion and page at a time."""
+    size, slots = options.page_size, min(options.slots, len(lengths))
+    cached = [len(prompts[index // group]) - 1 for index in range(len(lengths))]
+    free = options.pool_pages - sum(-(-(len(prompt) - 1) // size) for prompt in prompts)
+    left, running, steps = set(range(len(lengths))), {}, 0  # running: completion -> its tokens in the cache
+
+    def own(index, tokens):
+        return -(-tokens // size) - cached[index] // size
+
+    while left:
+        slots = min(n for n in batch_sizes(slots, 4) if n >= min(len(left), slots))
+        while len(running) < slots and left - running.keys() and (free > len(running) or not running):
+            index = min(left - running.keys())
+            running[index] = cached[index]
+            free -= own(index, cached[index])
+        while sum(tokens % size == 0 for tokens in running.values()) > free:
+            index = max(running)
+            free += own(index, running.pop(index))
+        for index in running:
+            free -= running[index] % size == 0
+            running[index] += 1
+        steps += 1
+        for index in [index for index in running if running[index] == cached[index] + lengths[index]]:
+            free += own(index, running.pop(index))
+            left.remove(index)
+    return steps
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"page_size": 2, "pool_pages": 104, "slots": 64},
+        {"page_size": 2, "pool_pages": 110, "slots": 64},
+        {"page_size": 4, "pool_pages": 60, "slots": 7},
+        {"pool_pages": 28},
+        {"pool_pages": 200, "slots": 5},
+    ],
+)
+def test_slots_and_pages_are_handed_on_at_once(tiny_config, tiny_params, changes):
+    options = dataclasses.replace(OPTIONS, **changes)
+    rollout = roll(tiny_config, tiny_params, options)
+    assert rollout.decode_steps == steps_by_the_rules(some_prompts(), rollout.lengths.tolist(), 4, options)
+
+
+def test_the_kernels_of_a_device_get_every_token(tiny_config, tiny_params, plain, monkeypatch):
+    seen = []
+
+    def gated(x, gate, up):
+        seen.append(x.shape)
+        return silu(x @ gate) * (x @ up)
+
+    monkeypatch.setattr(rollout_module, "fused", lambda device, model, dtype, rows: Fused(gated=gated))
+    jax.clear_caches()
+    assert_same(roll(tiny_config, tiny_params), plain)
+    assert set(seen) == {(16, 32), (4, 32)}
 
 
 def test_a_pool_too_small_for_one_completion_is_refused(tiny_config, tiny_params):
@@ -212,40 +270,6 @@ for _ in range(2):
     library.free(block)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-
-
-class Settings:
-    """jax's own, as they are before anything is said."""
-
-    def __init__(self, folder=None, enabled=True):
-        self.jax_compilation_cache_dir, self.jax_enable_compilation_cache = folder, enabled
-
-    def update(self, name, value):
-        setattr(self, name, value)
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [(Settings(), "minigrpo/programs"), (Settings("elsewhere"), "elsewhere"), (Settings(enabled=False), None)],
-)
-def test_compiled_programs_are_kept_where_nothing_else_is_said(settings, expected, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(sharding, "jax", types.SimpleNamespace(config=settings))
-    sharding.keep_programs()
-    own = expected == "minigrpo/programs"
-    assert settings.jax_compilation_cache_dir == (str(tmp_path / expected) if own else expected)
-    assert (tmp_path / "minigrpo" / "programs").exists() == own and not capsys.readouterr().err
-
-
-def test_a_cache_folder_that_cannot_be_written_is_told_and_does_no_harm(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "file"
-    file.touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-    monkeypatch.setattr(sharding, "jax", types.SimpleNamespace(config=Settings()))
-    sharding.keep_programs()
-    assert sharding.jax.config.jax_compilation_cache_dir is None
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and str(file) in said and "JAX_COMPILATION_CACHE_DIR" in said
 
 
 @pytest.mark.skipif(not sharding.of_c_library("mallopt"), reason="keeps memory by the GNU C library's malloc")

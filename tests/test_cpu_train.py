@@ -26,8 +26,8 @@ def command(*flags, module="train"):
     return [sys.executable, "-W", "error", "-m", f"minigrpo.{module}", *flags]
 
 
-def run(*flags, module="train", timeout=300):
-    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+def run(*flags, module="train", timeout=300, **env):
+    env = os.environ | {"HF_HUB_OFFLINE": "1"} | env
     env.pop("JAX_PLATFORMS", None)
     return subprocess.run(
         command(*flags, module=module), cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
@@ -118,9 +118,10 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (target / "final").exists()
-    result = run(*flags, f"--output_dir={target}", "--resume")
+    own = {"JAX_COMPILATION_CACHE_DIR": "", "XDG_CACHE_HOME": str(tmp_path)}
+    result = run(*flags, f"--output_dir={target}", "--resume", **own)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "resumed after step" in result.stderr
+    assert "resumed after step" in result.stderr and list((tmp_path / "minigrpo" / "programs").glob("*-atime"))
     assert metrics(target) == metrics(folder)
     want, got = (path / "final" / "model.safetensors" for path in (folder, target))
     assert want.read_bytes() == got.read_bytes()
