@@ -1,4 +1,4 @@
-"""A decoding step's widest products, and what follows them, as Pallas Mosaic kernels for Hopper GPUs.
+"""Products of a decoding step, and what follows them, as Pallas Mosaic kernels for Hopper GPUs.
 
 Few rows meet large matrices, so the bound is the bandwidth at which weights arrive. One warpgroup makes two tiles of 64
 columns that belong together: the same columns of gate and up, or the halves of a head, which rope mixes.

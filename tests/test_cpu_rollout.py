@@ -146,7 +146,7 @@ def test_slots_and_pages_are_handed_on_at_once(tiny_config, tiny_params, changes
     assert rollout.decode_steps == steps_by_the_rules(some_prompts(), rollout.lengths.tolist(), 4, options)
 
 
-def test_the_kernels_of_a_device_get_every_token(tiny_config, tiny_params, plain, monkeypatch):
+def test_the_kernels_of_a_device_get_every_token(tiny_config, tiny_params, plain, monkeypatch, traced_anew):
     seen = []
 
     def gated(x, gate, up):
@@ -154,7 +154,6 @@ def test_the_kernels_of_a_device_get_every_token(tiny_config, tiny_params, plain
         return silu(x @ gate) * (x @ up)
 
     monkeypatch.setattr(rollout_module, "fused", lambda device, model, dtype, rows: Fused(gated=gated))
-    jax.clear_caches()
     assert_same(roll(tiny_config, tiny_params), plain)
     assert set(seen) == {(16, 32), (4, 32)}
 
