@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import statistics
 import sys
@@ -22,24 +21,19 @@ from train_step import matmul_rate, model_config, peak_mib, stop_tokens
 from minigrpo.config import Options, RolloutOptions, Settings, UsageError, option, parse_mesh, run_command
 from minigrpo.model import ModelConfig, Params, abstract_params
 from minigrpo.rollout import Roller, Rollout
-from minigrpo.sharding import accelerator_present, check_divisible, make_mesh, start_platform
+from minigrpo.sharding import check_divisible, make_mesh, start_platform
 from minigrpo.weights import random_params
 from minigrpo.work import Work
 
 CPU_COPY_BYTES, COPY_BYTES, COPIES = 1 << 28, 1 << 31, 4
 """Size of the array rewritten to measure the memory's bandwidth, far above any cache, and how often in a row."""
 
-CORE_BATCH = 16
-"""With so many completions per core, a device for each core is faster than one over all."""
-
 
 @dataclasses.dataclass(frozen=True)
 class BenchOptions(Options):
     """Rollout bench"""
 
-    mesh: str = option(
-        "auto", "FSDP,TP mesh; auto is every chip, on the CPU a device per 16 completions and at most one per core"
-    )
+    mesh: str = option("auto", "FSDP,TP mesh; auto is every chip, and 1,1 on the CPU, as in training")
     vocab: int = option(4096, "vocabulary rows", low=16)
     layers: int = option(4, "layers", low=1)
     hidden: int = option(256, "embedding size; the MLP is three times as wide", low=8)
@@ -61,16 +55,6 @@ class BenchOptions(Options):
     )
     tunix_venv: str = option("runs/tunix-venv", "Tunix's own environment, made if it is not there")
     rounds: int = option(2, "turns of each with --baseline", low=1)
-
-
-def mesh_here(options: BenchOptions) -> str:
-    """The mesh asked for, or the platform's best; on the CPU of as many devices as share the completions evenly."""
-    on_cpu = jax.config.jax_platforms == "cpu" or not accelerator_present()
-    if options.mesh != "auto" or not on_cpu:
-        return options.mesh
-    completions = options.prompts * options.generations
-    most = max(1, min(os.cpu_count() or 1, completions // CORE_BATCH))
-    return f"{next(devices for devices in range(most, 0, -1) if completions % devices == 0)},1"
 
 
 def copy_bandwidth() -> float:
@@ -143,7 +127,6 @@ def compare(options: BenchOptions) -> int:
 
 def main(settings: Settings) -> int:
     options: BenchOptions = settings[BenchOptions]
-    options = dataclasses.replace(options, mesh=mesh_here(options))
     return measure(options) if options.baseline == "none" else compare(options)
 
 
@@ -159,8 +142,11 @@ class Job:
     prompts: list[list[int]]
     stops: tuple[int, ...]
 
-    def roller(self, new_tokens: int, watch: Callable | None = None) -> Callable[[int], Rollout]:
-        """Generates; called with the number of the step."""
+    @property
+    def completions(self) -> int:
+        return self.options.prompts * self.options.generations
+
+    def roller(self, new_tokens: int, watch: Callable | None = None) -> Roller:
         options = self.options
         rollout = RolloutOptions(
             max_completion_length=new_tokens,
@@ -169,9 +155,14 @@ class Job:
             slots=options.slots,
             pool_pages=options.pool_pages,
         )
-        roller = Roller(self.config, self.mesh, self.dtype, rollout, options.vocab, self.stops, watch)
-        ids = list(range(options.prompts))
-        return lambda step: roller(self.params, self.prompts, ids, options.generations, (0, step))
+        return Roller(self.config, self.mesh, self.dtype, rollout, options.vocab, self.stops, watch, spread_cpu=True)
+
+    def generate(self, roller: Roller, step: int) -> Rollout:
+        return roller(self.params, self.prompts, list(range(self.options.prompts)), self.options.generations, (0, step))
+
+    def devices(self, roller: Roller) -> int:
+        """That the completions are decoded on."""
+        return roller.mesh_for(sum(x.nbytes for x in jax.tree.leaves(self.params)), self.completions).size
 
 
 def make_job(options: BenchOptions) -> Job:
@@ -193,13 +184,14 @@ def make_job(options: BenchOptions) -> Job:
 
 def occupancy_over_time(job: Job, step: int) -> list[float]:
     """Share of the slots decoding, for each tenth of a rollout's steps; it is run once more, untimed."""
-    total = job.options.prompts * job.options.generations // job.mesh.size
     shares: list[float] = []
 
     def watch(completions, positions, tokens):
         shares.append(float((np.asarray(completions) < total).sum()) / min(job.options.slots, total))
 
-    job.roller(job.options.new_tokens, watch)(step)
+    roller = job.roller(job.options.new_tokens, watch)
+    total = -(-job.completions // job.devices(roller))
+    job.generate(roller, step)
     jax.effects_barrier()
     return [round(float(np.mean(part)), 3) for part in np.array_split(shares, 10) if len(part)]
 
@@ -234,25 +226,26 @@ def measure(options: BenchOptions) -> int:
     start_platform(options.mesh)
     job = make_job(options)
     device, chips = job.mesh.devices.flat[0], job.mesh.size if jax.default_backend() != "cpu" else 1
-    generate, prefill = job.roller(options.new_tokens), job.roller(1)
-    compile_seconds, _ = timed(lambda: generate(0))
-    prefill(0)
-    prefill_seconds = statistics.median(timed(lambda i=i: prefill(i))[0] for i in range(1, options.repeats + 1))
-    runs = [timed(lambda i=i: generate(i)) for i in range(1, options.repeats + 1)]
+    roller, prefiller = job.roller(options.new_tokens), job.roller(1)
+    compile_seconds, _ = timed(lambda: job.generate(roller, 0))
+    job.generate(prefiller, 0)
+    turns = range(1, options.repeats + 1)
+    prefill_seconds = statistics.median(timed(lambda i=i: job.generate(prefiller, i))[0] for i in turns)
+    runs = [timed(lambda i=i: job.generate(roller, i)) for i in turns]
     peak = peak_mib(device)  # before that of the machine's own limits
     bandwidth, flop_rate = chips * copy_bandwidth(), chips * matmul_rate(job.dtype)
     rates = [float(result.lengths.sum()) / seconds for seconds, result in runs]
     number = sorted(range(options.repeats), key=lambda i: runs[i][0])[options.repeats // 2]
     seconds, last = runs[number]  # the run of median time
     reading, computing = limit_seconds(job, last, bandwidth, flop_rate)
-    later, decoding = float(last.lengths.sum()) - options.prompts * options.generations, seconds - prefill_seconds
+    later, decoding = float(last.lengths.sum()) - job.completions, seconds - prefill_seconds
     share = reading * (1 - 1 / last.decode_steps) / decoding if later and decoding > 0 else None
     over_time = occupancy_over_time(job, number + 1) if options.over_time else []
     report = {
         "bench": "rollout_tput",
         "jax": jax.__version__,
         "device": device.device_kind,
-        "devices": job.mesh.size,
+        "devices": job.devices(roller),
         **dataclasses.asdict(options),
         "copy_gb_per_s": round(bandwidth / 1e9, 2),
         "matmul_gflop_per_s": round(flop_rate / 1e9, 1),

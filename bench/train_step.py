@@ -160,7 +160,7 @@ class Stepper:
         self.trainer = make_trainer(options, config, mesh, dtype, lengths.parts)
         rollout = RolloutOptions(max_completion_length=options.new_tokens, temperature=1.0)
         stops = stop_tokens(options.vocab, lengths.mean_length)
-        self.roller = Roller(config, mesh, dtype, rollout, options.vocab, stops)
+        self.roller = Roller(config, mesh, dtype, rollout, options.vocab, stops, spread_cpu=True)
         self.state: TrainState = init_state(self.trainer.optimizer, random_params(config, mesh, 0), mesh)
 
     def completions(self, prompts: list[list[int]], rng: np.random.Generator) -> Rollout:

@@ -41,7 +41,7 @@ from minigrpo.model import (
     unembed,
 )
 from minigrpo.sampling import Sampler, sample
-from minigrpo.sharding import DATA, Layout, by_sequence, in_dtype, known_options, launch, put, replicated
+from minigrpo.sharding import DATA, Layout, by_sequence, in_dtype, known_options, launch, put, replicated, worker_mesh
 
 WAITING, RUNNING, DONE = 0, 1, 2
 PREFILL_ROWS = 8
@@ -52,6 +52,8 @@ LEAST_BATCH, GPU_LEAST_BATCH = 4, 64
 """A batch of so few is not shrunk: on a GPU each size is another program of unrolled layers to compile."""
 CPU_HEAD_PARTS = 8
 """Parts of the vocabulary that the CPU's logits are computed by, where they divide it."""
+CACHED_BYTES = 24 << 20
+"""A CPU's caches hold weights of this size: then one device per core decodes faster than all cores on one device."""
 WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
 """XLA on the CPU prefers vectors of 256 bits; attention's sums gain by 512 where the machine has them."""
 
@@ -607,7 +609,10 @@ def spread(prompts: list[list[int]], ids: list[int], group: int, devices: int, w
 
 
 class Roller:
-    """Generates completions with one set of settings; programs are compiled once per shape."""
+    """Generates completions with one set of settings; programs are compiled once per shape.
+
+    With `spread_cpu`, small models are decoded on every core's own virtual device where the mesh is one CPU device.
+    """
 
     def __init__(
         self,
@@ -619,8 +624,9 @@ class Roller:
         stop_tokens: tuple[int, ...],
         watch: Callable[[Any, Any, Any], None] | None = None,
         pool_limit: int = 0,
+        spread_cpu: bool = False,
     ):
-        self.mesh = mesh
+        self.spread_cpu = spread_cpu
         model = decode_config(config)
         self.plan = RolloutPlan(
             policy=config,
@@ -640,6 +646,11 @@ class Roller:
             watch=watch,
         )
 
+    def mesh_for(self, weight_bytes: int, completions: int) -> Mesh:
+        """Where so many completions are decoded with weights of this size."""
+        spread_out = self.spread_cpu and weight_bytes <= CACHED_BYTES
+        return worker_mesh(self.plan.mesh, completions // LEAST_BATCH) if spread_out else self.plan.mesh
+
     def __call__(
         self, params: Params, prompts: list[list[int]], ids: list[int], group: int, seed: tuple[int, int]
     ) -> Rollout:
@@ -647,19 +658,20 @@ class Roller:
 
         `seed` is the run's seed and the step; `ids` name the prompts: together they fix the random numbers.
         """
-        width = -(-max(map(len, prompts)) // self.plan.page_size) * self.plan.page_size
-        rows, row_group = spread(prompts, ids, group, self.mesh.size, width)
-        plan = dataclasses.replace(self.plan, group=row_group)
-        device_rows = put(self.mesh, rows, by_sequence(self.mesh))
         weights = params if as_decoded(self.plan, params) else decode_weights(self.plan, params)
-        weights = shared_by_host(self.mesh, weights) if plan.on_cpu else weights
-        seed_rows = put(self.mesh, np.array(seed, np.int32), replicated(self.mesh))
+        mesh = self.mesh_for(sum(x.nbytes for x in jax.tree.leaves(weights)), len(prompts) * group)
+        weights = shared_by_host(mesh, weights) if self.plan.on_cpu and mesh.size > 1 else weights
+        width = -(-max(map(len, prompts)) // self.plan.page_size) * self.plan.page_size
+        rows, row_group = spread(prompts, ids, group, mesh.size, width)
+        plan = dataclasses.replace(self.plan, group=row_group, mesh=mesh)
+        device_rows = put(mesh, rows, by_sequence(mesh))
+        seed_rows = put(mesh, np.array(seed, np.int32), replicated(mesh))
         outs = launch(rollout_program(plan.device.platform), plan, weights, device_rows, seed_rows)
         tokens, logprobs, lengths, counts = map(np.asarray, outs)
         total = len(prompts) * group
         tokens, logprobs, lengths = tokens[:total], logprobs[:total], lengths[:total]
         last = np.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
-        slots = min(plan.slots, rows.tokens.shape[0] * row_group // self.mesh.size)
+        slots = min(plan.slots, rows.tokens.shape[0] * row_group // mesh.size)
         return Rollout(
             tokens=tokens,
             logprobs=logprobs,

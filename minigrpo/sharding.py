@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import glob
 import importlib.util
+import math
 import os
 import sys
 import time
@@ -31,6 +32,9 @@ AXIS_OF_DIM = {"V": TP, "N": TP, "K": TP, "F": TP, "D": FSDP}
 LONG_COMPILE = 0.5
 """Seconds of compiling after which there is memory to give back."""
 
+MOST_WORKERS = 8
+"""Virtual devices of a CPU that rollouts are spread over, at most."""
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Options of the C library's mallopt(3)."""
 
@@ -43,14 +47,28 @@ def accelerator_present() -> bool:
     return bool(tpu or gpu)
 
 
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def mesh_sizes(mesh_flag: str, platform: str, devices: int) -> tuple[int, int]:
+    """fsdp and tp of `--mesh`; auto is every device as fsdp, and 1,1 on the CPU, whose devices are virtual."""
+    if mesh_flag != "auto":
+        return parse_mesh(mesh_flag)
+    return (1, 1) if platform == "cpu" else (devices, 1)
+
+
 def start_platform(mesh_flag: str) -> None:
-    """Chooses the platform before jax starts: without an accelerator, the CPU as fsdp*tp virtual devices."""
+    """Chooses the platform before jax starts: without an accelerator, the CPU as fsdp*tp virtual devices.
+
+    Beside a mesh of one there are more of them, one per core: see `worker_mesh`.
+    """
     if getattr(jax.config, PLATFORMS) is None and not accelerator_present():
         jax.config.update(PLATFORMS, "cpu")
-    if getattr(jax.config, PLATFORMS) == "cpu" and mesh_flag != "auto":
-        fsdp, tp = parse_mesh(mesh_flag)
-        jax.config.update("jax_num_cpu_devices", fsdp * tp)
     if getattr(jax.config, PLATFORMS) == "cpu":
+        size = math.prod(mesh_sizes(mesh_flag, "cpu", 1))
+        jax.config.update("jax_num_cpu_devices", min(cores(), MOST_WORKERS) if size == 1 else size)
         # One CPU client runs programs one after another: with several virtual devices, concurrent
         # programs can starve each other's collectives of threads.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -105,7 +123,9 @@ def launch(function: Any, *arguments: Any) -> Any:
 def make_mesh(mesh_flag: str) -> Mesh:
     """The mesh of `--mesh`; UsageError when it does not match the devices there are."""
     devices = jax.devices()
-    fsdp, tp = (len(devices), 1) if mesh_flag == "auto" else parse_mesh(mesh_flag)
+    fsdp, tp = mesh_sizes(mesh_flag, devices[0].platform, len(devices))
+    if fsdp * tp == 1 and devices[0].platform == "cpu":
+        devices = devices[:1]
     if fsdp * tp != len(devices):
         raise UsageError(
             f"--mesh={mesh_flag}: {fsdp * tp} devices wanted, {len(devices)} {devices[0].platform} devices found; "
@@ -118,6 +138,14 @@ def arrange(devices: list[Any], fsdp: int, tp: int) -> Mesh:
     """The devices as an (fsdp, tp) mesh, neighbours on the chips' own network kept near each other."""
     grid = mesh_utils.create_device_mesh((fsdp, tp), devices, allow_split_physical_axes=True)
     return Mesh(grid, DATA, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def worker_mesh(mesh: Mesh, most: int) -> Mesh:
+    """Up to `most` of a CPU's virtual devices, where the mesh is one of them; any other mesh as it is."""
+    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+        return mesh
+    devices = jax.local_devices()[: max(1, most)]
+    return arrange(devices, len(devices), 1)
 
 
 def spec_of(dims: str) -> PartitionSpec:

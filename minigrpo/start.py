@@ -154,7 +154,17 @@ class Programs:
     def roller(
         self, options: RolloutOptions, watch: Callable[[Any, Any, Any], None] | None = None, pool_limit: int = 0
     ) -> Roller:
-        return Roller(self.config, self.mesh, self.dtype, options, self.num_tokens, self.stop_tokens, watch, pool_limit)
+        return Roller(
+            self.config,
+            self.mesh,
+            self.dtype,
+            options,
+            self.num_tokens,
+            self.stop_tokens,
+            watch,
+            pool_limit,
+            spread_cpu=True,
+        )
 
     def trainer(self, total_updates: int, parts: int) -> grpo.Trainer:
         """GRPO's scoring and updating as the settings want it."""

@@ -19,7 +19,7 @@ from minigrpo.attention import attend_on, causal_attention
 from minigrpo.config import LossOptions, RolloutOptions, UsageError
 from minigrpo.logprobs import Head
 from minigrpo.model import Fused, abstract_params, silu, unembed
-from minigrpo.rollout import WIDE_VECTORS, Roller, batch_sizes, shared_by_host, spread
+from minigrpo.rollout import CACHED_BYTES, LEAST_BATCH, WIDE_VECTORS, Roller, batch_sizes, shared_by_host, spread
 from minigrpo.sharding import Layout, by_sequence, put, replicated
 
 REAL = 250
@@ -33,10 +33,16 @@ def some_prompts(count=6):
     return [rng.integers(10, REAL, length).tolist() for length in lengths]
 
 
-def roll(config, params, options=OPTIONS, mesh=(1, 1), prompts=None, ids=None, group=4, stops=STOPS, seed=(7, 0)):
+def make_roller(config, options=OPTIONS, mesh=(1, 1), stops=STOPS, **more):
+    return Roller(config, mesh_of(*mesh), jnp.dtype("float32"), options, REAL, stops, **more)
+
+
+def roll(
+    config, params, options=OPTIONS, mesh=(1, 1), prompts=None, ids=None, group=4, stops=STOPS, seed=(7, 0), **more
+):
     prompts = some_prompts() if prompts is None else prompts
     ids = list(range(len(prompts))) if ids is None else ids
-    roller = Roller(config, mesh_of(*mesh), jnp.dtype("float32"), options, REAL, stops)
+    roller = make_roller(config, options, mesh, stops, **more)
     return roller(jax.tree.map(jnp.asarray, params), prompts, ids, group, seed)
 
 
@@ -276,6 +282,46 @@ def test_memory_once_freed_is_had_again_without_asking_the_system():
     result = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True)
     first, second = map(int, result.stdout.split())
     assert first > 3000 and second < 500, result.stderr  # pages
+
+
+def test_small_models_are_decoded_on_a_device_per_core(tiny_config, tiny_params, plain, monkeypatch):
+    used = []
+    real = rollout_module.worker_mesh
+    monkeypatch.setattr(rollout_module, "worker_mesh", lambda *args: used.append(real(*args)) or used[-1])
+    got = roll(tiny_config, tiny_params, spread_cpu=True)
+    assert_same(got, plain)
+    assert [mesh.size for mesh in used] == [6] and got.decode_steps < plain.decode_steps  # of 24 completions, 4 each
+    roll(tiny_config, tiny_params)
+    assert len(used) == 1
+
+
+@pytest.mark.parametrize(
+    ("mesh", "weight_bytes", "completions", "devices"),
+    [
+        ((1, 1), CACHED_BYTES, 2 * LEAST_BATCH, 2),
+        ((1, 1), CACHED_BYTES, 2 * LEAST_BATCH - 1, 1),
+        ((1, 1), CACHED_BYTES, 1000, 8),
+        ((1, 1), CACHED_BYTES, 1, 1),
+        ((1, 1), CACHED_BYTES + 1, 1000, 1),
+        ((2, 1), 1, 1000, 2),
+    ],
+)
+def test_devices_that_rollouts_are_spread_over(tiny_config, mesh, weight_bytes, completions, devices):
+    assert make_roller(tiny_config, mesh=mesh, spread_cpu=True).mesh_for(weight_bytes, completions).size == devices
+
+
+START = """
+import jax
+from minigrpo import sharding
+sharding.start_platform("auto")
+print(sharding.make_mesh("auto").size, len(jax.devices()), min(sharding.cores(), sharding.MOST_WORKERS))
+"""
+
+
+def test_a_mesh_of_one_cpu_device_has_others_beside_it():
+    result = subprocess.run([sys.executable, "-c", START], cwd=ROOT, capture_output=True, text=True)
+    size, devices, wanted = map(int, result.stdout.split())
+    assert size == 1 and devices == wanted, result.stderr
 
 
 def test_virtual_devices_read_the_same_weights():
