@@ -20,7 +20,7 @@ from train_step import matmul_rate, model_config, peak_mib, stop_tokens
 
 from minigrpo.config import Options, RolloutOptions, Settings, UsageError, option, parse_mesh, run_command
 from minigrpo.model import ModelConfig, Params, abstract_params
-from minigrpo.rollout import Roller, Rollout
+from minigrpo.rollout import Roller, Rollout, spread
 from minigrpo.sharding import check_divisible, make_mesh, start_platform
 from minigrpo.weights import random_params
 from minigrpo.work import Work
@@ -164,6 +164,12 @@ class Job:
         """That the completions are decoded on."""
         return roller.mesh_for(sum(x.nbytes for x in jax.tree.leaves(self.params)), self.completions).size
 
+    def completions_each(self, devices: int) -> int:
+        """A device's completions, those included that an uneven split adds and that decode nothing."""
+        empty = [[] for _ in self.prompts]
+        rows, group = spread(empty, [0] * len(empty), self.options.generations, devices, 0)
+        return len(rows.tokens) // devices * group
+
 
 def make_job(options: BenchOptions) -> Job:
     mesh, config = make_mesh(options.mesh), model_config(options)
@@ -183,14 +189,14 @@ def make_job(options: BenchOptions) -> Job:
 
 
 def occupancy_over_time(job: Job, step: int) -> list[float]:
-    """Share of the slots decoding, for each tenth of a rollout's steps; it is run once more, untimed."""
+    """Share of a device's slots decoding, by tenths of all devices' steps; the rollout is run once more, untimed."""
     shares: list[float] = []
 
     def watch(completions, positions, tokens):
         shares.append(float((np.asarray(completions) < total).sum()) / min(job.options.slots, total))
 
     roller = job.roller(job.options.new_tokens, watch)
-    total = -(-job.completions // job.devices(roller))
+    total = job.completions_each(job.devices(roller))
     job.generate(roller, step)
     jax.effects_barrier()
     return [round(float(np.mean(part)), 3) for part in np.array_split(shares, 10) if len(part)]

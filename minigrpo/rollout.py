@@ -49,11 +49,11 @@ PREFILL_ROWS = 8
 TAIL_SHRINK = 4
 """When no completion waits, the batch shrinks by this factor each time the running ones fit. Every size is compiled."""
 LEAST_BATCH, GPU_LEAST_BATCH = 4, 64
-"""A batch of so few is not shrunk: on a GPU each size is another program of unrolled layers to compile."""
+"""A batch of so few is neither shrunk nor split: on a GPU each size is another program of unrolled layers."""
 CPU_HEAD_PARTS = 8
 """Parts of the vocabulary that the CPU's logits are computed by, where they divide it."""
 CACHED_BYTES = 24 << 20
-"""A CPU's caches hold weights of this size: then one device per core decodes faster than all cores on one device."""
+"""A CPU's caches hold weights of this size: then a virtual device per core decodes faster than all cores on one."""
 WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
 """XLA on the CPU prefers vectors of 256 bits; attention's sums gain by 512 where the machine has them."""
 
@@ -611,7 +611,8 @@ def spread(prompts: list[list[int]], ids: list[int], group: int, devices: int, w
 class Roller:
     """Generates completions with one set of settings; programs are compiled once per shape.
 
-    With `spread_cpu`, small models are decoded on every core's own virtual device where the mesh is one CPU device.
+    With `spread_cpu`, a mesh of one CPU device has completions of small models decoded on the virtual devices beside it
+    too, LEAST_BATCH or more on each, unless the pool's size is given, which is a device's.
     """
 
     def __init__(
@@ -648,7 +649,7 @@ class Roller:
 
     def mesh_for(self, weight_bytes: int, completions: int) -> Mesh:
         """Where so many completions are decoded with weights of this size."""
-        spread_out = self.spread_cpu and weight_bytes <= CACHED_BYTES
+        spread_out = self.spread_cpu and weight_bytes <= CACHED_BYTES and not self.plan.pool_pages
         return worker_mesh(self.plan.mesh, completions // LEAST_BATCH) if spread_out else self.plan.mesh
 
     def __call__(

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from minigrpo.config import UsageError, parse_mesh
 
-PLATFORMS = "jax_platforms"
+PLATFORMS, CPU_DEVICES = "jax_platforms", "jax_num_cpu_devices"
 FSDP, TP = "fsdp", "tp"
 DATA = (FSDP, TP)
 """Activations and sequences are split over both mesh axes: every device is a data-parallel worker."""
@@ -33,7 +33,10 @@ LONG_COMPILE = 0.5
 """Seconds of compiling after which there is memory to give back."""
 
 MOST_WORKERS = 8
-"""Virtual devices of a CPU that rollouts are spread over, at most."""
+"""Virtual devices of a CPU that rollouts are spread over, at most, where jax is not told how many there are."""
+
+HOST_DEVICES = "xla_force_host_platform_device_count"
+"""The flag of XLA's that tells; the other way is JAX_NUM_CPU_DEVICES."""
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Options of the C library's mallopt(3)."""
@@ -59,16 +62,22 @@ def mesh_sizes(mesh_flag: str, platform: str, devices: int) -> tuple[int, int]:
     return (1, 1) if platform == "cpu" else (devices, 1)
 
 
-def start_platform(mesh_flag: str) -> None:
-    """Chooses the platform before jax starts: without an accelerator, the CPU as fsdp*tp virtual devices.
+def virtual_devices(mesh_size: int) -> int | None:
+    """A CPU's devices: those of the mesh; beside a mesh of one as many as jax was told, if it was, or one per core."""
+    if mesh_size > 1:
+        return mesh_size
+    told = getattr(jax.config, CPU_DEVICES) > 0 or HOST_DEVICES in os.environ.get("XLA_FLAGS", "")
+    return None if told else min(cores(), MOST_WORKERS)
 
-    Beside a mesh of one there are more of them, one per core: see `worker_mesh`.
-    """
+
+def start_platform(mesh_flag: str) -> None:
+    """Chooses the platform before jax starts: without an accelerator, the CPU as so many `virtual_devices`."""
     if getattr(jax.config, PLATFORMS) is None and not accelerator_present():
         jax.config.update(PLATFORMS, "cpu")
     if getattr(jax.config, PLATFORMS) == "cpu":
-        size = math.prod(mesh_sizes(mesh_flag, "cpu", 1))
-        jax.config.update("jax_num_cpu_devices", min(cores(), MOST_WORKERS) if size == 1 else size)
+        devices = virtual_devices(math.prod(mesh_sizes(mesh_flag, "cpu", 1)))
+        if devices:
+            jax.config.update(CPU_DEVICES, devices)
         # One CPU client runs programs one after another: with several virtual devices, concurrent
         # programs can starve each other's collectives of threads.
         jax.config.update("jax_cpu_enable_async_dispatch", False)

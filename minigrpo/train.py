@@ -47,7 +47,7 @@ from minigrpo.optimizer import TrainState, init_state, learning_rate
 from minigrpo.report import write_report
 from minigrpo.rewards import Reward, check_names, overlong_rewards, parse_rewards
 from minigrpo.rollout import Rollout
-from minigrpo.sharding import launch
+from minigrpo.sharding import launch, worker_mesh
 from minigrpo.start import TINY, Setup, check_lora, check_loss, check_quantize, set_up
 
 SECTIONS = (
@@ -320,8 +320,10 @@ def announce(job: Job, state: TrainState, folder: Path) -> None:
         values = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(section).items() if value is not None)
         sys.stderr.write(f"{(kind.__doc__ or '').lower()}: {values}\n")
     devices = job.setup.mesh.devices
+    workers = worker_mesh(job.setup.mesh, jax.local_device_count()).size
+    beside = f", {workers} for rollouts of small models" if workers > devices.size else ""
     sys.stderr.write(
-        f"mesh: fsdp={devices.shape[0]} tp={devices.shape[1]} of {devices.flat[0].device_kind} devices; "
+        f"mesh: fsdp={devices.shape[0]} tp={devices.shape[1]} of {devices.flat[0].device_kind} devices{beside}; "
         f"update in {job.trainer.parts} part{'s' * (job.trainer.parts > 1)}; run folder {folder}\n"
     )
     counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, job.frozen)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import subprocess
 import sys
 import types
@@ -291,7 +292,10 @@ def test_small_models_are_decoded_on_a_device_per_core(tiny_config, tiny_params,
     got = roll(tiny_config, tiny_params, spread_cpu=True)
     assert_same(got, plain)
     assert [mesh.size for mesh in used] == [6] and got.decode_steps < plain.decode_steps  # of 24 completions, 4 each
+    each = got.lengths.reshape(6, 4)
+    assert got.occupancy == pytest.approx(each.sum() / (4 * each.max(axis=1).sum()))
     roll(tiny_config, tiny_params)
+    roll(tiny_config, tiny_params, dataclasses.replace(OPTIONS, pool_pages=28), spread_cpu=True)
     assert len(used) == 1
 
 
@@ -311,17 +315,31 @@ def test_devices_that_rollouts_are_spread_over(tiny_config, mesh, weight_bytes, 
 
 
 START = """
+import os, sys
+if sys.argv[1] == "one":
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 import jax
-from minigrpo import sharding
+from minigrpo import generate, sharding
 sharding.start_platform("auto")
-print(sharding.make_mesh("auto").size, len(jax.devices()), min(sharding.cores(), sharding.MOST_WORKERS))
+print(sharding.make_mesh("auto").size, len(jax.devices()), int("orbax" in sys.modules))
 """
 
 
-def test_a_mesh_of_one_cpu_device_has_others_beside_it():
-    result = subprocess.run([sys.executable, "-c", START], cwd=ROOT, capture_output=True, text=True)
-    size, devices, wanted = map(int, result.stdout.split())
-    assert size == 1 and devices == wanted, result.stderr
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are counted by what Linux allows")
+@pytest.mark.parametrize(
+    ("cores", "told", "devices"),
+    [
+        ("all", {}, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0)),
+        ("one", {}, 1),
+        ("all", {"JAX_NUM_CPU_DEVICES": "3"}, 3),
+        ("one", {"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
+    ],
+)
+def test_a_mesh_of_one_cpu_device_has_others_beside_it(cores, told, devices):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | told
+    command = [sys.executable, "-c", START, cores]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.stdout.split() == ["1", str(devices), "0"], result.stderr
 
 
 def test_virtual_devices_read_the_same_weights():
