@@ -267,7 +267,9 @@ class StepOptions(Options):
 class RunOptions(Options):
     """Run"""
 
-    mesh: str = option("auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU")
+    mesh: str = option(
+        "auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU, where small models roll out on all cores"
+    )
     output_dir: str = option("auto", "run folder; auto is runs/ and the time")
     resume: bool = option(False, "continue the run in --output_dir from its newest complete checkpoint")
     save_steps: int = option(50, "steps between checkpoints; 0 keeps only the final one", low=0)
