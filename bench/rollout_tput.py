@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from train_step import matmul_rate, model_config, peak_mib, stop_tokens
 
 from minigrpo.config import Options, RolloutOptions, Settings, UsageError, option, parse_mesh, run_command
+from minigrpo.memory import held_bytes
 from minigrpo.model import ModelConfig, Params, abstract_params
 from minigrpo.rollout import Roller, Rollout, spread
 from minigrpo.sharding import check_divisible, make_mesh, start_platform
@@ -161,8 +162,8 @@ class Job:
         return roller(self.params, self.prompts, list(range(self.options.prompts)), self.options.generations, (0, step))
 
     def devices(self, roller: Roller) -> int:
-        """That the completions are decoded on."""
-        return roller.mesh_for(sum(x.nbytes for x in jax.tree.leaves(self.params)), self.completions).size
+        """How many the completions are decoded on."""
+        return roller.mesh_for(held_bytes(self.params), self.completions).size
 
     def completions_each(self, devices: int) -> int:
         """A device's completions, those included that an uneven split adds and that decode nothing."""
@@ -188,16 +189,15 @@ def make_job(options: BenchOptions) -> Job:
     )
 
 
-def occupancy_over_time(job: Job, step: int) -> list[float]:
+def occupancy_over_time(job: Job, devices: int, step: int) -> list[float]:
     """Share of a device's slots decoding, by tenths of all devices' steps; the rollout is run once more, untimed."""
+    total = job.completions_each(devices)
     shares: list[float] = []
 
     def watch(completions, positions, tokens):
         shares.append(float((np.asarray(completions) < total).sum()) / min(job.options.slots, total))
 
-    roller = job.roller(job.options.new_tokens, watch)
-    total = job.completions_each(job.devices(roller))
-    job.generate(roller, step)
+    job.generate(job.roller(job.options.new_tokens, watch), step)
     jax.effects_barrier()
     return [round(float(np.mean(part)), 3) for part in np.array_split(shares, 10) if len(part)]
 
@@ -233,6 +233,7 @@ def measure(options: BenchOptions) -> int:
     job = make_job(options)
     device, chips = job.mesh.devices.flat[0], job.mesh.size if jax.default_backend() != "cpu" else 1
     roller, prefiller = job.roller(options.new_tokens), job.roller(1)
+    devices = job.devices(roller)
     compile_seconds, _ = timed(lambda: job.generate(roller, 0))
     job.generate(prefiller, 0)
     turns = range(1, options.repeats + 1)
@@ -246,12 +247,12 @@ def measure(options: BenchOptions) -> int:
     reading, computing = limit_seconds(job, last, bandwidth, flop_rate)
     later, decoding = float(last.lengths.sum()) - job.completions, seconds - prefill_seconds
     share = reading * (1 - 1 / last.decode_steps) / decoding if later and decoding > 0 else None
-    over_time = occupancy_over_time(job, number + 1) if options.over_time else []
+    over_time = occupancy_over_time(job, devices, number + 1) if options.over_time else []
     report = {
         "bench": "rollout_tput",
         "jax": jax.__version__,
         "device": device.device_kind,
-        "devices": job.devices(roller),
+        "devices": devices,
         **dataclasses.asdict(options),
         "copy_gb_per_s": round(bandwidth / 1e9, 2),
         "matmul_gflop_per_s": round(flop_rate / 1e9, 1),

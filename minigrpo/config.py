@@ -268,7 +268,8 @@ class RunOptions(Options):
     """Run"""
 
     mesh: str = option(
-        "auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU, where small models roll out on all cores"
+        "auto",
+        "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU, where small models roll out on a device per core",
     )
     output_dir: str = option("auto", "run folder; auto is runs/ and the time")
     resume: bool = option(False, "continue the run in --output_dir from its newest complete checkpoint")

@@ -53,7 +53,7 @@ LEAST_BATCH, GPU_LEAST_BATCH = 4, 64
 CPU_HEAD_PARTS = 8
 """Parts of the vocabulary that the CPU's logits are computed by, where they divide it."""
 CACHED_BYTES = 24 << 20
-"""A CPU's caches hold weights of this size: then a virtual device per core decodes faster than all cores on one."""
+"""Weights that a CPU's caches hold, measured with 32 MB of them: a device per core decodes these faster than one."""
 WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
 """XLA on the CPU prefers vectors of 256 bits; attention's sums gain by 512 where the machine has them."""
 

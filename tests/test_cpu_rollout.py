@@ -17,11 +17,12 @@ from conftest import ROOT, mesh_of
 from minigrpo import grpo, losses, sharding
 from minigrpo import rollout as rollout_module
 from minigrpo.attention import attend_on, causal_attention
-from minigrpo.config import LossOptions, RolloutOptions, UsageError
+from minigrpo.config import LossOptions, RolloutOptions, UsageError, parse_flags
 from minigrpo.logprobs import Head
 from minigrpo.model import Fused, abstract_params, silu, unembed
 from minigrpo.rollout import CACHED_BYTES, LEAST_BATCH, WIDE_VECTORS, Roller, batch_sizes, shared_by_host, spread
 from minigrpo.sharding import Layout, by_sequence, put, replicated
+from minigrpo.start import Programs
 
 REAL = 250
 STOPS = (5, 9)
@@ -314,6 +315,12 @@ def test_devices_that_rollouts_are_spread_over(tiny_config, mesh, weight_bytes, 
     assert make_roller(tiny_config, mesh=mesh, spread_cpu=True).mesh_for(weight_bytes, completions).size == devices
 
 
+def test_runs_spread_the_rollouts_of_small_models(tiny_config):
+    graph = abstract_params(tiny_config)[0]
+    programs = Programs(parse_flags([], ()), tiny_config, graph, mesh_of(1, 1), jnp.float32, REAL, STOPS)
+    assert programs.roller(OPTIONS).mesh_for(1, 2 * LEAST_BATCH).size == 2
+
+
 START = """
 import os, sys
 if sys.argv[1] == "one":
@@ -336,7 +343,11 @@ print(sharding.make_mesh("auto").size, len(jax.devices()), int("orbax" in sys.mo
     ],
 )
 def test_a_mesh_of_one_cpu_device_has_others_beside_it(cores, told, devices):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | told
+    """And orbax, which takes time and memory, is not imported where no checkpoint is read."""
+    said = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
+    environment = (
+        {name: value for name, value in os.environ.items() if name not in said} | {"JAX_PLATFORMS": "cpu"} | told
+    )
     command = [sys.executable, "-c", START, cores]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.stdout.split() == ["1", str(devices), "0"], result.stderr
