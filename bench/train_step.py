@@ -60,7 +60,7 @@ class ShapeOptions(Options):
     generations: int = option(4, "completions per prompt", low=2)
     prompt_length: int = option(64, "tokens per prompt", low=2)
     new_tokens: int = option(128, "tokens per completion", low=1)
-    remat: str = option("attention", "what the backward pass recomputes", choices=("none", "dots", "attention", "full"))
+    remat: str = option("mlp", "what the backward pass recomputes", choices=tuple(grpo.CHECKPOINT_POLICIES))
     repeats: int = option(5, "timed steps after two warm-up steps; the median counts", low=1)
 
 

@@ -223,8 +223,9 @@ class OptimizerOptions(Options):
     max_grad_norm: float = option(0.1, "gradients are clipped to this global norm", above=0.0)
     remat: str = option(
         "full",
-        "what the backward pass recomputes: nothing, all but matrix products, all but attention, or whole layers",
-        choices=("none", "dots", "attention", "full"),
+        "what the backward pass recomputes: nothing; all but matrix products; all but attention and the MLP's inner "
+        "products; all but attention; or whole layers",
+        choices=("none", "dots", "mlp", "attention", "full"),
     )
 
 

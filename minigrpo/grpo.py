@@ -16,7 +16,7 @@ from minigrpo import losses
 from minigrpo.attention import ATTENTION, Rows, attend_on, stand_in_rows
 from minigrpo.config import LossOptions
 from minigrpo.logprobs import Head, completion_logprobs, logprobs_after
-from minigrpo.model import Params, join, unchanged
+from minigrpo.model import MLP, Params, join, unchanged
 from minigrpo.optimizer import TrainState, apply_gradients
 from minigrpo.sharding import Layout, by_sequence
 
@@ -33,6 +33,7 @@ SMALLEST_STEP = 16
 CHECKPOINT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "mlp": jax.checkpoint_policies.save_only_these_names(ATTENTION, MLP),
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
 }

@@ -35,7 +35,8 @@ def saved_bytes(programs: Programs, length: int) -> int:
     config = programs.config
     working = working_numbers(config)
     with_attention = config.hidden_size + config.num_attention_heads * config.head_dim
-    kept = {"none": working, "dots": working, "attention": with_attention, "full": config.hidden_size}
+    with_mlp = with_attention + 2 * config.intermediate_size
+    kept = {"none": working, "dots": working, "mlp": with_mlp, "attention": with_attention, "full": config.hidden_size}
     saved = kept[programs.settings[OptimizerOptions].remat]
     return length * programs.dtype.itemsize * config.num_hidden_layers * saved
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
@@ -361,6 +362,10 @@ class Attention(Projections):
         return self.project("o", out, dropout), carry
 
 
+MLP = "mlp"
+"""The name of the MLP's two inner products for rematerialisation policies."""
+
+
 def silu(x: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
     """x * sigmoid(x), by tanh: one transcendental, which XLA on the CPU handles twice as fast as 1 / (1 + exp(-x))."""
     return x * (0.5 + 0.5 * jnp.tanh(0.5 * x))
@@ -376,7 +381,8 @@ class Mlp(Projections):
         if fused.gated:
             gated = fused.gated(x[:, 0], self.array("gate"), self.array("up"))[:, None]
         else:
-            gated = silu(self.project("gate", x, dropout)) * self.project("up", x, dropout)
+            gate, up = (checkpoint_name(self.project(name, x, dropout), MLP) for name in ("gate", "up"))
+            gated = silu(gate) * up
         return self.project("down", gated, dropout)
 
 

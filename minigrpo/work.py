@@ -99,7 +99,8 @@ class Work:
     def update_flops(self, remat: str) -> float:
         """Forward, backward (twice the forward; attention 2.5 times) and what is recomputed."""
         layers, head, attention = self.score_flops()
-        again = {"none": 0, "dots": 0, "attention": 1, "full": 1}[remat]
+        inner = 2 * self.config.num_hidden_layers * self.config.hidden_size * self.config.intermediate_size
+        again = {"none": 0, "dots": 0, "mlp": 1 - inner / self.layer_weights, "attention": 1, "full": 1}[remat]
         return layers * (3 + again) + head * 4 + attention * (3.5 + (remat in ("dots", "full")))
 
     def rollout_flops(self) -> float:

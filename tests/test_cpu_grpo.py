@@ -264,14 +264,14 @@ def test_accumulation_gives_the_same_update(tiny_config, tiny_params, single, pa
     assert_close(grads, single[1])
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "attention"])
+@pytest.mark.parametrize("remat", ["none", "dots", "mlp", "attention"])
 def test_remat_policies_change_memory_not_numbers(tiny_config, tiny_params, single, remat):
     assert_close(
         one_update(tiny_config, tiny_params, batch=host_batch(2, old=True, ref=True), remat=remat)[1], single[1]
     )
 
 
-def test_remat_full_keeps_less_than_none(tiny_config, tiny_params):
+def test_remat_policies_keep_as_much_as_they_say(tiny_config, tiny_params):
     mesh = mesh_of(1, 1)
     config = dataclasses.replace(tiny_config, num_hidden_layers=8)
     batch = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.zeros((64, *x.shape[1:]), x.dtype), host_batch()))
@@ -282,7 +282,10 @@ def test_remat_full_keeps_less_than_none(tiny_config, tiny_params):
         state = jax.eval_shape(lambda p: grpo.TrainState(p, trainer.optimizer.init(p), jnp.int32(0)), params)
         return grpo.update.lower(trainer, state, batch, {}).compile().memory_analysis().temp_size_in_bytes
 
-    assert scratch("full") < 0.7 * scratch("none")
+    kept = {remat: scratch(remat) for remat in ("none", "mlp", "attention", "full")}
+    assert kept["full"] < kept["attention"] < kept["mlp"] < 0.5 * kept["none"]
+    inner = 2 * 4 * config.num_hidden_layers * config.intermediate_size * batch.tokens.size
+    assert kept["mlp"] - kept["attention"] == pytest.approx(inner, rel=0.1)
 
 
 def test_non_finite_gradients_skip_the_update(tiny_config, tiny_params):

@@ -239,5 +239,7 @@ def test_work_of_a_step_is_as_the_rules_of_thumb_say():
     matrices = work.update_flops("attention") - 3.5 / 4 * attention
     assert 1.25 < matrices / (6 * work.weights * tokens) < 1.36
     assert work.update_flops("full") - work.update_flops("attention") == pytest.approx(attention / 4)
+    gate_and_up = 4 * config.num_hidden_layers * config.hidden_size * config.intermediate_size * tokens
+    assert work.update_flops("attention") - work.update_flops("mlp") == pytest.approx(gate_and_up)
     assert work.kv_row * 2 == 114_688
     assert work.rollout_flops() < work.update_flops("full") / 3
