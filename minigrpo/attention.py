@@ -36,30 +36,34 @@ ATTENTION = "attention"
 class Rows:
     """The rows that attention sees, and how tokens stand there that lie on sheets, end to end: a shared one in several.
 
-    S sheets hold M tokens each, and R / S rows of T places belong to each. Without sheets, tokens lie as they stand.
+    S sheets hold M tokens each, and R / S rows of T places belong to each. Without sheets, tokens lie as they stand. A
+    token is a key and a value in each of its places, but a query in only one of them.
     """
 
     segments: Any  # int32 [R, T], the row's sequences from 1 on; 0 is padding
     tokens: Any = None  # int32 [R, T], the token of the sheet that stands there
     first: Any = None  # int32 [S, M], the first place of each token in its sheet's rows, end to end; past them if none
     others: Any = None  # int32 [S, Q, E], the other places of the sheet's first Q tokens; past the rows if none
+    asking: Any = None  # int32 [R, A], the tokens that are a row's queries; past the sheet if none
+    places: Any = None  # int32 [R, A], where in the row they stand
+    answers: Any = None  # int32 [S, M], each token's number among its sheet's queries; past them if none
 
 
 def attend_block(
-    first: Int[Array, ""],
+    places: Int[Array, "T"],
     q: Float[Array, "T N H"],
     k: Float[Array, "S K H"],
     v: Float[Array, "S K H"],
     segments: Int[Array, "S"] | None,
 ) -> Float[Array, "T N H"]:
-    """Attention of the queries at positions `first`.. to every position not after them, in the same segment."""
+    """Attention of the queries at `places` to every place not after them, in the same segment."""
     queries, heads, dim = q.shape
     keys, kv_heads = k.shape[:2]
     grouped = q.reshape(queries, kv_heads, -1, dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, dim)
     scores = jnp.einsum("KTH,SKH->KTS", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(dim)
-    visible = jnp.arange(keys) <= first + jnp.arange(queries)[:, None]
+    visible = jnp.arange(keys) <= places[:, None]
     if segments is not None:
-        visible &= segments[jnp.minimum(first + jnp.arange(queries), keys - 1)][:, None] == segments
+        visible &= segments[places][:, None] == segments
     scores = jnp.where(jnp.tile(visible, (heads // kv_heads, 1)), scores, HIDDEN)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     out = jnp.einsum("KTS,SKH->KTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -68,16 +72,24 @@ def attend_block(
 
 
 def attend_sequence(
-    q: Float[Array, "T N H"],
+    q: Float[Array, "A N H"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
     segments: Int[Array, "T"] | None = None,
-) -> Float[Array, "T N H"]:
-    """Softmax(q k^T / sqrt(H)) v under a causal mask, a block of queries at a time, scores recomputed backward."""
+    places: Int[Array, "A"] | None = None,
+) -> Float[Array, "A N H"]:
+    """Softmax(q k^T / sqrt(H)) v under a causal mask, a block of queries at a time, scores recomputed backward.
+
+    Queries stand at `places`, or each at its own.
+    """
     size = min(QUERY_BLOCK, len(q))
-    blocks = jnp.pad(q, ((0, -len(q) % size), (0, 0), (0, 0))).reshape(-1, size, *q.shape[1:])
-    block = jax.checkpoint(lambda first, queries: attend_block(first, queries, k, v, segments))
-    out = jax.lax.map(lambda args: block(*args), (jnp.arange(len(blocks)) * size, blocks))
+
+    def in_blocks(x):
+        return jnp.pad(x, [(0, -len(x) % size)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
+
+    block = jax.checkpoint(lambda places, queries: attend_block(places, queries, k, v, segments))
+    stand = jnp.arange(len(q)) if places is None else places
+    out = jax.lax.map(lambda args: block(*args), (in_blocks(stand), in_blocks(q)))
     return checkpoint_name(out.reshape(-1, *q.shape[1:])[: len(q)], ATTENTION)
 
 
@@ -151,20 +163,29 @@ def cudnn_attention(
 
 def causal_attention(
     platform: str,
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "B A N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"] | None = None,
-) -> Float[Array, "B T N H"]:
-    """Causal attention of every row, within its segments: fused on TPU and GPU; on the CPU a few rows at a time."""
+    places: Int[Array, "B A"] | None = None,
+) -> Float[Array, "B A N H"]:
+    """Causal attention of every row, within its segments: fused on TPU and GPU; on the CPU a few rows at a time.
+
+    Queries stand at `places`; where it is fused, and without `places`, each at its own.
+    """
     if platform == "tpu":
         return splash_attention(q, k, v, segments)
     if platform == "gpu" and fused_on_gpu(q.shape[3], q.dtype.itemsize):
         return cudnn_attention(q, k, v, segments)
     if platform == "cpu":
         rows = math.gcd(len(q), CPU_ROWS)
-        return jax.lax.map(lambda row: attend_sequence(*row), (q, k, v, segments), batch_size=rows)
-    return jax.vmap(attend_sequence)(q, k, v, segments)
+        return jax.lax.map(lambda row: attend_sequence(*row), (q, k, v, segments, places), batch_size=rows)
+    return jax.vmap(attend_sequence)(q, k, v, segments, places)
+
+
+def any_place(platform: str) -> bool:
+    """Whether a row's queries may be fewer than its keys, and at any places."""
+    return platform == "cpu"
 
 
 def read(x: Float[Array, "M N H"], places: Int[Array, "*P"]) -> Float[Array, "*P N H"]:
@@ -193,27 +214,29 @@ to_rows.defvjp(to_rows_forward, to_rows_backward)
 
 
 @jax.custom_vjp
-def from_rows(x: Float[Array, "R T N H"], rows: Rows) -> Float[Array, "M N H"]:
-    """What stands in the first of each token's places; 0 for one that has none."""
-    return read(x.reshape(-1, *x.shape[2:]), rows.first[0])
+def move(x: Float[Array, "P N H"], places: Int[Array, "*Q"], back: Int[Array, "P"]) -> Float[Array, "*Q N H"]:
+    """x at `places`, 0 past its end. Each entry of x goes to one place, which `back` names, or to none."""
+    return read(x, places)
 
 
-def from_rows_forward(x, rows):
-    return from_rows(x, rows), rows
+def move_forward(x, places, back):
+    return read(x, places), back
 
 
-def from_rows_backward(rows, cotangent):
-    is_first = rows.first[0][rows.tokens] == jnp.arange(rows.tokens.size).reshape(rows.tokens.shape)
-    return jnp.where(is_first[:, :, None, None], cotangent[rows.tokens], 0), None
+def move_backward(back, cotangent):
+    return read(cotangent.reshape(-1, *cotangent.shape[-2:]), back), None, None
 
 
-from_rows.defvjp(from_rows_forward, from_rows_backward)
+move.defvjp(move_forward, move_backward)
 
 
 def sheet_attention(platform: str, q: Array, k: Array, v: Array, rows: Rows) -> Array:
     """Attention of one sheet's tokens, in lines [l, T, ...], every sequence in its row."""
-    q_rows, k_rows, v_rows = (to_rows(x.reshape(-1, *x.shape[2:]), rows) for x in (q, k, v))
-    return from_rows(causal_attention(platform, q_rows, k_rows, v_rows, rows.segments), rows).reshape(q.shape)
+    k_rows, v_rows = (to_rows(x.reshape(-1, *x.shape[2:]), rows) for x in (k, v))
+    asking, answers = rows.asking, rows.answers[0]
+    asked = move(q.reshape(-1, *q.shape[2:]), asking, answers)
+    out = causal_attention(platform, asked, k_rows, v_rows, rows.segments, rows.places)
+    return move(out.reshape(-1, *q.shape[2:]), answers, asking.reshape(-1)).reshape(q.shape)
 
 
 def attend_rows(platform: str, q: Array, k: Array, v: Array, rows: Rows | None) -> Array:

@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from minigrpo.attention import Rows
-from minigrpo.grpo import Batch, Packed, pad_rows
+from minigrpo.attention import Rows, any_place
+from minigrpo.grpo import Batch, Packed, bucket, pad_rows
 from minigrpo.sharding import by_sequence, put
 
 MOST_IN_A_ROW = 8
@@ -191,6 +191,40 @@ def find_places(
     others[token[copy > 0], copy[copy > 0] - 1] = used[copy > 0]
 
 
+def in_turn(rows: Rows) -> Int[np.ndarray, "S M"]:
+    """One of each token's places, each of a shared one's in turn, so that no row has all queries of its prompts."""
+    chosen, nowhere = rows.first.copy(), rows.segments.size // len(rows.first)
+    copies = 1 + (rows.others < nowhere).sum(axis=2)
+    copy = np.arange(copies.shape[1]) % copies
+    other = np.take_along_axis(rows.others, np.maximum(copy - 1, 0)[:, :, None], axis=2)[:, :, 0]
+    chosen[:, : copies.shape[1]] = np.where(copy > 0, other, chosen[:, : copies.shape[1]])
+    return chosen
+
+
+def with_queries(rows: Rows, anywhere: bool) -> Rows:
+    """Rows with a query for every token: in its first place, each place having its own, or as few as go `anywhere`."""
+    sheets, tokens = rows.first.shape
+    width = rows.segments.shape[1]
+    stands = in_turn(rows) if anywhere else rows.first
+    sheet, token = np.nonzero(stands < rows.segments.size // sheets)
+    row, place = np.divmod(stands[sheet, token], width)
+    row += sheet * (len(rows.segments) // sheets)
+    order = np.lexsort((place, row))
+    sheet, token, row, place = (x[order] for x in (sheet, token, row, place))
+    number, most = place, width
+    if anywhere:
+        number = np.arange(len(row)) - np.searchsorted(row, row)
+        most = bucket(int(number.max(initial=0)) + 1, width)
+    asking, places = (
+        np.full((len(rows.segments), most), tokens, np.int32),
+        np.zeros((len(rows.segments), most), np.int32),
+    )
+    answers = np.full((sheets, tokens), asking.size // sheets, np.int32)
+    asking[row, number], places[row, number] = token, place
+    answers[sheet, token] = (row * most + number) % (asking.size // sheets)
+    return dataclasses.replace(rows, asking=asking, places=places, answers=answers)
+
+
 def lay_end_to_end(shared: int | None, prompt: int, completion: int, at: int) -> tuple[Int[np.ndarray, "n"], int]:
     """Where a sequence's tokens lie if its own begin `at`, and where the next begin; `shared` is its prompt's place."""
     if shared is None:
@@ -267,6 +301,16 @@ ARRANGEMENTS: dict[str, Callable[[Batch, int, int], Batch]] = {
 """How an update's sequences lie: a row each, several in a row, or on sheets with shared prompts once."""
 
 
+def lay_out(mesh: Mesh, batch: Batch, parts: int, arrangement: str) -> Batch:
+    """A host's batch as the mesh computes it in `parts`."""
+    laid_out = ARRANGEMENTS[arrangement](batch, mesh.size, parts)
+    packed = laid_out.packed
+    if packed is None or packed.rows.tokens is None:
+        return laid_out
+    rows = with_queries(packed.rows, any_place(mesh.devices.flat[0].platform))
+    return dataclasses.replace(laid_out, packed=dataclasses.replace(packed, rows=rows))
+
+
 def place_batch(mesh: Mesh, batch: Batch, parts: int, arrangement: str) -> Batch:
-    """A host's batch on the mesh as it is computed in `parts`."""
-    return put(mesh, ARRANGEMENTS[arrangement](batch, mesh.size, parts), by_sequence(mesh))
+    """The same on the mesh."""
+    return put(mesh, lay_out(mesh, batch, parts, arrangement), by_sequence(mesh))

@@ -42,7 +42,7 @@ from minigrpo.config import (
 from minigrpo.lora import make_lora
 from minigrpo.model import ModelConfig, abstract_params, join, parse_config, read_config, split_trained
 from minigrpo.optimizer import TrainState
-from minigrpo.packing import ARRANGEMENTS
+from minigrpo.packing import lay_out
 from minigrpo.rollout import RolloutPlan, decode_weights, least_pages, num_pages, rollout_program, spread
 from minigrpo.sharding import arrange, by_sequence, check_divisible, replicated
 from minigrpo.sources import placed
@@ -196,7 +196,7 @@ def placed_batch(programs: Programs, trainer: grpo.Trainer, rows: int) -> grpo.B
         advantages=np.zeros(rows, np.float32),
         rollout_logprobs=np.zeros((rows, completion), np.float32),
     )
-    batch = ARRANGEMENTS[programs.arrangement](full, programs.mesh.size, trainer.parts)
+    batch = lay_out(programs.mesh, full, trainer.parts, programs.arrangement)
     sharding = by_sequence(programs.mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import mesh_of, place
 from test_cpu_grpo import assert_close, host_batch, make_trainer
 
-from minigrpo import grpo
+from minigrpo import grpo, packing
 from minigrpo.attention import attend_sequence, splash_attention
 from minigrpo.config import LossOptions, StepOptions, parse_flags
 from minigrpo.model import Lora, abstract_params
@@ -18,11 +18,13 @@ from minigrpo.packing import (
     ARRANGEMENTS,
     MOST_IN_A_ROW,
     deal,
+    lay_out,
     pack,
     place_batch,
     rows_per_part,
     sequences_in,
     tokens_of,
+    with_queries,
 )
 from minigrpo.start import Programs
 
@@ -110,6 +112,31 @@ def test_a_sheet_holds_each_prompt_once_and_knows_where_each_token_stands(device
         assert len({token for token, _ in standing}) == sum(map(len, prompts)) + batch.completion_lengths[own].sum()
 
 
+@pytest.mark.parametrize("anywhere", [False, True])
+@pytest.mark.parametrize("devices,parts,group", LAYOUTS)
+def test_every_token_is_a_query_once(devices, parts, group, anywhere):
+    rows = with_queries(pack(random_batch(4, 64, group), devices, parts, share=True).packed.rows, anywhere)
+    sheets, tokens = rows.answers.shape
+    width, most = rows.segments.shape[1], rows.asking.shape[1]
+    assert most == width or anywhere
+    by_sheet = [x.reshape(sheets, -1, x.shape[1]) for x in (rows.segments, rows.tokens, rows.asking, rows.places)]
+    for sheet, (segments, stands, asking, places) in enumerate(zip(*by_sheet, strict=True)):
+        row, number = np.nonzero(asking < tokens)
+        place, token = places[row, number], asking[row, number]
+        assert (segments[row, place] > 0).all() and (stands[row, place] == token).all()
+        assert sorted(token) == sorted(set(stands[segments > 0].tolist()))
+        assert (rows.answers[sheet, token] == row * most + number).all()
+        assert (np.delete(rows.answers[sheet], token) == asking.size).all()
+        assert anywhere or (place == number).all()
+
+
+def test_rows_share_the_queries_of_their_prompt():
+    full = grpo.assemble([[1 + row // 8] * 24 for row in range(64)], np.full((64, 40), 3), np.full(64, 40), (24, 40))
+    rows = with_queries(pack(full, 1, 1, share=True).packed.rows, anywhere=True)
+    assert ((rows.asking < rows.answers.shape[1]).sum(axis=1) == 40 + 24 // 8).all()
+    assert rows.asking.shape == (64, 48)  # 43, and a multiple of 16
+
+
 @pytest.mark.parametrize(
     ("platform", "flags", "dropout", "arrangement"),
     [
@@ -162,7 +189,7 @@ def test_few_shapes_are_ever_compiled():
         completions = rng.integers(1, 200, (64, 256)).astype(np.int32)
         batch = grpo.assemble([prompts[row // 8] for row in range(64)], completions, lengths, (128, 256))
         for name, found in shapes.items():
-            found.add(tuple(x.shape for x in jax.tree.leaves(ARRANGEMENTS[name](batch, 8, 1))))
+            found.add(tuple(x.shape for x in jax.tree.leaves(lay_out(mesh_of(8, 1), batch, 1, name))))
     assert len(shapes["sheets"]) <= 4 * len(shapes["rows"]) <= 32
 
 
@@ -234,7 +261,9 @@ def shared_batch(old=False, ref=False):
     "mesh,parts,loss",
     [((1, 1), 1, "gspo"), ((1, 1), 2, "grpo"), ((1, 1), 4, "left_out"), ((2, 1), 2, "gspo"), ((4, 2), 1, "grpo")],
 )
-def test_packing_gives_the_same_update(tiny_config, tiny_params, mesh, parts, loss):
+@pytest.mark.parametrize("anywhere", [True, False])
+def test_packing_gives_the_same_update(monkeypatch, tiny_config, tiny_params, mesh, parts, loss, anywhere):
+    monkeypatch.setattr(packing, "any_place", lambda platform: anywhere)
     batch, device_mesh = shared_batch(old=True, ref=True), mesh_of(*mesh)
     if loss == "left_out":
         batch = dataclasses.replace(batch, left_out=np.arange(8) % 3 == 0)
