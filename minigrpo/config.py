@@ -223,8 +223,8 @@ class OptimizerOptions(Options):
     max_grad_norm: float = option(0.1, "gradients are clipped to this global norm", above=0.0)
     remat: str = option(
         "full",
-        "what the backward pass recomputes: nothing; all but matrix products; all but attention and the MLP's inner "
-        "products; all but attention; or whole layers",
+        "what the backward pass recomputes: nothing, all but products, all but attention with gate and up, "
+        "all but attention, or whole layers",
         choices=("none", "dots", "mlp", "attention", "full"),
     )
 
