@@ -44,9 +44,9 @@ class Rows:
     tokens: Any = None  # int32 [R, T], the token of the sheet that stands there
     first: Any = None  # int32 [S, M], the first place of each token in its sheet's rows, end to end; past them if none
     others: Any = None  # int32 [S, Q, E], the other places of the sheet's first Q tokens; past the rows if none
-    asking: Any = None  # int32 [R, A], the tokens that are a row's queries; past the sheet if none
-    places: Any = None  # int32 [R, A], where in the row they stand
-    answers: Any = None  # int32 [S, M], each token's number among its sheet's queries; past them if none
+    query_tokens: Any = None  # int32 [R, A], the tokens that are a row's queries; past the sheet if none
+    query_places: Any = None  # int32 [R, A], where in the row they stand
+    query_numbers: Any = None  # int32 [S, M], each token's number among its sheet's queries; past them if none
 
 
 def attend_block(
@@ -72,12 +72,12 @@ def attend_block(
 
 
 def attend_sequence(
-    q: Float[Array, "A N H"],
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
-    segments: Int[Array, "T"] | None = None,
-    places: Int[Array, "A"] | None = None,
-) -> Float[Array, "A N H"]:
+    q: Float[Array, "T N H"],
+    k: Float[Array, "S K H"],
+    v: Float[Array, "S K H"],
+    segments: Int[Array, "S"] | None = None,
+    places: Int[Array, "T"] | None = None,
+) -> Float[Array, "T N H"]:
     """Softmax(q k^T / sqrt(H)) v under a causal mask, a block of queries at a time, scores recomputed backward.
 
     Queries stand at `places`, or each at its own.
@@ -88,8 +88,8 @@ def attend_sequence(
         return jnp.pad(x, [(0, -len(x) % size)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
 
     block = jax.checkpoint(lambda places, queries: attend_block(places, queries, k, v, segments))
-    stand = jnp.arange(len(q)) if places is None else places
-    out = jax.lax.map(lambda args: block(*args), (in_blocks(stand), in_blocks(q)))
+    places = jnp.arange(len(q)) if places is None else places
+    out = jax.lax.map(lambda args: block(*args), (in_blocks(places), in_blocks(q)))
     return checkpoint_name(out.reshape(-1, *q.shape[1:])[: len(q)], ATTENTION)
 
 
@@ -163,12 +163,12 @@ def cudnn_attention(
 
 def causal_attention(
     platform: str,
-    q: Float[Array, "B A N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    segments: Int[Array, "B T"] | None = None,
-    places: Int[Array, "B A"] | None = None,
-) -> Float[Array, "B A N H"]:
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    segments: Int[Array, "B S"] | None = None,
+    places: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T N H"]:
     """Causal attention of every row, within its segments: fused on TPU and GPU; on the CPU a few rows at a time.
 
     Queries stand at `places`; where it is fused, and without `places`, each at its own.
@@ -214,7 +214,7 @@ to_rows.defvjp(to_rows_forward, to_rows_backward)
 
 
 @jax.custom_vjp
-def move(x: Float[Array, "P N H"], places: Int[Array, "*Q"], back: Int[Array, "P"]) -> Float[Array, "*Q N H"]:
+def move(x: Float[Array, "M N H"], places: Int[Array, "*P"], back: Int[Array, "M"]) -> Float[Array, "*P N H"]:
     """x at `places`, 0 past its end. Each entry of x goes to one place, which `back` names, or to none."""
     return read(x, places)
 
@@ -233,10 +233,10 @@ move.defvjp(move_forward, move_backward)
 def sheet_attention(platform: str, q: Array, k: Array, v: Array, rows: Rows) -> Array:
     """Attention of one sheet's tokens, in lines [l, T, ...], every sequence in its row."""
     k_rows, v_rows = (to_rows(x.reshape(-1, *x.shape[2:]), rows) for x in (k, v))
-    asking, answers = rows.asking, rows.answers[0]
-    asked = move(q.reshape(-1, *q.shape[2:]), asking, answers)
-    out = causal_attention(platform, asked, k_rows, v_rows, rows.segments, rows.places)
-    return move(out.reshape(-1, *q.shape[2:]), answers, asking.reshape(-1)).reshape(q.shape)
+    tokens, numbers = rows.query_tokens, rows.query_numbers[0]
+    queries = move(q.reshape(-1, *q.shape[2:]), tokens, numbers)
+    out = causal_attention(platform, queries, k_rows, v_rows, rows.segments, rows.query_places)
+    return move(out.reshape(-1, *q.shape[2:]), numbers, tokens.reshape(-1)).reshape(q.shape)
 
 
 def attend_rows(platform: str, q: Array, k: Array, v: Array, rows: Rows | None) -> Array:

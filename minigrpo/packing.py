@@ -192,7 +192,7 @@ def find_places(
 
 
 def in_turn(rows: Rows) -> Int[np.ndarray, "S M"]:
-    """One of each token's places, each of a shared one's in turn, so that no row has all queries of its prompts."""
+    """One of each token's places, of a shared one's each in turn, so that rows share the queries of their prompts."""
     chosen, nowhere = rows.first.copy(), rows.segments.size // len(rows.first)
     copies = 1 + (rows.others < nowhere).sum(axis=2)
     copy = np.arange(copies.shape[1]) % copies
@@ -201,28 +201,30 @@ def in_turn(rows: Rows) -> Int[np.ndarray, "S M"]:
     return chosen
 
 
+def numbered(row: Int[np.ndarray, "N"], place: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
+    """Each query's number among those of its row, in the order of their places."""
+    order = np.lexsort((place, row))
+    number = np.empty_like(order)
+    number[order] = np.arange(len(row)) - np.searchsorted(row[order], row[order])
+    return number
+
+
 def with_queries(rows: Rows, anywhere: bool) -> Rows:
-    """Rows with a query for every token: in its first place, each place having its own, or as few as go `anywhere`."""
-    sheets, tokens = rows.first.shape
-    width = rows.segments.shape[1]
+    """Rows with a query for every token: in the token's first place, or `anywhere`, so that a row has few queries."""
+    (sheets, tokens), (count, width) = rows.first.shape, rows.segments.shape
     stands = in_turn(rows) if anywhere else rows.first
     sheet, token = np.nonzero(stands < rows.segments.size // sheets)
     row, place = np.divmod(stands[sheet, token], width)
-    row += sheet * (len(rows.segments) // sheets)
-    order = np.lexsort((place, row))
-    sheet, token, row, place = (x[order] for x in (sheet, token, row, place))
-    number, most = place, width
-    if anywhere:
-        number = np.arange(len(row)) - np.searchsorted(row, row)
-        most = bucket(int(number.max(initial=0)) + 1, width)
-    asking, places = (
-        np.full((len(rows.segments), most), tokens, np.int32),
-        np.zeros((len(rows.segments), most), np.int32),
-    )
-    answers = np.full((sheets, tokens), asking.size // sheets, np.int32)
-    asking[row, number], places[row, number] = token, place
-    answers[sheet, token] = (row * most + number) % (asking.size // sheets)
-    return dataclasses.replace(rows, asking=asking, places=places, answers=answers)
+    row += sheet * (count // sheets)
+    number = numbered(row, place) if anywhere else place
+    most = bucket(int(number.max(initial=0)) + 1, width) if anywhere else width
+    query_tokens = np.full((count, most), tokens, np.int32)
+    query_places = np.zeros((count, most), np.int32)
+    query_numbers = np.full((sheets, tokens), count // sheets * most, np.int32)
+    query_tokens[row, number] = token
+    query_places[row, number] = place
+    query_numbers[sheet, token] = row % (count // sheets) * most + number
+    return dataclasses.replace(rows, query_tokens=query_tokens, query_places=query_places, query_numbers=query_numbers)
 
 
 def lay_end_to_end(shared: int | None, prompt: int, completion: int, at: int) -> tuple[Int[np.ndarray, "n"], int]:

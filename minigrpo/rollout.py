@@ -49,7 +49,7 @@ PREFILL_ROWS = 8
 TAIL_SHRINK = 4
 """When no completion waits, the batch shrinks by this factor each time the running ones fit. Every size is compiled."""
 LEAST_BATCH, GPU_LEAST_BATCH = 4, 64
-"""No batch is shrunk or split into fewer: on a GPU each size is another program of unrolled layers."""
+"""No batch is split into fewer, or shrunk by half or less: each size is compiled, on a GPU with its layers unrolled."""
 CPU_HEAD_PARTS = 8
 """Parts of the vocabulary that the CPU's logits are computed by, where they divide it."""
 CACHED_BYTES = 24 << 20
@@ -420,8 +420,8 @@ def shrink(state: State, size: int) -> State:
 def batch_sizes(slots: int, least: int) -> list[int]:
     """64, 4 -> [64, 16, 4]: the batch's size at first and in the tail; 32, 4 -> [32, 8], as half of 8 saves little."""
     sizes = [slots]
-    while sizes[-1] >= least * TAIL_SHRINK:
-        sizes.append(-(-sizes[-1] // TAIL_SHRINK))
+    while sizes[-1] > 2 * least:
+        sizes.append(max(least, -(-sizes[-1] // TAIL_SHRINK)))
     return sizes
 
 

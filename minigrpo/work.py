@@ -56,7 +56,7 @@ class Work:
     prompt: int
     completion: int
     shared: bool = False
-    """An update's layers take each prompt once, and not with each of its completions."""
+    """An update's layers take each prompt once, and not with each of its completions, as attention is counted."""
 
     @property
     def layer_weights(self) -> int:

@@ -11,11 +11,13 @@ import pytest
 from conftest import mesh_of, place
 
 from minigrpo import grpo, losses
-from minigrpo.config import LossOptions, OptimizerOptions, UsageError
+from minigrpo.config import LossOptions, OptimizerOptions, UsageError, parse_flags
 from minigrpo.logprobs import Head
+from minigrpo.memory import saved_bytes
 from minigrpo.model import abstract_params
 from minigrpo.optimizer import decayed, init_state, learning_rate, make_optimizer
 from minigrpo.sharding import Layout, by_sequence, put
+from minigrpo.start import Programs
 
 REAL = 250
 LENGTHS = np.array([5, 1, 8, 3, 8, 2, 7, 4], np.int32)
@@ -286,6 +288,18 @@ def test_remat_policies_keep_as_much_as_they_say(tiny_config, tiny_params):
     assert kept["full"] < kept["attention"] < kept["mlp"] < 0.5 * kept["none"]
     inner = 2 * 4 * config.num_hidden_layers * config.intermediate_size * batch.tokens.size
     assert kept["mlp"] - kept["attention"] == pytest.approx(inner, rel=0.1)
+
+
+def test_saved_bytes_are_those_that_the_policy_names(tiny_config):
+    def saved(remat):
+        settings = parse_flags([f"--remat={remat}"], (OptimizerOptions,))
+        graph = abstract_params(tiny_config)[0]
+        return saved_bytes(Programs(settings, tiny_config, graph, mesh_of(1, 1), jnp.dtype("float32"), 200, (0,)), 10)
+
+    numbers = 10 * 4 * tiny_config.num_hidden_layers
+    assert saved("full") == numbers * tiny_config.hidden_size
+    assert saved("attention") - saved("full") == numbers * tiny_config.num_attention_heads * tiny_config.head_dim
+    assert saved("mlp") - saved("attention") == numbers * 2 * tiny_config.intermediate_size
 
 
 def test_non_finite_gradients_skip_the_update(tiny_config, tiny_params):

@@ -10,7 +10,7 @@ from conftest import mesh_of, place
 from test_cpu_grpo import assert_close, host_batch, make_trainer
 
 from minigrpo import grpo, packing
-from minigrpo.attention import attend_sequence, splash_attention
+from minigrpo.attention import any_place, attend_sequence, splash_attention
 from minigrpo.config import LossOptions, StepOptions, parse_flags
 from minigrpo.model import Lora, abstract_params
 from minigrpo.optimizer import init_state
@@ -116,25 +116,28 @@ def test_a_sheet_holds_each_prompt_once_and_knows_where_each_token_stands(device
 @pytest.mark.parametrize("devices,parts,group", LAYOUTS)
 def test_every_token_is_a_query_once(devices, parts, group, anywhere):
     rows = with_queries(pack(random_batch(4, 64, group), devices, parts, share=True).packed.rows, anywhere)
-    sheets, tokens = rows.answers.shape
-    width, most = rows.segments.shape[1], rows.asking.shape[1]
+    sheets, tokens = rows.query_numbers.shape
+    width, most = rows.segments.shape[1], rows.query_tokens.shape[1]
     assert most == width or anywhere
-    by_sheet = [x.reshape(sheets, -1, x.shape[1]) for x in (rows.segments, rows.tokens, rows.asking, rows.places)]
+    by_sheet = [
+        x.reshape(sheets, -1, x.shape[1]) for x in (rows.segments, rows.tokens, rows.query_tokens, rows.query_places)
+    ]
     for sheet, (segments, stands, asking, places) in enumerate(zip(*by_sheet, strict=True)):
         row, number = np.nonzero(asking < tokens)
         place, token = places[row, number], asking[row, number]
         assert (segments[row, place] > 0).all() and (stands[row, place] == token).all()
         assert sorted(token) == sorted(set(stands[segments > 0].tolist()))
-        assert (rows.answers[sheet, token] == row * most + number).all()
-        assert (np.delete(rows.answers[sheet], token) == asking.size).all()
+        assert (rows.query_numbers[sheet, token] == row * most + number).all()
+        assert (np.delete(rows.query_numbers[sheet], token) == asking.size).all()
         assert anywhere or (place == number).all()
 
 
 def test_rows_share_the_queries_of_their_prompt():
     full = grpo.assemble([[1 + row // 8] * 24 for row in range(64)], np.full((64, 40), 3), np.full(64, 40), (24, 40))
-    rows = with_queries(pack(full, 1, 1, share=True).packed.rows, anywhere=True)
-    assert ((rows.asking < rows.answers.shape[1]).sum(axis=1) == 40 + 24 // 8).all()
-    assert rows.asking.shape == (64, 48)  # 43, and a multiple of 16
+    assert [any_place(platform) for platform in ("cpu", "gpu", "tpu")] == [True, False, False]
+    rows = lay_out(mesh_of(1, 1), full, 1, "sheets").packed.rows
+    assert ((rows.query_tokens < rows.query_numbers.shape[1]).sum(axis=1) == 40 + 24 // 8).all()
+    assert rows.query_tokens.shape == (64, 48)  # 43, and a multiple of 16
 
 
 @pytest.mark.parametrize(
@@ -181,7 +184,7 @@ def test_groups_are_dealt_largest_first_and_in_parts_where_whole_ones_leave_devi
 
 
 def test_few_shapes_are_ever_compiled():
-    """25 in 50 batches, 7 of them in rows; with sheets of any size they would be 50."""
+    """26 in 50 batches, 7 of them in rows; with sheets of any size they would be 50."""
     rng, shapes = np.random.default_rng(0), {"rows": set(), "sheets": set()}
     for _ in range(50):
         prompts = [rng.integers(1, 200, rng.integers(32, 129)).tolist() for _ in range(8)]
@@ -227,6 +230,9 @@ def test_attention_stays_within_segments():
         own = slice(start, start + size)
         np.testing.assert_allclose(got[own], attend_sequence(q[own], k[own], v[own]), atol=2e-6)
         start += size
+    for count in (90, 300):  # in one block of queries and in two
+        places = jnp.asarray(np.sort(rng.permutation(320)[:count]))
+        np.testing.assert_allclose(attend_sequence(q[places], k, v, segments, places), got[places], atol=2e-6)
     kv = (jnp.repeat(x, 2, axis=1)[None] for x in (k, v))
     kernel = splash_attention(q[None], *kv, segments[None], interpret=True)[0]
     np.testing.assert_allclose(kernel[:start], got[:start], atol=2e-5)

@@ -374,5 +374,6 @@ def test_groups_split_over_devices_or_rows_are_added():
 
 
 def test_the_batch_shrinks_in_the_tail():
-    assert batch_sizes(64, 4) == [64, 16, 4] and batch_sizes(3, 4) == [3] and batch_sizes(15, 4) == [15]
-    assert batch_sizes(18, 4) == [18, 5] and batch_sizes(32, 4) == [32, 8] and batch_sizes(64, 64) == [64]
+    assert batch_sizes(64, 4) == [64, 16, 4] and batch_sizes(3, 4) == [3] and batch_sizes(10, 4) == [10, 4]
+    assert batch_sizes(8, 4) == [8] and batch_sizes(32, 4) == [32, 8] and batch_sizes(18, 4) == [18, 5]
+    assert batch_sizes(64, 64) == [64] and batch_sizes(200, 64) == [200, 64]
