@@ -13,6 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from minigrpo.logprobs import in_chunks
 from minigrpo.model import Attend
 from minigrpo.sharding import DATA
 
@@ -82,14 +83,9 @@ def attend_sequence(
 
     Queries stand at `places`, or each at its own.
     """
-    size = min(QUERY_BLOCK, len(q))
-
-    def in_blocks(x):
-        return jnp.pad(x, [(0, -len(x) % size)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
-
-    block = jax.checkpoint(lambda places, queries: attend_block(places, queries, k, v, segments))
     places = jnp.arange(len(q)) if places is None else places
-    out = jax.lax.map(lambda args: block(*args), (in_blocks(places), in_blocks(q)))
+    block = jax.checkpoint(lambda places, queries: attend_block(places, queries, k, v, segments))
+    out = jax.lax.map(lambda args: block(*args), in_chunks(min(QUERY_BLOCK, len(q)), (places, q)))
     return checkpoint_name(out.reshape(-1, *q.shape[1:])[: len(q)], ATTENTION)
 
 

@@ -57,6 +57,9 @@ PROJECTIONS = {
 }
 """A layer's matrices -> dims of what goes in and of what comes out."""
 
+MLP = "mlp"
+"""The name of the MLP's two inner products for rematerialisation policies."""
+
 for matrix, (ins, outs) in PROJECTIONS.items():
     DIMS |= {f"{matrix}_lora_a": f"L{ins}R", f"{matrix}_lora_b": f"LR{outs}", f"{matrix}_scale": f"L{outs}"}
 
@@ -360,10 +363,6 @@ class Attention(Projections):
         made = self.fused_heads(fused.heads, x, angles) if fused.heads else self.rotated_heads(x, angles, dropout)
         out, carry = attend(layer, *made, carry)
         return self.project("o", out, dropout), carry
-
-
-MLP = "mlp"
-"""The name of the MLP's two inner products for rematerialisation policies."""
 
 
 def silu(x: Float[Array, "*B F"]) -> Float[Array, "*B F"]:

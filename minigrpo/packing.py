@@ -176,6 +176,11 @@ class Sheet:
         return starts
 
 
+def counted(numbers: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
+    """0, 1 ... for each run of equal ones among sorted numbers."""
+    return np.arange(len(numbers)) - np.searchsorted(numbers, numbers)
+
+
 def find_places(
     places: Int[np.ndarray, "r T"],
     segments: Int[np.ndarray, "r T"],
@@ -186,7 +191,7 @@ def find_places(
     used = np.flatnonzero(segments)
     used = used[np.argsort(places.reshape(-1)[used], kind="stable")]
     token = places.reshape(-1)[used]
-    copy = np.arange(len(token)) - np.searchsorted(token, token)  # 0 for the first place of a token
+    copy = counted(token)
     first[token[copy == 0]] = used[copy == 0]
     others[token[copy > 0], copy[copy > 0] - 1] = used[copy > 0]
 
@@ -201,29 +206,23 @@ def in_turn(rows: Rows) -> Int[np.ndarray, "S M"]:
     return chosen
 
 
-def numbered(row: Int[np.ndarray, "N"], place: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
-    """Each query's number among those of its row, in the order of their places."""
-    order = np.lexsort((place, row))
-    number = np.empty_like(order)
-    number[order] = np.arange(len(row)) - np.searchsorted(row[order], row[order])
-    return number
-
-
 def with_queries(rows: Rows, anywhere: bool) -> Rows:
     """Rows with a query for every token: in the token's first place, or `anywhere`, so that a row has few queries."""
     (sheets, tokens), (count, width) = rows.first.shape, rows.segments.shape
-    stands = in_turn(rows) if anywhere else rows.first
-    sheet, token = np.nonzero(stands < rows.segments.size // sheets)
-    row, place = np.divmod(stands[sheet, token], width)
-    row += sheet * (count // sheets)
-    number = numbered(row, place) if anywhere else place
+    own, stands = count // sheets, in_turn(rows) if anywhere else rows.first
+    sheet, token = np.nonzero(stands < own * width)
+    stands = sheet * own * width + stands[sheet, token]  # in all rows, end to end
+    order = np.argsort(stands)
+    sheet, token = sheet[order], token[order]
+    row, place = np.divmod(stands[order], width)
+    number = counted(row) if anywhere else place
     most = bucket(int(number.max(initial=0)) + 1, width) if anywhere else width
     query_tokens = np.full((count, most), tokens, np.int32)
     query_places = np.zeros((count, most), np.int32)
-    query_numbers = np.full((sheets, tokens), count // sheets * most, np.int32)
+    query_numbers = np.full((sheets, tokens), own * most, np.int32)
     query_tokens[row, number] = token
     query_places[row, number] = place
-    query_numbers[sheet, token] = row % (count // sheets) * most + number
+    query_numbers[sheet, token] = row % own * most + number
     return dataclasses.replace(rows, query_tokens=query_tokens, query_places=query_places, query_numbers=query_numbers)
 
 

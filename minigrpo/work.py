@@ -56,7 +56,7 @@ class Work:
     prompt: int
     completion: int
     shared: bool = False
-    """An update's layers take each prompt once, and not with each of its completions, as attention is counted."""
+    """An update's layers take each prompt once; attention is counted with each of its completions all the same."""
 
     @property
     def layer_weights(self) -> int:
