@@ -26,14 +26,19 @@ BLOCK_TOKENS, CHAIN = PIECE_TOKENS, 16
 """Context tokens read per loop turn, and how many of these are summed one after the other, whatever the page size."""
 
 
-def views(pages: Float[Array, "L P R K W"], dim: int) -> tuple[Array, Array]:
-    """All pieces as keys [L, pieces, 2, K, S/lanes, H, lanes] and as values [L, pieces, 2, K, H/lanes, S, lanes]."""
+def as_keys(pages: Float[Array, "L P R K W"], dim: int) -> Float[Array, "L pieces 2 K X H S"]:
+    """All pieces as if they were keys: X times S tokens, S of them side by side."""
     layers, kv_heads, width = pages.shape[0], *pages.shape[3:]
     tokens = width // dim
-    across, along = math.gcd(tokens, LANES), math.gcd(dim, LANES)
-    lead = layers, -1, 2, kv_heads
-    keys = pages.reshape(*lead, tokens // across, dim, across)
-    return keys, pages.reshape(*lead, dim // along, tokens, along)
+    across = math.gcd(tokens, LANES)
+    return pages.reshape(layers, -1, 2, kv_heads, tokens // across, dim, across)
+
+
+def as_values(pages: Float[Array, "L P R K W"], dim: int) -> Float[Array, "L pieces 2 K X S U"]:
+    """All pieces as if they were values: S tokens of X times U numbers, U of them side by side."""
+    layers, kv_heads, width = pages.shape[0], *pages.shape[3:]
+    along = math.gcd(dim, LANES)
+    return pages.reshape(layers, -1, 2, kv_heads, dim // along, width // dim, along)
 
 
 def append_rows(
@@ -48,10 +53,10 @@ def append_rows(
     dim = k.shape[2]
     tokens = pages.shape[4] // dim
     piece, token = page * (pages.shape[2] // 2) + offset // tokens, offset % tokens
-    keys = views(pages, dim)[0]
+    keys = as_keys(pages, dim)
     lanes = keys.shape[-1]
     keys = keys.at[layer, piece, 0, :, token // lanes, :, token % lanes].set(k.astype(pages.dtype), mode="drop")
-    values = views(keys.reshape(pages.shape), dim)[1]
+    values = as_values(keys.reshape(pages.shape), dim)
     rows = v.reshape(*v.shape[:2], -1, values.shape[-1]).astype(pages.dtype)
     return values.at[layer, piece, 1, :, :, token].set(rows, mode="drop").reshape(pages.shape)
 
@@ -64,7 +69,7 @@ def fill_pages(
     v: Float[Array, "B T K H"],
 ) -> Float[Array, "L P R K W"]:
     """As the package's `fill_pages`."""
-    keys, values = views(pages, k.shape[3])
+    keys, values = as_keys(pages, k.shape[3]), as_values(pages, k.shape[3])
     lead, heads = (*page.shape, pages.shape[2] // 2), pages.shape[3:]
     k = k.reshape(*lead, keys.shape[4], keys.shape[6], *k.shape[2:]).astype(pages.dtype)
     v = v.reshape(*lead, values.shape[5], v.shape[2], *values.shape[4::2]).astype(pages.dtype)
@@ -116,14 +121,16 @@ def paged_attention(
     lengths: Int[Array, "B"],
     page_table: Int[Array, "B M"],
 ) -> Float[Array, "B N H"]:
-    """As the package's `paged_attention`."""
+    """As the package's `paged_attention`.
+
+    Pages are viewed as keys and as values inside the loop: XLA copies a view that is carried into it if a dim of that
+    is 1, as that of small pages or of few heads is.
+    """
     (batch, heads, dim), (num_pages, pairs, kv_heads, width) = q.shape, pages.shape[1:]
     grouped = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads, dim) / math.sqrt(dim)
     groups, piece, count = range(heads // kv_heads), width // dim, pairs // 2
-    keys, values = (x.reshape(-1, *x.shape[3:]) for x in views(pages, dim))
-    within = math.gcd(piece, CHAIN)  # tokens of a chain that lie in one piece
-    values = values.reshape(*values.shape[:3], piece // within, within, -1)
-    chains = BLOCK_TOKENS // CHAIN * within // piece, *values.shape[2:4], values.shape[5]
+    within, along = math.gcd(piece, CHAIN), math.gcd(dim, LANES)  # tokens of a chain that lie in one piece
+    chains = BLOCK_TOKENS // CHAIN * within // piece, dim // along, piece // within, along
 
     def wanted(index):
         first = index * BLOCK_TOKENS + jnp.arange(0, BLOCK_TOKENS, piece)
@@ -132,11 +139,14 @@ def paged_attention(
         return 2 * (page * count + first // piece % count)
 
     def scores(index):
-        apart = jnp.stack([score(grouped[:, :, g], keys, wanted(index)) for g in groups], axis=3)
+        keys = as_keys(pages, dim)
+        keys, rows = keys.reshape(-1, *keys.shape[3:]), wanted(index)
+        apart = jnp.stack([score(grouped[:, :, g], keys, rows) for g in groups], axis=3)
         return jnp.moveaxis(apart, 1, 3).reshape(*grouped.shape[:3], BLOCK_TOKENS)
 
     def weighted(index, weights):
         parts = jnp.moveaxis(weights.reshape(*weights.shape[:3], chains[0], -1, CHAIN), 3, 1)
+        values = as_values(pages, dim).reshape(-1, kv_heads, *chains[1:3], within, along)
         rows = wanted(index).reshape(batch, chains[0], -1) + 1
         return jnp.moveaxis(jnp.stack([weigh(parts[:, :, :, g], values, rows) for g in groups], axis=3), 1, 3)
 
