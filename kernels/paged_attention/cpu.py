@@ -95,6 +95,21 @@ def score(
     return summed(q.shape[2], term)
 
 
+def score_groups(
+    q: Float[Array, "B K G H"], keys: Float[Array, "P K X H S"], rows: Int[Array, "B C"]
+) -> Float[Array, "B C K G X S"]:
+    """`score` of each group of queries, or of each half of the heads where there is one group, put together.
+
+    XLA computes what is put together once; sums of products it would work out anew for each of their two uses, from
+    copies of the keys.
+    """
+    if q.shape[2] > 1:
+        return jnp.stack([score(q[:, :, g], keys, rows) for g in range(q.shape[2])], axis=3)
+    half = q.shape[1] // 2
+    halves = slice(None, half), slice(half, None)
+    return jnp.concatenate([score(q[:, heads, 0], keys[:, heads], rows) for heads in halves], axis=2)[:, :, :, None]
+
+
 @jax.jit
 def weigh(
     weights: Float[Array, "B C K J T"], values: Float[Array, "P K X J S U"], rows: Int[Array, "B C M"]
@@ -140,9 +155,8 @@ def paged_attention(
 
     def scores(index):
         keys = as_keys(pages, dim)
-        keys, rows = keys.reshape(-1, *keys.shape[3:]), wanted(index)
-        apart = jnp.stack([score(grouped[:, :, g], keys, rows) for g in groups], axis=3)
-        return jnp.moveaxis(apart, 1, 3).reshape(*grouped.shape[:3], BLOCK_TOKENS)
+        keys = keys.reshape(-1, *keys.shape[3:])
+        return jnp.moveaxis(score_groups(grouped, keys, wanted(index)), 1, 3).reshape(*grouped.shape[:3], BLOCK_TOKENS)
 
     def weighted(index, weights):
         parts = jnp.moveaxis(weights.reshape(*weights.shape[:3], chains[0], -1, CHAIN), 3, 1)
