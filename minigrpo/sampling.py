@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 CDF_BLOCK, LEAST_BLOCK = 512, 64
 """Most vocabulary entries summed at a time: the row's CDF is built over blocks first, then inside the one block hit.
@@ -46,26 +47,56 @@ def sample(
 
 
 def truncate(sampler: Sampler, probs: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    """Zeroes what top-k, then top-p, then min-p leave out; `probs` are relative to their row's maximum of 1."""
+    """Zeroes what top-k, then top-p, then min-p leave out; `probs` are relative to their row's maximum of 1.
+
+    Each keeps the tokens from some probability on, equals included; it is bisected, as sorting takes many times longer.
+    """
+    kept, least = probs, jnp.full(len(probs), sampler.min_p, probs.dtype)
     if sampler.top_k:
-        probs = keep_top_k(probs, min(sampler.top_k, probs.shape[-1]))
+        likeliest = likeliest_blocks(probs, sampler.top_k)
+        limit = top_k_limit(likeliest, sampler.top_k)
+        kept, least = jnp.where(likeliest >= limit[:, None], likeliest, 0), jnp.maximum(least, limit)
     if sampler.top_p < 1:
-        probs = keep_top_p(probs, sampler.top_p)
-    if sampler.min_p:
-        probs = jnp.where(probs >= sampler.min_p, probs, 0)
-    return probs
+        least = jnp.maximum(least, top_p_limit(kept, sampler.top_p))
+    return jnp.where(probs >= least[:, None], probs, 0)
 
 
-def keep_top_k(probs: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
-    return jnp.where(probs >= jax.lax.top_k(probs, k)[0][:, -1:], probs, 0)
+def likeliest_blocks(probs: Float[Array, "B V"], k: int) -> Float[Array, "B N"]:
+    """The k blocks of the vocabulary whose likeliest tokens are likeliest. They hold k that no other token is above."""
+    blocks = in_blocks(probs)
+    if k >= blocks.shape[1]:
+        return probs
+    chosen = jax.lax.top_k(blocks.max(axis=-1), k)[1]
+    return jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(len(probs), -1)
 
 
-def keep_top_p(probs: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
-    """Keeps the smallest set of likeliest tokens that holds at least p of the mass (arXiv:1904.09751)."""
-    ordered = -jnp.sort(-probs, axis=-1)
-    before = jnp.cumsum(ordered, axis=-1) - ordered
-    kept = before < p * ordered.sum(axis=-1, keepdims=True)
-    return jnp.where(probs >= jnp.where(kept, ordered, jnp.inf).min(axis=-1, keepdims=True), probs, 0)
+def top_k_limit(probs: Float[Array, "B N"], k: int) -> Float[Array, "B"]:
+    """The k-th largest, or 0 if there are fewer."""
+    return bisect(lambda least: (probs >= least).sum(axis=-1) >= k, probs)
+
+
+def top_p_limit(probs: Float[Array, "B N"], p: float) -> Float[Array, "B"]:
+    """The least of the smallest set of likeliest tokens that holds at least p of the mass (arXiv:1904.09751)."""
+
+    def mass(least):
+        return running_sums(in_blocks(jnp.where(probs >= least, probs, 0)))[:, -1]
+
+    wanted = p * mass(0)
+    return bisect(lambda least: mass(least) >= wanted, probs)
+
+
+def bisect(holds: Callable[[Float[Array, "B 1"]], Bool[Array, "B"]], probs: Float[Array, "B N"]) -> Float[Array, "B"]:
+    """The largest number up to 1 for which `holds`, as it does for 0 and from there up to some number.
+
+    Numbers from 0 up are ordered like their bits, which are found one by one; 1 has the first two of 32 unset.
+    """
+
+    def attempt(turn, found):
+        tried = found | (1 << (29 - turn))
+        return jnp.where(holds(jax.lax.bitcast_convert_type(tried, jnp.float32)[:, None]), tried, found)
+
+    found = jax.lax.fori_loop(0, 30, attempt, jnp.zeros(len(probs), jnp.int32))
+    return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 
 def first_past(cumulative: Float[Array, "B N"], target: Float[Array, "B"]) -> Int[Array, "B"]:

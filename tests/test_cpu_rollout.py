@@ -78,6 +78,13 @@ def test_scheduling_changes_no_completion(tiny_config, tiny_params, plain, chang
     assert_same(roll(tiny_config, tiny_params, dataclasses.replace(OPTIONS, **changes), mesh), plain)
 
 
+def test_scheduling_changes_no_truncated_completion(tiny_config, tiny_params):
+    options = dataclasses.replace(OPTIONS, top_k=20, top_p=0.9)
+    want = roll(tiny_config, tiny_params, options)
+    for changes, mesh in (({"slots": 3, "page_size": 16}, (1, 1)), ({"slots": 64}, (4, 1))):
+        assert_same(roll(tiny_config, tiny_params, dataclasses.replace(options, **changes), mesh), want)
+
+
 def test_the_batch_around_a_prompt_changes_nothing(tiny_config, tiny_params, plain):
     """A prompt keeps its completions alone, in another order, and in a larger group."""
     prompts = some_prompts()

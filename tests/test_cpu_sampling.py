@@ -71,6 +71,9 @@ def test_greedy_takes_the_maximum():
         (Sampler(top_p=0.5), [0]),
         (Sampler(min_p=0.4), [0, 2]),
         (Sampler(top_k=3, top_p=0.85), [0, 2, 3]),
+        (Sampler(top_k=2, top_p=0.6), [0]),
+        (Sampler(top_k=3, min_p=0.4), [0, 2]),
+        (Sampler(top_p=0.96, min_p=0.4), [0, 2]),
         (Sampler(), [0, 1, 2, 3]),
     ],
 )
@@ -78,6 +81,39 @@ def test_truncation_keeps(sampler, kept):
     probs = np.array([[0.5, 0.05, 0.3, 0.15]], np.float32)
     out = np.asarray(truncate(sampler, jnp.asarray(probs / 0.5)))
     assert np.flatnonzero(out[0]).tolist() == kept
+
+
+def many_probs(vocab, rows=20):
+    """Relative to each row's maximum, some of them 0, some equal; sharp rows and flat ones."""
+    rng = np.random.default_rng(vocab)
+    logits = rng.normal(size=(rows, vocab)) * np.linspace(0.1, 6, rows)[:, None]
+    probs = np.exp(logits - logits.max(axis=1, keepdims=True)).astype(np.float32)
+    probs[:, : vocab // 8] = probs[:, vocab // 8 : 2 * (vocab // 8)]
+    return probs * (rng.random((rows, vocab)) < 0.9)
+
+
+@pytest.mark.parametrize("vocab", [40, 1500, 20_000])
+@pytest.mark.parametrize("k", [1, 2, 20, 50, 10_000])
+def test_top_k_keeps_the_k_largest_and_their_equals(vocab, k):
+    probs = many_probs(vocab)
+    limit = np.sort(probs, axis=1)[:, ::-1][:, min(k, vocab) - 1, None]
+    got = np.asarray(truncate(Sampler(top_k=k), jnp.asarray(probs)))
+    np.testing.assert_array_equal(got, np.where(probs >= limit, probs, 0))
+
+
+@pytest.mark.parametrize("vocab", [40, 1500, 20_000])
+@pytest.mark.parametrize("k", [0, 3, 50])
+@pytest.mark.parametrize("p", [0.001, 0.3, 0.95, 0.9999])
+def test_top_p_keeps_the_fewest_that_hold_the_mass(vocab, k, p):
+    """The likeliest of what top-k keeps, equals together: with the least likely of them they hold p, without it not."""
+    probs = many_probs(vocab)
+    whole = np.asarray(truncate(Sampler(top_k=k), jnp.asarray(probs)), np.float64)
+    got = np.asarray(truncate(Sampler(top_k=k, top_p=p), jnp.asarray(probs)), np.float64)
+    least = np.where(got > 0, got, np.inf).min(axis=1, keepdims=True)
+    np.testing.assert_array_equal(got, np.where(whole >= least, whole, 0))
+    share, without = got.sum(axis=1), np.where(got > least, got, 0).sum(axis=1)
+    assert (share >= p * whole.sum(axis=1) * (1 - 1e-6)).all()
+    assert (without < p * whole.sum(axis=1) * (1 + 1e-6)).all()
 
 
 def test_truncated_mass_is_said_to_bias():
