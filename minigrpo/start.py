@@ -48,6 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "max_prompt_length": 128,
         "max_completion_length": 96,
         "page_size": 16,
+        "remat": "attention",
         "max_grad_norm": 1.0,
         "weight_decay": 0.0,
     }
