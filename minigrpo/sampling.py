@@ -79,16 +79,16 @@ def top_p_limit(probs: Float[Array, "B N"], p: float) -> Float[Array, "B"]:
     """The least of the smallest set of likeliest tokens that holds at least p of the mass (arXiv:1904.09751)."""
 
     def mass(least):
-        return running_sums(in_blocks(jnp.where(probs >= least, probs, 0)))[:, -1]
+        return jnp.where(probs >= least, probs, 0).sum(axis=-1)
 
     wanted = p * mass(0)
     return bisect(lambda least: mass(least) >= wanted, probs)
 
 
 def bisect(holds: Callable[[Float[Array, "B 1"]], Bool[Array, "B"]], probs: Float[Array, "B N"]) -> Float[Array, "B"]:
-    """The largest number up to 1 for which `holds`, as it does for 0 and from there up to some number.
+    """The largest number in [0, 1], for each row, for which `holds`; it holds from 0 up to some number.
 
-    Numbers from 0 up are ordered like their bits, which are found one by one; 1 has the first two of 32 unset.
+    Such numbers are ordered like their bits, which are found one by one, the first two of 32 being 0.
     """
 
     def attempt(turn, found):
