@@ -49,20 +49,22 @@ def sample(
 def truncate(sampler: Sampler, probs: Float[Array, "B V"]) -> Float[Array, "B V"]:
     """Zeroes what top-k, then top-p, then min-p leave out; `probs` are relative to their row's maximum of 1.
 
-    Each keeps the tokens from some probability on, equals included; it is bisected, as sorting takes many times longer.
+    Each keeps the tokens at or above a limit. Those of top-k and top-p are bisected, as sorting takes longer. Equals of
+    the k-th token are all kept; top-p may count some of them only.
     """
     kept, least = probs, jnp.full(len(probs), sampler.min_p, probs.dtype)
     if sampler.top_k:
-        likeliest = likeliest_blocks(probs, sampler.top_k)
-        limit = top_k_limit(likeliest, sampler.top_k)
-        kept, least = jnp.where(likeliest >= limit[:, None], likeliest, 0), jnp.maximum(least, limit)
+        kept = likeliest_blocks(probs, sampler.top_k)
+        limit = top_k_limit(kept, sampler.top_k)
+        kept = jnp.where(kept >= limit[:, None], kept, 0)
+        least = jnp.maximum(least, limit)
     if sampler.top_p < 1:
         least = jnp.maximum(least, top_p_limit(kept, sampler.top_p))
     return jnp.where(probs >= least[:, None], probs, 0)
 
 
 def likeliest_blocks(probs: Float[Array, "B V"], k: int) -> Float[Array, "B N"]:
-    """The k blocks of the vocabulary whose likeliest tokens are likeliest. They hold k that no other token is above."""
+    """The k blocks of the vocabulary with the likeliest tokens, or all: they hold k that none elsewhere exceeds."""
     blocks = in_blocks(probs)
     if k >= blocks.shape[1]:
         return probs
@@ -72,21 +74,21 @@ def likeliest_blocks(probs: Float[Array, "B V"], k: int) -> Float[Array, "B N"]:
 
 def top_k_limit(probs: Float[Array, "B N"], k: int) -> Float[Array, "B"]:
     """The k-th largest, or 0 if there are fewer."""
-    return bisect(lambda least: (probs >= least).sum(axis=-1) >= k, probs)
+    return bisect(lambda limit: (probs >= limit).sum(axis=-1) >= k, len(probs))
 
 
 def top_p_limit(probs: Float[Array, "B N"], p: float) -> Float[Array, "B"]:
-    """The least of the smallest set of likeliest tokens that holds at least p of the mass (arXiv:1904.09751)."""
+    """The least probability in the smallest set of likeliest tokens that holds p of the mass (arXiv:1904.09751)."""
 
-    def mass(least):
-        return jnp.where(probs >= least, probs, 0).sum(axis=-1)
+    def mass(limit):
+        return jnp.where(probs >= limit, probs, 0).sum(axis=-1)
 
     wanted = p * mass(0)
-    return bisect(lambda least: mass(least) >= wanted, probs)
+    return bisect(lambda limit: mass(limit) >= wanted, len(probs))
 
 
-def bisect(holds: Callable[[Float[Array, "B 1"]], Bool[Array, "B"]], probs: Float[Array, "B N"]) -> Float[Array, "B"]:
-    """The largest number in [0, 1], for each row, for which `holds`; it holds from 0 up to some number.
+def bisect(holds: Callable[[Float[Array, "B 1"]], Bool[Array, "B"]], rows: int) -> Float[Array, "B"]:
+    """The largest float32 in [0, 1], for each row, for which `holds`; it holds from 0 up to some number.
 
     Such numbers are ordered like their bits, which are found one by one, the first two of 32 being 0.
     """
@@ -95,8 +97,8 @@ def bisect(holds: Callable[[Float[Array, "B 1"]], Bool[Array, "B"]], probs: Floa
         tried = found | (1 << (29 - turn))
         return jnp.where(holds(jax.lax.bitcast_convert_type(tried, jnp.float32)[:, None]), tried, found)
 
-    found = jax.lax.fori_loop(0, 30, attempt, jnp.zeros(len(probs), jnp.int32))
-    return jax.lax.bitcast_convert_type(found, jnp.float32)
+    found = jax.lax.fori_loop(0, 30, attempt, jnp.zeros(rows, jnp.int32))
+    return jnp.minimum(jax.lax.bitcast_convert_type(found, jnp.float32), 1)
 
 
 def first_past(cumulative: Float[Array, "B N"], target: Float[Array, "B"]) -> Int[Array, "B"]:

@@ -182,7 +182,7 @@ def test_blocks_of_several_pieces_equal_oracle(page_size, monkeypatch):
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (8, 4, 32), (4, 4, 32)])
 @pytest.mark.parametrize("page_size", [4, 8, 16, 24, 64, 128])
 def test_small_heads_are_read_where_they_lie(heads, kv_heads, dim, page_size):
-    """No copy of the pool, nor of the keys that are read: half of a turn's keys and values is not allocated."""
+    """No copy of the pool, nor of the keys: less is allocated than the keys that one turn reads."""
     device, lengths = jax.devices()[0], jax.ShapeDtypeStruct((16,), jnp.int32)
     pages = jax.eval_shape(lambda: empty_pages(device, 2, 8192 // page_size, page_size, kv_heads, dim, jnp.float32))
     table = jax.ShapeDtypeStruct((16, 192 // page_size), jnp.int32)

@@ -116,5 +116,12 @@ def test_top_p_keeps_the_fewest_that_hold_the_mass(vocab, k, p):
     assert (without < p * whole.sum(axis=1) * (1 + 1e-6)).all()
 
 
+def test_limits_are_found_to_the_last_bit():
+    """Of neighbouring float32 the larger alone is kept; a mass that underflows to 0 keeps the likeliest token."""
+    probs = jnp.array([[0.5, np.nextafter(np.float32(0.5), np.float32(1)), 1.0, 0.25]], jnp.float32)
+    for sampler, kept in ((Sampler(top_k=2), [1, 2]), (Sampler(top_p=0.66), [1, 2]), (Sampler(top_p=1e-46), [2])):
+        assert np.flatnonzero(truncate(sampler, probs)[0]).tolist() == kept
+
+
 def test_truncated_mass_is_said_to_bias():
     assert not Sampler().truncates and Sampler(top_k=5).truncates and Sampler(top_p=0.9).truncates

@@ -27,7 +27,7 @@ BLOCK_TOKENS, CHAIN = PIECE_TOKENS, 16
 
 
 def as_keys(pages: Float[Array, "L P R K W"], dim: int) -> Float[Array, "L pieces 2 K X H S"]:
-    """All pieces as if they were keys: X times S tokens, S of them side by side."""
+    """All pieces, of keys and of values, as if they were keys: X times S tokens, S of them side by side."""
     layers, kv_heads, width = pages.shape[0], *pages.shape[3:]
     tokens = width // dim
     across = math.gcd(tokens, LANES)
@@ -35,7 +35,7 @@ def as_keys(pages: Float[Array, "L P R K W"], dim: int) -> Float[Array, "L piece
 
 
 def as_values(pages: Float[Array, "L P R K W"], dim: int) -> Float[Array, "L pieces 2 K X S U"]:
-    """All pieces as if they were values: S tokens of X times U numbers, U of them side by side."""
+    """All pieces, of keys and of values, as if they were values: S tokens of X times U numbers, U side by side."""
     layers, kv_heads, width = pages.shape[0], *pages.shape[3:]
     along = math.gcd(dim, LANES)
     return pages.reshape(layers, -1, 2, kv_heads, dim // along, width // dim, along)
@@ -98,10 +98,10 @@ def score(
 def score_groups(
     q: Float[Array, "B K G H"], keys: Float[Array, "P K X H S"], rows: Int[Array, "B C"]
 ) -> Float[Array, "B C K G X S"]:
-    """`score` of each group of queries, or of each half of the heads where there is one group, put together.
+    """`score` of each of a head's queries or, where it has one, of each half of the heads, put together.
 
-    XLA computes what is put together once; sums of products it would work out anew for each of their two uses, from
-    copies of the keys.
+    XLA computes what is put together once. Sums alone it would repeat for each of their uses, the softmax's peak and
+    its weights, and to that end copy the keys.
     """
     if q.shape[2] > 1:
         return jnp.stack([score(q[:, :, g], keys, rows) for g in range(q.shape[2])], axis=3)
@@ -138,8 +138,8 @@ def paged_attention(
 ) -> Float[Array, "B N H"]:
     """As the package's `paged_attention`.
 
-    Pages are viewed as keys and as values inside the loop: XLA copies a view that is carried into it if a dim of that
-    is 1, as that of small pages or of few heads is.
+    Pages are viewed as keys and as values inside the loop: XLA copies a view made before it whole where one of its dims
+    is 1, as with small pages. Pages of two tokens, or of few and one head, and bfloat16 are copied still.
     """
     (batch, heads, dim), (num_pages, pairs, kv_heads, width) = q.shape, pages.shape[1:]
     grouped = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads, dim) / math.sqrt(dim)
