@@ -144,7 +144,7 @@ def paged_attention(
     (batch, heads, dim), (num_pages, pairs, kv_heads, width) = q.shape, pages.shape[1:]
     grouped = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads, dim) / math.sqrt(dim)
     groups, piece, count = range(heads // kv_heads), width // dim, pairs // 2
-    within, along = math.gcd(piece, CHAIN), math.gcd(dim, LANES)  # tokens of a chain that lie in one piece
+    within, along = math.gcd(piece, CHAIN), math.gcd(dim, LANES)  # a chain's tokens in one piece, numbers side by side
     chains = BLOCK_TOKENS // CHAIN * within // piece, dim // along, piece // within, along
 
     def wanted(index):
