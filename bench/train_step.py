@@ -33,7 +33,7 @@ from minigrpo.model import ModelConfig, abstract_params
 from minigrpo.optimizer import TrainState, init_state, make_optimizer
 from minigrpo.packing import ARRANGEMENTS, place_batch
 from minigrpo.rollout import Roller, Rollout
-from minigrpo.sharding import Layout, check_divisible, launch, make_mesh, start_platform
+from minigrpo.sharding import Layout, check_divisible, make_mesh, start_platform
 from minigrpo.start import choose_tiles
 from minigrpo.weights import random_params
 from minigrpo.work import Work
@@ -189,7 +189,7 @@ class Stepper:
         recorded = rollout.logprobs[:, : batch.completions.shape[1]]
         batch = dataclasses.replace(batch, advantages=advantages, rollout_logprobs=recorded)
         batch = place_batch(self.mesh, batch, self.trainer.parts, arrangement_of(self.lengths))
-        self.state, metrics = jax.block_until_ready(launch(grpo.update, self.trainer, self.state, batch, {}))
+        self.state, metrics = jax.block_until_ready(grpo.update(self.trainer, self.state, batch, {}))
         ended = time.perf_counter()
         assert np.isfinite(float(metrics["loss"]))
         seconds = {"step": ended - started, "rollout": sampled - started, "update": ended - sampled}

@@ -85,7 +85,9 @@ def attend_sequence(
     """
     places = jnp.arange(len(q)) if places is None else places
     block = jax.checkpoint(lambda places, queries: attend_block(places, queries, k, v, segments))
-    out = jax.lax.map(lambda args: block(*args), in_chunks(min(QUERY_BLOCK, len(q)), (places, q)))
+    if len(q) <= QUERY_BLOCK:
+        return checkpoint_name(block(places, q), ATTENTION)
+    out = jax.lax.map(lambda args: block(*args), in_chunks(QUERY_BLOCK, (places, q)))
     return checkpoint_name(out.reshape(-1, *q.shape[1:])[: len(q)], ATTENTION)
 
 
@@ -186,7 +188,7 @@ def any_place(platform: str) -> bool:
 
 def read(x: Float[Array, "M N H"], places: Int[Array, "*P"]) -> Float[Array, "*P N H"]:
     """Entries of x; 0 past its end."""
-    return x.at[places].get(mode="fill", fill_value=0)
+    return x.at[places].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 @jax.custom_vjp

@@ -15,10 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 from minigrpo import losses
 from minigrpo.attention import ATTENTION, Rows, attend_on, stand_in_rows
 from minigrpo.config import LossOptions
-from minigrpo.logprobs import Head, completion_logprobs, logprobs_after
+from minigrpo.logprobs import Head, completion_logprobs, logprobs_after, take_inside
 from minigrpo.model import MLP, Params, join, unchanged
-from minigrpo.optimizer import TrainState, apply_gradients
-from minigrpo.sharding import Layout, by_sequence
+from minigrpo.optimizer import TrainState, apply_gradients, like_params
+from minigrpo.sharding import Layout, by_sequence, launch
 
 ADVANTAGE_EPSILON = 1e-4
 """Added to the std that advantages are divided by."""
@@ -253,9 +253,10 @@ def policy_loss(
         "clip_ratio/region_mean": low_clipped | high_clipped,
         "sampling/sampling_logp_difference/mean": jnp.abs(mismatch),
     }
-    sums = {name: jnp.where(mask, value, 0).sum() for name, value in per_token.items()}
+    sums = jnp.where(mask, jnp.stack(list(per_token.values())), 0).sum(axis=(1, 2))
     largest = {"sampling/sampling_logp_difference/max": jnp.abs(mismatch).max()}
-    return (jnp.where(mask, loss, 0) * weights).sum(), {"sums": sums, "largest": largest}
+    share = (jnp.where(mask, loss, 0) * weights).sum()
+    return share, {"sums": dict(zip(per_token, sums, strict=True)), "largest": largest}
 
 
 # The device programs
@@ -308,7 +309,7 @@ def of_sequences(packed: Packed, length: int, scores: Float[Array, "S C"]) -> Fl
     sheets, most = scores.shape
     places = packed.starts.reshape(sheets, -1, 1) + jnp.arange(length)
     places = jnp.minimum(places, most - 1).reshape(sheets, -1)
-    return jnp.take_along_axis(scores, places, axis=1).reshape(-1, length)
+    return take_inside(scores, places).reshape(-1, length)
 
 
 def in_parts(trainer: Trainer, tree: Any) -> Any:
@@ -357,11 +358,14 @@ def dropout_keys(trainer: Trainer, updates: Array, rows: int) -> Array | None:
     return jax.random.split(jax.random.fold_in(key, updates), rows)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def update(trainer: Trainer, state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, dict[str, Array]]:
-    """One optimizer step on the batch's loss -> new state, metrics. Denominators are those of the whole batch.
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(
+    trainer: Trainer, params: Params, updates: Int[Array, ""], batch: Batch, frozen: Params
+) -> tuple[Float[Array, ""], Params, dict[str, Array]]:
+    """The batch's loss, its gradient, laid out like `params`, and metrics. Denominators are those of the whole batch.
 
-    `frozen` are the weights that are not trained: the base model under adapters, {} otherwise.
+    `updates` have been applied so far; `frozen` are the weights that are not trained: the base model under adapters, {}
+    otherwise.
     """
     weights = trainer.weigh(batch.loss_mask, (batch.completion_lengths > 0).sum())
 
@@ -370,22 +374,31 @@ def update(trainer: Trainer, state: TrainState, batch: Batch, frozen: Params) ->
         logprobs, entropy = score(trainer, join(params, frozen), batch, keys)
         return trainer.objective(batch, weights, logprobs, entropy)
 
-    keys = dropout_keys(trainer, state.updates, len(batch.tokens))
+    keys = dropout_keys(trainer, updates, len(batch.tokens))
     parts = in_parts(trainer, (batch, weights, keys))
 
     def accumulate(index, total):
         part = jax.tree.map(lambda x: x[index], parts)
-        (loss, aux), grads = jax.value_and_grad(part_loss, has_aux=True)(state.params, part)
+        (loss, aux), grads = jax.value_and_grad(part_loss, has_aux=True)(params, part)
         summed = jax.tree.map(jnp.add, total[0], (loss, aux["sums"], grads))
         return summed, jax.tree.map(jnp.maximum, total[1], aux["largest"])
 
     first = jax.tree.map(lambda x: x[0], parts)
-    loss, aux = jax.eval_shape(lambda: part_loss(state.params, first))
-    shapes = (loss, aux["sums"], state.params), aux["largest"]
+    loss, aux = jax.eval_shape(lambda: part_loss(params, first))
+    shapes = (loss, aux["sums"], params), aux["largest"]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     turns = parts_used(trainer, parts[0].completion_lengths)
     (loss, sums, grads), largest = jax.lax.fori_loop(0, turns, accumulate, zeros)
-    new_state, applied = apply_gradients(trainer.optimizer, state, loss, grads)
     tokens = jnp.maximum(batch.completion_lengths.sum(), 1)
     means = {name: value / tokens for name, value in sums.items()}
-    return new_state, {"loss": loss} | applied | means | largest
+    return loss, like_params(trainer.head.mesh, grads), means | largest
+
+
+def update(trainer: Trainer, state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step on the batch's loss -> new state, metrics; `state` is used up.
+
+    Two programs, of which only the first depends on the batch's shape: a new shape compiles that one alone.
+    """
+    loss, grads, metrics = launch(gradients, trainer, state.params, state.updates, batch, frozen)
+    state, applied = launch(apply_gradients, trainer.optimizer, state, loss, grads)
+    return state, {"loss": loss} | applied | metrics

@@ -1,6 +1,7 @@
 """AdamW with warmup and clipping, and the state that training carries from step to step."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -47,6 +48,19 @@ def is_matrix(name: str) -> bool:
     return len(DIMS[name].replace("L", "")) > 1 and not name.endswith("bias")
 
 
+def clip(most: float) -> optax.GradientTransformation:
+    """Gradients times min(1, `most` / global norm): one factor, which XLA puts into what reads them.
+
+    optax's own divides, and XLA makes a pass over all gradients of that.
+    """
+
+    def scale(grads, _):
+        factor = jnp.minimum(1, most / optax.tree.norm(grads))
+        return jax.tree.map(lambda grad: factor * grad, grads)
+
+    return optax.stateless(scale)
+
+
 def make_optimizer(options: OptimizerOptions, total: int) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW (arXiv:1711.05101)."""
     adamw = optax.adamw(
@@ -56,7 +70,13 @@ def make_optimizer(options: OptimizerOptions, total: int) -> optax.GradientTrans
         weight_decay=options.weight_decay,
         mask=decayed,
     )
-    return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), adamw)
+    return optax.chain(clip(options.max_grad_norm), adamw)
+
+
+def like_params(mesh: Mesh, tree: Any) -> Any:
+    """Inside jit: parameters, or what has their shapes, laid out on the mesh as these are."""
+    shardings = jax.tree_util.tree_map_with_path(lambda path, _: leaf_sharding(mesh, path), tree)
+    return jax.lax.with_sharding_constraint(tree, shardings)
 
 
 def init_state(
@@ -73,6 +93,7 @@ def init_state(
     return TrainState(params, opt_state, updates, reference)
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def apply_gradients(
     optimizer: optax.GradientTransformation, state: TrainState, loss: Float[Array, ""], grads: Params
 ) -> tuple[TrainState, dict[str, Array]]:

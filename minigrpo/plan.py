@@ -41,7 +41,7 @@ from minigrpo.config import (
 )
 from minigrpo.lora import make_lora
 from minigrpo.model import ModelConfig, abstract_params, join, parse_config, read_config, split_trained
-from minigrpo.optimizer import TrainState
+from minigrpo.optimizer import TrainState, apply_gradients
 from minigrpo.packing import lay_out
 from minigrpo.rollout import RolloutPlan, decode_weights, least_pages, num_pages, rollout_program, spread
 from minigrpo.sharding import arrange, by_sequence, check_divisible, replicated
@@ -331,7 +331,7 @@ def plan_scoring(programs: Programs, trainer: grpo.Trainer, work: Work, resident
 
 
 def plan_update(programs: Programs, trainer: grpo.Trainer, work: Work, resident: int) -> Phase:
-    """One optimizer step."""
+    """The gradient of an update's loss."""
     batch = placed_batch(programs, trainer, work.rows)
     scored = batch.rollout_logprobs
     if programs.settings[LossOptions].beta > 0:
@@ -341,11 +341,20 @@ def plan_update(programs: Programs, trainer: grpo.Trainer, work: Work, resident:
     state, frozen = placed_state(programs, trainer), placed_params(programs, programs.dtype)[1]
     weights = work.weights * programs.dtype.itemsize
     saved = work.rows / programs.mesh.size * memory.saved_bytes(programs, work.prompt + work.completion)
-    moved = 3 * trainer.parts * weights + 2 * saved + 2 * bytes_on_chip(state)
+    moved = 3 * trainer.parts * weights + 2 * saved + bytes_on_chip(state.params)
     flops = work.update_flops(trainer.remat) / programs.mesh.size
     scratch = budget.update_scratch(programs, work, trainer.parts, bytes_on_chip(state.params))
     counted = Counted(resident, flops, moved, scratch, trainer.parts)
-    return measure(programs, counted, grpo.update, trainer, state, batch, frozen)
+    return measure(programs, counted, grpo.gradients, trainer, state.params, state.updates, batch, frozen)
+
+
+def plan_optimizer(programs: Programs, trainer: grpo.Trainer, resident: int) -> Phase:
+    """What the optimizer makes of the gradient."""
+    state = placed_state(programs, trainer)
+    scalar = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(programs.mesh))
+    moved = 2 * bytes_on_chip(state) + bytes_on_chip(state.params)
+    counted = Counted(resident, 0.0, moved, 0)
+    return measure(programs, counted, apply_gradients, trainer.optimizer, state, scalar, state.params)
 
 
 def make_plan(programs: Programs) -> dict[str, Phase]:
@@ -365,7 +374,8 @@ def make_plan(programs: Programs) -> dict[str, Phase]:
     if held.reference or (programs.config.lora and settings[LossOptions].beta):
         others = held.trained + held.moments
         phases["reference"] = plan_scoring(programs, trainer, share, others, placed_reference(programs))
-    return phases | {"update": plan_update(programs, trainer, share, held.reference)}
+    phases["update"] = plan_update(programs, trainer, share, held.moments + held.reference)
+    return phases | {"optimizer": plan_optimizer(programs, trainer, held.frozen + held.reference)}
 
 
 # What is said of it

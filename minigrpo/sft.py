@@ -25,7 +25,7 @@ from minigrpo.data import PROMPT_COLUMNS, Dataset, Prompts, batch_numbers, choos
 from minigrpo.metrics import check_empty, check_writable
 from minigrpo.model import Params, split_trained
 from minigrpo.optimizer import TrainState, init_state, learning_rate, make_optimizer
-from minigrpo.sharding import by_sequence, launch, put
+from minigrpo.sharding import by_sequence, put
 from minigrpo.start import Setup, set_up
 
 
@@ -120,7 +120,7 @@ def train(setup: Setup) -> tuple[TrainState, Params]:
     for step in range(steps):
         numbers = batch_numbers(len(data), options.batch_size, step, options.seed)
         indices = [number % len(data) for number in numbers]
-        state, metrics = launch(grpo.update, trainer, state, make_batch(setup, data, completions, indices), frozen)
+        state, metrics = grpo.update(trainer, state, make_batch(setup, data, completions, indices), frozen)
         skipped += metrics["skipped_updates"]
         if (step + 1) % options.log_steps == 0 or step + 1 == steps:
             loss, norm, rate = float(metrics["loss"]), float(metrics["grad_norm"]), float(schedule(step))

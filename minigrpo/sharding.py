@@ -29,8 +29,8 @@ AXIS_OF_DIM = {"V": TP, "N": TP, "K": TP, "F": TP, "D": FSDP}
 """Dim letter -> the mesh axis that shards it; H and L stay whole."""
 
 
-LONG_COMPILE = 0.5
-"""Seconds of compiling after which there is memory to give back."""
+LONG_TRACE, LONG_COMPILE = 0.1, 0.5
+"""Seconds of tracing after which a program is new, and of compiling after which there is memory to give back."""
 
 MOST_WORKERS = 8
 """Virtual devices of a CPU that rollouts are spread over, at most, where jax is not told how many there are."""
@@ -120,13 +120,20 @@ def known_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def launch(function: Any, *arguments: Any) -> Any:
-    """Calls a jitted function; if it has to be compiled, the host gets back what that took before it runs."""
+    """Calls a jitted function; if it has to be compiled, the host gets back what is free before that and after."""
     started = time.perf_counter()
-    function.lower(*arguments).compile()  # at once if it has been, and the call finds it
-    give_back = of_c_library("malloc_trim")
-    if give_back and time.perf_counter() - started > LONG_COMPILE:
-        give_back(0)
+    lowered = function.lower(*arguments)
+    give_back_after(started, LONG_TRACE)
+    lowered.compile()  # at once if it has been, and the call finds it
+    give_back_after(started, LONG_COMPILE)
     return function(*arguments)
+
+
+def give_back_after(started: float, least: float) -> None:
+    """Gives free memory back to the system if more than `least` seconds have gone by."""
+    give_back = of_c_library("malloc_trim")
+    if give_back and time.perf_counter() - started > least:
+        give_back(0)
 
 
 def make_mesh(mesh_flag: str) -> Mesh:

@@ -47,7 +47,7 @@ from minigrpo.optimizer import TrainState, init_state, learning_rate
 from minigrpo.report import write_report
 from minigrpo.rewards import Reward, check_names, overlong_rewards, parse_rewards
 from minigrpo.rollout import Rollout
-from minigrpo.sharding import launch, worker_mesh
+from minigrpo.sharding import worker_mesh
 from minigrpo.start import TINY, Setup, check_lora, check_loss, check_quantize, set_up
 
 SECTIONS = (
@@ -106,7 +106,7 @@ def improve(job: Job, state: TrainState, batches: list[grpo.Batch]) -> tuple[Tra
     skipped, passed = 0.0, []
     for batch in batches * job.options(StepOptions).num_iterations:
         rate = float(schedule(int(state.updates)))
-        state, metrics = launch(grpo.update, job.trainer, state, batch, job.frozen)
+        state, metrics = grpo.update(job.trainer, state, batch, job.frozen)
         skipped += float(metrics["skipped_updates"])
         passed.append({name: float(value) for name, value in metrics.items()})
     last = passed[-len(batches) :]

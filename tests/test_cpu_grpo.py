@@ -15,7 +15,7 @@ from minigrpo.config import LossOptions, OptimizerOptions, UsageError, parse_fla
 from minigrpo.logprobs import Head
 from minigrpo.memory import saved_bytes
 from minigrpo.model import abstract_params
-from minigrpo.optimizer import decayed, init_state, learning_rate, make_optimizer
+from minigrpo.optimizer import clip, decayed, init_state, learning_rate, make_optimizer
 from minigrpo.sharding import Layout, by_sequence, put
 from minigrpo.start import Programs
 
@@ -275,14 +275,13 @@ def test_remat_policies_change_memory_not_numbers(tiny_config, tiny_params, sing
 
 def test_remat_policies_keep_as_much_as_they_say(tiny_config, tiny_params):
     mesh = mesh_of(1, 1)
-    config = dataclasses.replace(tiny_config, num_hidden_layers=8)
+    config = dataclasses.replace(tiny_config, num_hidden_layers=32)
     batch = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.zeros((64, *x.shape[1:]), x.dtype), host_batch()))
 
     def scratch(remat):
         trainer = make_trainer(config, mesh, remat=remat)
-        params = abstract_params(config)[1]
-        state = jax.eval_shape(lambda p: grpo.TrainState(p, trainer.optimizer.init(p), jnp.int32(0)), params)
-        return grpo.update.lower(trainer, state, batch, {}).compile().memory_analysis().temp_size_in_bytes
+        lowered = grpo.gradients.lower(trainer, abstract_params(config)[1], jnp.int32(0), batch, {})
+        return lowered.compile().memory_analysis().temp_size_in_bytes
 
     kept = {remat: scratch(remat) for remat in ("none", "mlp", "attention", "full")}
     assert kept["full"] < kept["attention"] < kept["mlp"] < 0.5 * kept["none"]
@@ -310,13 +309,33 @@ def test_non_finite_gradients_skip_the_update(tiny_config, tiny_params):
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads))
 
 
-def test_gradients_are_clipped_to_the_norm_and_the_norm_is_logged(tiny_config, tiny_params, single):
+@pytest.mark.parametrize(("share", "kept"), [(0.25, 0.25), (4.0, 1.0)])
+def test_gradients_are_clipped_to_the_norm_and_the_norm_is_logged(tiny_config, tiny_params, single, share, kept):
     norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(single[1])))
     assert single[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    clip = optax.chain(optax.clip_by_global_norm(0.25 * norm), optax.sgd(1.0))
+    optimizer = optax.chain(clip(share * norm), optax.sgd(1.0))
     batch = host_batch(2, old=True, ref=True)
-    _, clipped = one_update(tiny_config, tiny_params, batch=batch, optimizer=clip)
-    assert_close(clipped, jax.tree.map(lambda g: 0.25 * g, single[1]), 1e-4)
+    _, clipped = one_update(tiny_config, tiny_params, batch=batch, optimizer=optimizer)
+    assert_close(clipped, jax.tree.map(lambda g: kept * g, single[1]), 1e-4)
+
+
+def test_gradients_of_zero_are_not_clipped():
+    zeros = {"w": jnp.zeros(3)}
+    assert (clip(1.0).update(zeros, optax.EmptyState())[0]["w"] == 0).all()
+
+
+def test_gradients_lie_like_weights_and_a_new_shape_compiles_no_optimizer(tiny_config, tiny_params):
+    mesh, traced = mesh_of(2, 2), []
+    optimizer = optax.stateless(lambda grads, _: traced.append(grads) or grads)
+    trainer, placed = make_trainer(tiny_config, mesh, optimizer=optimizer), place(tiny_params, mesh)
+    state = init_state(optimizer, jax.tree.map(jnp.copy, placed), mesh)
+    for rows in (8, 4):
+        batch = put(mesh, jax.tree.map(lambda x, rows=rows: x[:rows], host_batch()), by_sequence(mesh))
+        grads = grpo.gradients(trainer, state.params, state.updates, batch, {})[1]
+        for grad, weight in zip(jax.tree.leaves(grads), jax.tree.leaves(placed), strict=True):
+            assert grad.sharding.is_equivalent_to(weight.sharding, weight.ndim)
+        state, _ = grpo.update(trainer, state, batch, {})
+    assert len(traced) == 1
 
 
 def test_learning_rate_schedule():

@@ -240,11 +240,14 @@ def test_greedy_equals_repeated_full_forward(tiny_config, tiny_params):
         np.testing.assert_array_equal(best[len(prompt) - 1 : -1], rollout.tokens[2 * row])
 
 
-@pytest.mark.parametrize(("seconds", "times"), [(-1.0, 2), (60.0, 0)])
-def test_a_program_is_compiled_once_and_memory_given_back_after_long_compiling(seconds, times, monkeypatch):
+@pytest.mark.parametrize(
+    ("tracing", "compiling", "times"), [(-1.0, -1.0, 4), (-1.0, 60.0, 2), (60.0, -1.0, 2), (60.0, 60.0, 0)]
+)
+def test_a_program_is_compiled_once_and_memory_given_back_around_it(tracing, compiling, times, monkeypatch):
     traced, given = [], []
     library = types.SimpleNamespace(malloc_trim=given.append)
-    monkeypatch.setattr(sharding, "LONG_COMPILE", seconds)
+    monkeypatch.setattr(sharding, "LONG_TRACE", tracing)
+    monkeypatch.setattr(sharding, "LONG_COMPILE", compiling)
     monkeypatch.setattr(sharding.ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(sharding.sys, "platform", "linux")
     double = jax.jit(lambda x: traced.append(x) or 2 * x)
