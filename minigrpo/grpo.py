@@ -1,4 +1,4 @@
-"""Group relative policy optimisation: advantages, losses, and one jitted update (arXiv:2402.03300)."""
+"""Group relative policy optimisation: advantages, losses, and the update, two jitted programs (arXiv:2402.03300)."""
 
 import dataclasses
 import functools

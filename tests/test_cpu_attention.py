@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minigrpo.attention import causal_attention, splash_attention
+from minigrpo.attention import attend_sequence, causal_attention, splash_attention
 
 
 def oracle(q, k, v):
@@ -56,3 +56,11 @@ def test_attention_and_its_gradients(path, length, heads, kv_heads, dim):
     np.testing.assert_allclose(got, oracle(q, k, v), atol=2e-5)
     for ours, want in zip(pull(jnp.asarray(cotangent, jnp.float32)), oracle_gradients(q, k, v, cotangent), strict=True):
         np.testing.assert_allclose(ours, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [200, 300])
+def test_no_scores_are_kept_for_the_backward_pass(length):
+    """Of one block of queries or of two."""
+    q, k, v = (jax.random.normal(jax.random.key(heads), (length, heads, 16)) for heads in (4, 2, 2))
+    kept = jax.tree.leaves(jax.vjp(attend_sequence, q, k, v)[1])
+    assert max(leaf.size for leaf in kept) < length * length

@@ -15,7 +15,7 @@ from minigrpo.config import LossOptions, OptimizerOptions, UsageError, parse_fla
 from minigrpo.logprobs import Head
 from minigrpo.memory import saved_bytes
 from minigrpo.model import abstract_params
-from minigrpo.optimizer import clip, decayed, init_state, learning_rate, make_optimizer
+from minigrpo.optimizer import apply_gradients, clip, decayed, init_state, learning_rate, make_optimizer
 from minigrpo.sharding import Layout, by_sequence, put
 from minigrpo.start import Programs
 
@@ -275,7 +275,7 @@ def test_remat_policies_change_memory_not_numbers(tiny_config, tiny_params, sing
 
 def test_remat_policies_keep_as_much_as_they_say(tiny_config, tiny_params):
     mesh = mesh_of(1, 1)
-    config = dataclasses.replace(tiny_config, num_hidden_layers=32)
+    config = dataclasses.replace(tiny_config, num_hidden_layers=32)  # so that they are most of the scratch
     batch = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.zeros((64, *x.shape[1:]), x.dtype), host_batch()))
 
     def scratch(remat):
@@ -334,8 +334,21 @@ def test_gradients_lie_like_weights_and_a_new_shape_compiles_no_optimizer(tiny_c
         grads = grpo.gradients(trainer, state.params, state.updates, batch, {})[1]
         for grad, weight in zip(jax.tree.leaves(grads), jax.tree.leaves(placed), strict=True):
             assert grad.sharding.is_equivalent_to(weight.sharding, weight.ndim)
+        old = jax.tree.leaves(state.params)
         state, _ = grpo.update(trainer, state, batch, {})
+        assert all(leaf.is_deleted() for leaf in old)
     assert len(traced) == 1
+
+
+@pytest.mark.parametrize(("loss", "grad"), [(np.nan, 1.0), (np.inf, 1.0), (1.0, np.nan), (1.0, -np.inf), (1.0, 1e30)])
+def test_a_loss_or_a_gradient_that_is_not_finite_changes_nothing(tiny_params, loss, grad):
+    mesh, optimizer = mesh_of(1, 1), make_optimizer(OptimizerOptions(), 10)
+    state = init_state(optimizer, place(tiny_params, mesh), mesh)
+    before = jax.tree.map(np.array, state)
+    grads = jax.tree.map(lambda w: jnp.full(w.shape, grad), state.params)
+    after, metrics = apply_gradients(optimizer, state, jnp.float32(loss), grads)
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    assert metrics["skipped_updates"] == 1
 
 
 def test_learning_rate_schedule():

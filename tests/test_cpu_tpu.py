@@ -141,6 +141,13 @@ def test_an_update_on_a_gpu_is_planned_as_its_compiler_counts(parts, gib):
     assert optimizer["hbm_gib"] == pytest.approx(19.23 * 4 / 3, rel=0.001)
 
 
+def test_what_is_not_trained_is_there_while_the_optimizer_runs():
+    flags = ("--model=Qwen/Qwen3-1.7B", "--topology=gpu:80GB", "--mesh=1,1", "--lora_rank=16", "--beta=0")
+    optimizer = report_of("-m", "minigrpo.plan", *flags)["phases"]["optimizer"]
+    assert optimizer["resident_gib"] == pytest.approx(1.7206e9 * 2 / 2**30, rel=0.001)
+    assert optimizer["hbm_gib"] - optimizer["resident_gib"] < 0.5
+
+
 def test_an_update_of_a_minibatch_is_planned_as_trained():
     flags = ("-m", "minigrpo.plan", "--model=Qwen/Qwen3-1.7B", "--topology=gpu:80GB", "--mesh=8,1", "--batch_size=32")
     whole, shares = report_of(*flags), report_of(*flags, "--num_minibatches=4")
