@@ -227,7 +227,7 @@ def backward_by_vocab(head: Head, hidden: Array, weights: Array, targets: Array,
 
 def take_inside(x: Array, places: Array) -> Array:
     """x at `places` along its second dim, all of which are there: nothing is checked."""
-    return jnp.take_along_axis(x, places, axis=1, mode="promise_in_bounds", wrap_negative_indices=False)
+    return jnp.take_along_axis(x, places, axis=1, mode="promise_in_bounds")
 
 
 def completion_logprobs(
