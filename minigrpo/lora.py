@@ -22,8 +22,8 @@ from minigrpo.model import (
     abstract_params,
     init_params,
     is_adapter,
-    leaf_sharding,
     select,
+    shardings_of,
 )
 from minigrpo.tokenizer import read_json
 from minigrpo.weights import HUB_NAMES, hub_tensors, load_tree, write_tensors
@@ -55,7 +55,7 @@ def adapter_shapes(config: ModelConfig) -> Params:
 
 def random_adapters(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
     """Fresh float32 adapters, which change nothing yet."""
-    shardings = jax.tree_util.tree_map_with_path(lambda path, _: leaf_sharding(mesh, path), adapter_shapes(config))
+    shardings = shardings_of(mesh, adapter_shapes(config))
     make = jax.jit(lambda: select(init_params(config, jax.random.key(seed)), is_adapter), out_shardings=shardings)
     return make()
 
@@ -104,7 +104,7 @@ def quantize(config: ModelConfig, params: Params, mesh: Mesh) -> Params:
     """The base's matrices as int8 with scales, laid out on the mesh."""
     run = functools.partial(to_int8, config)
     shapes = jax.eval_shape(run, params)
-    shardings = jax.tree_util.tree_map_with_path(lambda path, _: leaf_sharding(mesh, path), shapes)
+    shardings = shardings_of(mesh, shapes)
     return jax.jit(run, out_shardings=shardings)(params)
 
 

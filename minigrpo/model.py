@@ -521,6 +521,11 @@ def leaf_sharding(mesh: Mesh, path: tuple) -> NamedSharding:
     return NamedSharding(mesh, spec_of(DIMS.get(name, "")))
 
 
+def shardings_of(mesh: Mesh, tree: Any) -> Any:
+    """`leaf_sharding` of every leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaf_sharding(mesh, path), tree)
+
+
 def init_params(config: ModelConfig, key: Array) -> Params:
     """Random float32 weights: norms 1, biases 0, the rest normal(0, 0.02), residual outputs scaled by 1/sqrt(2L).
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from minigrpo.config import OptimizerOptions
-from minigrpo.model import DIMS, Params, leaf_name, leaf_sharding
+from minigrpo.model import DIMS, Params, leaf_name, shardings_of
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +51,7 @@ def is_matrix(name: str) -> bool:
 def clip(most: float) -> optax.GradientTransformation:
     """Gradients times min(1, `most` / global norm): one factor, which XLA puts into what reads them.
 
-    optax's own divides, and XLA makes a pass over all gradients of that.
+    optax's own divides, of which XLA on the CPU makes a pass over all gradients.
     """
 
     def scale(grads, _):
@@ -75,8 +75,7 @@ def make_optimizer(options: OptimizerOptions, total: int) -> optax.GradientTrans
 
 def like_params(mesh: Mesh, tree: Any) -> Any:
     """Inside jit: parameters, or what has their shapes, laid out on the mesh as these are."""
-    shardings = jax.tree_util.tree_map_with_path(lambda path, _: leaf_sharding(mesh, path), tree)
-    return jax.lax.with_sharding_constraint(tree, shardings)
+    return jax.lax.with_sharding_constraint(tree, shardings_of(mesh, tree))
 
 
 def init_state(
@@ -87,8 +86,7 @@ def init_state(
     def start(params):
         return optimizer.init(params), jnp.int32(0)
 
-    shapes = jax.eval_shape(start, params)
-    shardings = jax.tree_util.tree_map_with_path(lambda path, _: leaf_sharding(mesh, path), shapes)
+    shardings = shardings_of(mesh, jax.eval_shape(start, params))
     opt_state, updates = jax.jit(start, out_shardings=shardings)(params)
     return TrainState(params, opt_state, updates, reference)
 

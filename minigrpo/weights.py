@@ -32,6 +32,7 @@ from minigrpo.model import (
     layer_dims,
     leaf_name,
     leaf_sharding,
+    shardings_of,
 )
 from minigrpo.tokenizer import FILES
 
@@ -223,7 +224,7 @@ def load_tree(folder: Path, shapes: Params, config: ModelConfig, mesh: Mesh, dty
 def random_params(config: ModelConfig, mesh: Mesh, seed: int, dtype: Any = np.float32) -> Params:
     """Random weights made on the mesh, in place."""
     shapes = abstract_params(config)[1]
-    shardings = jax.tree_util.tree_map_with_path(lambda path, _: leaf_sharding(mesh, path), shapes)
+    shardings = shardings_of(mesh, shapes)
 
     def make():
         drawn = init_params(config, jax.random.key(seed))

@@ -131,7 +131,10 @@ def test_gpus_are_planned_by_arithmetic():
 
 @pytest.mark.parametrize(("parts", "gib"), [(1, 28.86), (4, 18.39)])
 def test_an_update_on_a_gpu_is_planned_as_its_compiler_counts(parts, gib):
-    """Temporaries as XLA's compiler of jax 0.11.2 counts them for an H100; an H200 used 1 % more (BUILD_NOTES.md)."""
+    """Temporaries as XLA's compiler of jax 0.11.2 counts them for an H100; an H200 used 1 % more (BUILD_NOTES.md).
+
+    Both while gradient and optimizer were one program, whose temporaries held the gradient.
+    """
     sizes = ("--batch_size=4", "--num_generations=8", "--max_prompt_length=256", "--max_completion_length=2048")
     flags = (*sizes, "--remat=attention", "--beta=0", f"--gradient_accumulation_steps={parts}")
     report = report_of("-m", "minigrpo.plan", "--model=Qwen/Qwen3-1.7B", "--topology=gpu:80GB", "--mesh=1,1", *flags)
