@@ -50,6 +50,39 @@ class Rows:
     query_numbers: Any = None  # int32 [S, M], each token's number among its sheet's queries; past them if none
 
 
+def by_kv_head(x: Float[Array, "T N H"], kv_heads: int) -> Float[Array, "K GT H"]:
+    """Queries, or what belongs to them, of each key-value head."""
+    queries, _, dim = x.shape
+    return x.reshape(queries, kv_heads, -1, dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, dim)
+
+
+def by_query(x: Float[Array, "K GT H"], queries: int) -> Float[Array, "T N H"]:
+    """The inverse of `by_kv_head`."""
+    kv_heads, _, dim = x.shape
+    return x.reshape(kv_heads, -1, queries, dim).transpose(2, 0, 1, 3).reshape(queries, -1, dim)
+
+
+def softmax_weights(
+    places: Int[Array, "T"],
+    q: Float[Array, "K GT H"],
+    k: Float[Array, "S K H"],
+    segments: Int[Array, "S"] | None,
+) -> Float[Array, "K GT S"]:
+    """exp(score - the query's highest score), 0 for keys after a query's place or in another segment.
+
+    What hides a score is added to it. XLA on the CPU makes one kernel of products, sums and a softmax, in which no
+    score leaves the caches, but not of a choice between two values. The barrier has it made here and anew, not once for
+    all rows and before all layers.
+    """
+    places, k = jax.lax.optimization_barrier((places, k))
+    visible = jnp.arange(len(k)) <= places[:, None]
+    if segments is not None:
+        visible &= segments[places][:, None] == segments
+    hiding = jnp.tile(jnp.where(visible, 0, HIDDEN), (q.shape[1] // len(places), 1))
+    scores = jnp.einsum("KTH,SKH->KTS", q, k, preferred_element_type=jnp.float32) * (1 / math.sqrt(q.shape[2])) + hiding
+    return jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+
+
 def attend_block(
     places: Int[Array, "T"],
     q: Float[Array, "T N H"],
@@ -58,18 +91,35 @@ def attend_block(
     segments: Int[Array, "S"] | None,
 ) -> Float[Array, "T N H"]:
     """Attention of the queries at `places` to every place not after them, in the same segment."""
-    queries, heads, dim = q.shape
-    keys, kv_heads = k.shape[:2]
-    grouped = q.reshape(queries, kv_heads, -1, dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, dim)
-    scores = jnp.einsum("KTH,SKH->KTS", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(dim)
-    visible = jnp.arange(keys) <= places[:, None]
-    if segments is not None:
-        visible &= segments[places][:, None] == segments
-    scores = jnp.where(jnp.tile(visible, (heads // kv_heads, 1)), scores, HIDDEN)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    weights = softmax_weights(places, by_kv_head(q, k.shape[1]), k, segments)
     out = jnp.einsum("KTS,SKH->KTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    out = out / weights.sum(axis=-1, keepdims=True)
-    return out.astype(q.dtype).reshape(kv_heads, -1, queries, dim).transpose(2, 0, 1, 3).reshape(q.shape)
+    return by_query((out / weights.sum(axis=-1, keepdims=True)).astype(q.dtype), len(q))
+
+
+def attend_forward(places, q, k, v, segments):
+    out = checkpoint_name(attend_block(places, q, k, v, segments), ATTENTION)
+    return out, (places, q, k, v, segments, out)
+
+
+def attend_backward(saved, cotangent):
+    """Gradients from the results; scores are recomputed (arXiv:2205.14135, appendix B.4)."""
+    places, q, k, v, segments, out = saved
+    q, out, cotangent = (by_kv_head(x, k.shape[1]) for x in (q, out, cotangent))
+    weights = softmax_weights(places, q, k, segments)
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    weights_grad = jnp.einsum("KTH,SKH->KTS", cotangent, v, preferred_element_type=jnp.float32)
+    shared = (cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    scores_grad = (weights * (weights_grad - shared)).astype(q.dtype)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    v_grad = product("KTH,KTS->KHS", cotangent, weights.astype(q.dtype))
+    q_grad = product("KTS,SKH->KTH", scores_grad, k) * (1 / math.sqrt(q.shape[2]))
+    k_grad = product("KTH,KTS->KHS", q, scores_grad) * (1 / math.sqrt(q.shape[2]))
+    k_grad, v_grad = (x.transpose(2, 0, 1) for x in (k_grad, v_grad))
+    return None, by_query(q_grad.astype(q.dtype), len(places)), k_grad.astype(k.dtype), v_grad.astype(v.dtype), None
+
+
+attend_with_gradient = jax.custom_vjp(attend_block)
+attend_with_gradient.defvjp(attend_forward, attend_backward)
 
 
 def attend_sequence(
@@ -84,11 +134,11 @@ def attend_sequence(
     Queries stand at `places`, or each at its own.
     """
     places = jnp.arange(len(q)) if places is None else places
-    block = jax.checkpoint(lambda places, queries: attend_block(places, queries, k, v, segments))
     if len(q) <= QUERY_BLOCK:
-        return checkpoint_name(block(places, q), ATTENTION)
-    out = jax.lax.map(lambda args: block(*args), in_chunks(QUERY_BLOCK, (places, q)))
-    return checkpoint_name(out.reshape(-1, *q.shape[1:])[: len(q)], ATTENTION)
+        return attend_with_gradient(places, q, k, v, segments)
+    blocks = in_chunks(QUERY_BLOCK, (places, q))
+    out = jax.lax.map(lambda block: attend_with_gradient(*block, k, v, segments), blocks)
+    return out.reshape(-1, *q.shape[1:])[: len(q)]
 
 
 def splash_block(length: int) -> int:
