@@ -119,10 +119,17 @@ def sum_and_split(x: Array, axis: str, dim: int) -> Array:
     return x if single else jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
 
 
-def scaled_logits(head: Head, hidden: Array, weights: Array, first: Array) -> Array:
-    """Logits / temperature in float32 of the vocabulary entries from `first` on; LOWEST where there is no token."""
+def scaled_logits(head: Head, hidden: Array, weights: Array, entries: Array, least: Array | int = 0) -> Array:
+    """Logits / temperature in float32 of these vocabulary entries; LOWEST, which is added, below `least` or past tokens."""
     logits = jnp.einsum("MD,VD->MV", hidden, weights, preferred_element_type=jnp.float32) / head.temperature
-    return jnp.where(first + jnp.arange(weights.shape[0]) < head.num_tokens, logits, LOWEST)
+    return logits + jnp.where((entries >= least) & (entries < head.num_tokens), 0, LOWEST)
+
+
+def target_logits(head: Head, hidden: Array, weights: Array, targets: Array, first: Array) -> Array:
+    """Each row's logit / temperature at its target; 0 for one that another device holds."""
+    own = weights[jnp.clip(targets - first, 0, weights.shape[0] - 1)]
+    logits = jnp.einsum("MD,MD->M", hidden, own, preferred_element_type=jnp.float32) / head.temperature
+    return jnp.where((targets >= first) & (targets < first + weights.shape[0]), logits, 0)
 
 
 def local_forward(head: Head, hidden: Array, weights: Array, targets: Array):
@@ -131,13 +138,13 @@ def local_forward(head: Head, hidden: Array, weights: Array, targets: Array):
     first = jax.lax.axis_index(TP) * weights.shape[0]
 
     def chunk(rows):
-        stats = softmax_stats(head, across_tp(rows[0]), weights, across_tp(rows[1]), first)
-        peak, total, weighted, at_target = stats
+        hidden, targets = (across_tp(x) for x in rows)
+        peak, total, weighted = softmax_stats(head, hidden, weights, first)
         top = jax.lax.pmax(peak, TP)
         total, weighted = jax.lax.psum(shift(peak, top, total, weighted), TP)
         log_total = top + jnp.log(total)
-        outs = jax.lax.psum(at_target, TP) - log_total, jnp.log(total) - weighted / total, log_total
-        return tuple(own_rows(out, size) for out in outs)
+        logprobs = jax.lax.psum(target_logits(head, hidden, weights, targets, first), TP) - log_total
+        return tuple(own_rows(out, size) for out in (logprobs, jnp.log(total) - weighted / total, log_total))
 
     outs = jax.lax.map(chunk, in_chunks(size, (hidden, targets)))
     return tuple(out.reshape(-1)[: hidden.shape[0]] for out in outs)
@@ -149,32 +156,24 @@ def shift(peak: Array, to: Array, total: Array, weighted: Array) -> tuple[Array,
     return total * rescale, (weighted + (peak - to) * total) * rescale
 
 
-def softmax_stats(head: Head, hidden: Array, weights: Array, targets: Array, first: Array):
-    """Per row over this device's vocabulary: the peak, `shift`'s two sums, and the target's logit (0 if elsewhere)."""
+def softmax_stats(head: Head, hidden: Array, weights: Array, first: Array) -> tuple[Array, Array, Array]:
+    """Per row over this device's vocabulary, from `first` on: the peak and `shift`'s two sums."""
     vocab = weights.shape[0]
     size = min(head.tiles.vocab, vocab)
 
     def tile(index, stats):
-        peak, total, weighted, at_target = stats
+        peak, total, weighted = stats
         start = jnp.minimum(index * size, vocab - size)
         part = jax.lax.dynamic_slice_in_dim(weights, start, size)
-        logits = scaled_logits(head, hidden, part, first + start)
-        fresh = start + jnp.arange(size) >= index * size
-        logits = jnp.where(fresh, logits, LOWEST)
+        logits = scaled_logits(head, hidden, part, first + start + jnp.arange(size), first + index * size)
         new_peak = jnp.maximum(peak, logits.max(axis=-1))
         below = logits - new_peak[:, None]
         exps = jnp.exp(below)
         total, weighted = shift(peak, new_peak, total, weighted)
-        hit = (targets[:, None] == first + start + jnp.arange(size)) & fresh
-        return (
-            new_peak,
-            total + exps.sum(axis=-1),
-            weighted + (exps * below).sum(axis=-1),
-            at_target + jnp.where(hit, logits, 0).sum(axis=-1),
-        )
+        return new_peak, total + exps.sum(axis=-1), weighted + (exps * below).sum(axis=-1)
 
     zeros = jnp.zeros(hidden.shape[0], jnp.float32)
-    return jax.lax.fori_loop(0, -(-vocab // size), tile, (zeros + LOWEST, zeros, zeros, zeros))
+    return jax.lax.fori_loop(0, -(-vocab // size), tile, (zeros + LOWEST, zeros, zeros))
 
 
 def backward_by_rows(head: Head, hidden: Array, weights: Array, targets: Array, log_total: Array, cotangent: Array):
@@ -185,7 +184,7 @@ def backward_by_rows(head: Head, hidden: Array, weights: Array, targets: Array, 
 
     def chunk(weights_grad, rows):
         h, t, lse, g = (across_tp(x) for x in rows)
-        probs = jnp.exp(scaled_logits(head, h, weights, first) - lse[:, None])
+        probs = jnp.exp(scaled_logits(head, h, weights, entries) - lse[:, None])
         scale = (g / head.temperature)[:, None]
         logits_grad = (jnp.where(t[:, None] == entries, scale, 0) - scale * probs).astype(h.dtype)
         hidden_grad = jnp.einsum("MV,VD->MD", logits_grad, weights, preferred_element_type=jnp.float32)
@@ -211,10 +210,10 @@ def backward_by_vocab(head: Head, hidden: Array, weights: Array, targets: Array,
     def part(index, grads):
         hidden_grad, weights_grad = grads
         start = jnp.minimum(index * size, vocab - size)
-        entries, own = start + jnp.arange(size), jax.lax.dynamic_slice_in_dim(weights, start, size)
-        probs = jnp.exp(scaled_logits(head, h, own, first + start) - lse[:, None])
-        logits_grad = (jnp.where(t[:, None] == first + entries, scale, 0) - scale * probs).astype(h.dtype)
-        fresh = jnp.where((entries >= index * size)[:, None], own, 0)
+        entries, own = first + start + jnp.arange(size), jax.lax.dynamic_slice_in_dim(weights, start, size)
+        probs = jnp.exp(scaled_logits(head, h, own, entries) - lse[:, None])
+        logits_grad = (jnp.where(t[:, None] == entries, scale, 0) - scale * probs).astype(h.dtype)
+        fresh = jnp.where((entries >= first + index * size)[:, None], own, 0)
         hidden_grad += jnp.einsum("MV,VD->MD", logits_grad, fresh, preferred_element_type=jnp.float32)
         own_grad = jnp.einsum("MV,MD->VD", logits_grad, h, preferred_element_type=jnp.float32)
         return hidden_grad, jax.lax.dynamic_update_slice_in_dim(weights_grad, own_grad, start, axis=0)

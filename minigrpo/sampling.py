@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-CDF_BLOCK, LEAST_BLOCK = 512, 64
+CDF_BLOCK, LEAST_BLOCK = 128, 64
 """Most vocabulary entries summed at a time: the row's CDF is built over blocks first, then inside the one block hit.
 Smaller blocks, down to the second, are taken where they divide the vocabulary."""
 
