@@ -74,11 +74,11 @@ def softmax_weights(
     score leaves the caches, but not of a choice between two values. The barrier has it made here and anew, not once for
     all rows and before all layers.
     """
-    places, k = jax.lax.optimization_barrier((places, k))
+    places, segments, k = jax.lax.optimization_barrier((places, segments, k))
     visible = jnp.arange(len(k)) <= places[:, None]
     if segments is not None:
         visible &= segments[places][:, None] == segments
-    hiding = jnp.tile(jnp.where(visible, 0, HIDDEN), (q.shape[1] // len(places), 1))
+    hiding = jnp.tile((1 - visible.astype(jnp.float32)) * HIDDEN, (q.shape[1] // len(places), 1))
     scores = jnp.einsum("KTH,SKH->KTS", q, k, preferred_element_type=jnp.float32) * (1 / math.sqrt(q.shape[2])) + hiding
     return jnp.exp(scores - scores.max(axis=-1, keepdims=True))
 

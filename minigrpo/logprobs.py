@@ -120,7 +120,7 @@ def sum_and_split(x: Array, axis: str, dim: int) -> Array:
 
 
 def scaled_logits(head: Head, hidden: Array, weights: Array, entries: Array, least: Array | int = 0) -> Array:
-    """Logits / temperature in float32 of these vocabulary entries; LOWEST, which is added, below `least` or past tokens."""
+    """Logits / temperature in float32 of these vocabulary entries; LOWEST, added, below `least` and past the tokens."""
     logits = jnp.einsum("MD,VD->MV", hidden, weights, preferred_element_type=jnp.float32) / head.temperature
     return logits + jnp.where((entries >= least) & (entries < head.num_tokens), 0, LOWEST)
 
