@@ -75,6 +75,8 @@ class Fused:
     """gated(x [B,D], gate, up) -> silu(x gate) * (x up) [B,F]."""
     heads: Callable[..., tuple[Array, Array, Array]] | None = None
     """heads(x [B,D], (q, k, v), (q_norm, k_norm), (cos, sin) [B,H/2], eps) -> rotated q, k, and v [B,heads,H]."""
+    product: Callable[[str, Array, Array], Array] | None = None
+    """As `product`, of matrices where the two are not."""
 
 
 UNFUSED = Fused()
@@ -264,9 +266,9 @@ class Projections(nnx.Module):
     def array(self, name: str) -> Array:
         return getattr(self, name)[...]
 
-    def project(self, name: str, x: Array, dropout: Array | None) -> Array:
+    def project(self, name: str, x: Array, dropout: Array | None, fused: Fused) -> Array:
         """The matrix `name` applied to x [B,T,...], scale and adapter included; `dropout` holds a key per sequence."""
-        out = product(name, x, self.array(name).astype(x.dtype))
+        out = (fused.product or product)(name, x, self.array(name).astype(x.dtype))
         if self.config.int8:
             out = out * self.array(f"{name}_scale")
         if self.config.lora and name in self.config.lora.targets:
@@ -335,9 +337,9 @@ class Attention(Projections):
         if config.qk_norm:
             self.q_norm, self.k_norm = parameter(config, "q_norm"), parameter(config, "k_norm")
 
-    def heads(self, x: Array, dropout: Array | None) -> tuple[Array, Array, Array]:
+    def heads(self, x: Array, dropout: Array | None, fused: Fused) -> tuple[Array, Array, Array]:
         """x [B,T,D] -> q [B,T,N,H], k [B,T,K,H], v [B,T,K,H] with bias or norm, before rope."""
-        q, k, v = (self.project(name, x, dropout) for name in ("q", "k", "v"))
+        q, k, v = (self.project(name, x, dropout, fused) for name in ("q", "k", "v"))
         if self.config.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if self.config.qk_norm:
@@ -345,9 +347,11 @@ class Attention(Projections):
             k = rms_norm(k, self.k_norm[...], self.config.rms_norm_eps)
         return q, k, v
 
-    def rotated_heads(self, x: Array, angles: Angles, dropout: Array | None) -> tuple[Array, Array, Array]:
+    def rotated_heads(
+        self, x: Array, angles: Angles, dropout: Array | None, fused: Fused
+    ) -> tuple[Array, Array, Array]:
         """As `heads`, after rope."""
-        q, k, v = self.heads(x, dropout)
+        q, k, v = self.heads(x, dropout, fused)
         return apply_rope(q, angles), apply_rope(k, angles), v
 
     def fused_heads(self, run: Callable, x: Array, angles: Angles) -> tuple[Array, Array, Array]:
@@ -360,9 +364,9 @@ class Attention(Projections):
     def __call__(
         self, x: Array, angles: Angles, layer: Array, attend: Attend, carry: Any, dropout: Array | None, fused: Fused
     ):
-        made = self.fused_heads(fused.heads, x, angles) if fused.heads else self.rotated_heads(x, angles, dropout)
+        made = self.fused_heads(fused.heads, x, angles) if fused.heads else self.rotated_heads(x, angles, dropout, fused)
         out, carry = attend(layer, *made, carry)
-        return self.project("o", out, dropout), carry
+        return self.project("o", out, dropout, fused), carry
 
 
 def silu(x: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
@@ -380,9 +384,9 @@ class Mlp(Projections):
         if fused.gated:
             gated = fused.gated(x[:, 0], self.array("gate"), self.array("up"))[:, None]
         else:
-            gate, up = (checkpoint_name(self.project(name, x, dropout), MLP) for name in ("gate", "up"))
+            gate, up = (checkpoint_name(self.project(name, x, dropout, fused), MLP) for name in ("gate", "up"))
             gated = silu(gate) * up
-        return self.project("down", gated, dropout)
+        return self.project("down", gated, dropout, fused)
 
 
 class Block(nnx.Module):

@@ -50,8 +50,8 @@ TAIL_SHRINK = 4
 """When no completion waits, the batch shrinks by this factor each time the running ones fit. Every size is compiled."""
 LEAST_BATCH, GPU_LEAST_BATCH = 4, 64
 """No batch is split into fewer, or shrunk by half or less: each size is compiled, on a GPU with its layers unrolled."""
-CPU_HEAD_PARTS = 8
-"""Parts of the vocabulary that the CPU's logits are computed by, where they divide it."""
+CPU_PARTS = 8
+"""Parts that the CPU computes a matrix's outputs in, where they divide them."""
 CACHED_BYTES = 24 << 20
 """Weights that a CPU's caches hold, measured with 32 MB of them: a device per core decodes these faster than one."""
 WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
@@ -328,15 +328,28 @@ def extend(plan: RolloutPlan, state: State) -> State:
 # Decoding
 
 
-def by_parts(hidden: Float[Array, "S D"], head: Float[Array, "V D"]) -> Float[Array, "S V"]:
-    """As `unembed`, with the head as the product's first operand, which XLA on the CPU reads faster for few rows."""
-    parts = head.reshape(math.gcd(len(head), CPU_HEAD_PARTS), -1, head.shape[1]).astype(hidden.dtype)
-    logits = jnp.einsum("SD,PVD->PSV", hidden, parts, preferred_element_type=jnp.float32)
-    return logits.swapaxes(0, 1).reshape(len(hidden), -1)
+def by_parts(x: Float[Array, "S D"], matrix: Float[Array, "V D"]) -> Float[Array, "S V"]:
+    """x times the matrix in float32, with the matrix as first operand, which XLA on the CPU reads faster for few rows.
+
+    Without parts it would exchange the operands.
+    """
+    parts = matrix.reshape(math.gcd(len(matrix), CPU_PARTS), -1, matrix.shape[1]).astype(x.dtype)
+    out = jnp.einsum("SD,PVD->PSV", x, parts, preferred_element_type=jnp.float32)
+    return out.swapaxes(0, 1).reshape(len(x), -1)
+
+
+def product_by_parts(name: str, x: Array, weights: Array) -> Array:
+    """As `product`, of one token a sequence."""
+    ins, outs = PROJECTIONS[name]
+    turned = jnp.einsum(f"{layer_dims(name)}->{dims_read(name)}", weights)
+    matrix = turned.reshape(math.prod(turned.shape[: len(outs)]), -1)
+    return by_parts(x.reshape(len(x), -1), matrix).astype(x.dtype).reshape(len(x), 1, *turned.shape[: len(outs)])
 
 
 def fused(device: Any, model: ModelConfig, dtype: Any, rows: int) -> Fused:
-    """The kernels that decode so many rows on a device; imported where they may be, as that takes time."""
+    """What decodes so many rows on a device; kernels are imported where they may be, as that takes time."""
+    if device.platform == "cpu" and not model.int8:
+        return Fused(product=product_by_parts)
     if device.platform != "gpu" or model.int8 or model.lora:
         return UNFUSED
     from minigrpo.kernels import fused_products
@@ -439,8 +452,9 @@ def one_by_one(
 
 
 def dims_read(name: str) -> str:
-    """Dims of a layer's matrix as XLA on the CPU reads it without a copy: those that its product sums over in front."""
-    return "".join(PROJECTIONS[name])
+    """Dims of a layer's matrix as the CPU reads it without a copy: those that its product sums over last."""
+    ins, outs = PROJECTIONS[name]
+    return outs + ins
 
 
 def laid_out(weights: Params, before: Callable[[str], str], after: Callable[[str], str]) -> Params:
