@@ -364,7 +364,8 @@ class Attention(Projections):
     def __call__(
         self, x: Array, angles: Angles, layer: Array, attend: Attend, carry: Any, dropout: Array | None, fused: Fused
     ):
-        made = self.fused_heads(fused.heads, x, angles) if fused.heads else self.rotated_heads(x, angles, dropout, fused)
+        rotated = functools.partial(self.rotated_heads, dropout=dropout, fused=fused)
+        made = self.fused_heads(fused.heads, x, angles) if fused.heads else rotated(x, angles)
         out, carry = attend(layer, *made, carry)
         return self.project("o", out, dropout, fused), carry
 

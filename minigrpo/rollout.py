@@ -340,10 +340,10 @@ def by_parts(x: Float[Array, "S D"], matrix: Float[Array, "V D"]) -> Float[Array
 
 def product_by_parts(name: str, x: Array, weights: Array) -> Array:
     """As `product`, of one token a sequence."""
-    ins, outs = PROJECTIONS[name]
     turned = jnp.einsum(f"{layer_dims(name)}->{dims_read(name)}", weights)
-    matrix = turned.reshape(math.prod(turned.shape[: len(outs)]), -1)
-    return by_parts(x.reshape(len(x), -1), matrix).astype(x.dtype).reshape(len(x), 1, *turned.shape[: len(outs)])
+    outs = turned.shape[: len(PROJECTIONS[name][1])]
+    out = by_parts(x.reshape(len(x), -1), turned.reshape(math.prod(outs), -1))
+    return out.astype(x.dtype).reshape(len(x), 1, *outs)
 
 
 def fused(device: Any, model: ModelConfig, dtype: Any, rows: int) -> Fused:
@@ -453,8 +453,7 @@ def one_by_one(
 
 def dims_read(name: str) -> str:
     """Dims of a layer's matrix as the CPU reads it without a copy: those that its product sums over last."""
-    ins, outs = PROJECTIONS[name]
-    return outs + ins
+    return "".join(reversed(PROJECTIONS[name]))
 
 
 def laid_out(weights: Params, before: Callable[[str], str], after: Callable[[str], str]) -> Params:
