@@ -64,3 +64,42 @@ def test_no_scores_are_kept_for_the_backward_pass(length):
     q, k, v = (jax.random.normal(jax.random.key(heads), (length, heads, 16)) for heads in (4, 2, 2))
     kept = jax.tree.leaves(jax.vjp(attend_sequence, q, k, v)[1])
     assert max(leaf.size for leaf in kept) < length * length
+
+
+def scan_results(jaxpr):
+    """Sizes of what the loops in a program return, those in others too."""
+    for eqn in jaxpr.eqns:
+        inner = [value.jaxpr for value in eqn.params.values() if hasattr(value, "jaxpr")]
+        if eqn.primitive.name == "scan":
+            yield from (var.aval.size for var in eqn.outvars)
+        for one in inner:
+            yield from scan_results(one)
+
+
+def test_masks_are_not_made_for_all_rows_before_the_layers():
+    """Four layers attend to eight rows, differentiated and rematerialised as in an update."""
+    rows, length = 8, 96
+    q = jax.random.normal(jax.random.key(0), (rows, length, 2, 4))
+    segments = jnp.ones((rows, length), jnp.int32)
+
+    @jax.checkpoint
+    def layer(x, _):
+        return causal_attention("cpu", x, x, x, segments), None
+
+    program = jax.make_jaxpr(jax.grad(lambda q: jax.lax.scan(layer, q, length=4)[0].sum()))(q)
+    sizes = list(scan_results(program.jaxpr))
+    assert q.size in sizes and max(sizes) < rows * length * length
+
+
+def test_half_precision_keeps_its_dtype_and_its_digits():
+    q, k, v = (jax.random.normal(jax.random.key(heads), (40, heads, 16)) for heads in (4, 2, 2))
+    short = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    want, wanted_grads = jax.vjp(attend_sequence, *[x.astype(jnp.float32) for x in short])
+    got, grads = jax.vjp(attend_sequence, *short)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.02)
+    cotangent = jnp.cos(want)
+    pairs = zip(grads(cotangent.astype(jnp.bfloat16)), wanted_grads(cotangent), strict=True)
+    for ours, theirs in pairs:
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=0.02 * float(jnp.abs(theirs).max()))

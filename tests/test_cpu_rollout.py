@@ -19,7 +19,7 @@ from minigrpo import rollout as rollout_module
 from minigrpo.attention import attend_on, causal_attention
 from minigrpo.config import LossOptions, RolloutOptions, UsageError, parse_flags
 from minigrpo.logprobs import Head
-from minigrpo.model import Fused, abstract_params, silu, unembed
+from minigrpo.model import PROJECTIONS, Fused, abstract_params, product, silu, unembed
 from minigrpo.rollout import CACHED_BYTES, LEAST_BATCH, WIDE_VECTORS, Roller, batch_sizes, shared_by_host, spread
 from minigrpo.sharding import Layout, by_sequence, put, replicated
 from minigrpo.start import Programs
@@ -171,6 +171,17 @@ def test_the_kernels_of_a_device_get_every_token(tiny_config, tiny_params, plain
     monkeypatch.setattr(rollout_module, "fused", lambda device, model, dtype, rows: Fused(gated=gated))
     assert_same(roll(tiny_config, tiny_params), plain)
     assert set(seen) == {(16, 32), (4, 32)}
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_a_product_by_parts_is_the_product(tiny_config, name):
+    """Of all kinds of matrices; some of their outputs 8 parts divide, others not."""
+    config = dataclasses.replace(tiny_config, hidden_size=36, num_attention_heads=6, num_key_value_heads=3, head_dim=2)
+    sizes = [config.sizes[dim] for dim in PROJECTIONS[name][0]]
+    x = jax.random.normal(jax.random.key(0), (5, 1, *sizes))
+    weights = jax.random.normal(jax.random.key(1), config.shape(name)[1:])
+    got = rollout_module.product_by_parts(name, x, weights)
+    np.testing.assert_allclose(got, product(name, x, weights), rtol=1e-5, atol=1e-5)
 
 
 def test_a_pool_too_small_for_one_completion_is_refused(tiny_config, tiny_params):
