@@ -24,7 +24,7 @@ CPU_ROWS = 4
 """Rows that the CPU attends at a time, at most: more leave its caches, fewer do not fill its cores."""
 
 HIDDEN = -1e30
-"""Score of a masked position."""
+"""Added to the score of a masked position."""
 
 TPU_TILE, MOST_BLOCK = 128, 1024
 
@@ -71,8 +71,8 @@ def softmax_weights(
     """exp(score - the query's highest score), 0 for keys after a query's place or in another segment.
 
     What hides a score is added to it. XLA on the CPU makes one kernel of products, sums and a softmax, in which no
-    score leaves the caches, but not of a choice between two values. The barrier has it made here and anew, not once for
-    all rows and before all layers.
+    score leaves the caches, but not of a choice between two values. The barrier has the mask made here and anew, not
+    once for all rows and before all layers.
     """
     places, segments, k = jax.lax.optimization_barrier((places, segments, k))
     visible = jnp.arange(len(k)) <= places[:, None]

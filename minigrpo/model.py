@@ -76,7 +76,7 @@ class Fused:
     heads: Callable[..., tuple[Array, Array, Array]] | None = None
     """heads(x [B,D], (q, k, v), (q_norm, k_norm), (cos, sin) [B,H/2], eps) -> rotated q, k, and v [B,heads,H]."""
     product: Callable[[str, Array, Array], Array] | None = None
-    """As `product`, of matrices where the two are not."""
+    """product(name, x [B,1,...], weights) -> what `product` gives, for the matrices that the kernels above leave."""
 
 
 UNFUSED = Fused()

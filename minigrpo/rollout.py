@@ -339,7 +339,7 @@ def by_parts(x: Float[Array, "S D"], matrix: Float[Array, "V D"]) -> Float[Array
 
 
 def product_by_parts(name: str, x: Array, weights: Array) -> Array:
-    """As `product`, of one token a sequence."""
+    """As `product`, x [B,1,...] being one token a sequence."""
     turned = jnp.einsum(f"{layer_dims(name)}->{dims_read(name)}", weights)
     outs = turned.shape[: len(PROJECTIONS[name][1])]
     out = by_parts(x.reshape(len(x), -1), turned.reshape(math.prod(outs), -1))
@@ -348,7 +348,7 @@ def product_by_parts(name: str, x: Array, weights: Array) -> Array:
 
 def fused(device: Any, model: ModelConfig, dtype: Any, rows: int) -> Fused:
     """What decodes so many rows on a device; kernels are imported where they may be, as that takes time."""
-    if device.platform == "cpu" and not model.int8:
+    if device.platform == "cpu":
         return Fused(product=product_by_parts)
     if device.platform != "gpu" or model.int8 or model.lora:
         return UNFUSED
@@ -452,7 +452,7 @@ def one_by_one(
 
 
 def dims_read(name: str) -> str:
-    """Dims of a layer's matrix as the CPU reads it without a copy: those that its product sums over last."""
+    """Dims of a layer's matrix as the CPU decodes with it: those that its product sums over last."""
     return "".join(reversed(PROJECTIONS[name]))
 
 
