@@ -105,15 +105,14 @@ def attend_backward(saved, cotangent):
     """Gradients from the results; scores are recomputed (arXiv:2205.14135, appendix B.4)."""
     places, q, k, v, segments, out = saved
     q, out, cotangent = (by_kv_head(x, k.shape[1]) for x in (q, out, cotangent))
+    product, scale = functools.partial(jnp.einsum, preferred_element_type=jnp.float32), 1 / math.sqrt(q.shape[2])
     weights = softmax_weights(places, q, k, segments)
     weights = weights / weights.sum(axis=-1, keepdims=True)
-    weights_grad = jnp.einsum("KTH,SKH->KTS", cotangent, v, preferred_element_type=jnp.float32)
-    shared = (cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    scores_grad = (weights * (weights_grad - shared)).astype(q.dtype)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    mean = (cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    scores_grad = (weights * (product("KTH,SKH->KTS", cotangent, v) - mean)).astype(q.dtype)
+    q_grad = product("KTS,SKH->KTH", scores_grad, k) * scale
+    k_grad = product("KTH,KTS->KHS", q, scores_grad) * scale
     v_grad = product("KTH,KTS->KHS", cotangent, weights.astype(q.dtype))
-    q_grad = product("KTS,SKH->KTH", scores_grad, k) * (1 / math.sqrt(q.shape[2]))
-    k_grad = product("KTH,KTS->KHS", q, scores_grad) * (1 / math.sqrt(q.shape[2]))
     k_grad, v_grad = (x.transpose(2, 0, 1) for x in (k_grad, v_grad))
     return None, by_query(q_grad.astype(q.dtype), len(places)), k_grad.astype(k.dtype), v_grad.astype(v.dtype), None
 

@@ -69,7 +69,7 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """Kernels for one token of each sequence, in place of products and what follows them; None where there is none."""
+    """What computes one token of each sequence in place of products, or of these and what follows; None if nothing."""
 
     gated: Callable[..., Array] | None = None
     """gated(x [B,D], gate, up) -> silu(x gate) * (x up) [B,F]."""
@@ -364,9 +364,11 @@ class Attention(Projections):
     def __call__(
         self, x: Array, angles: Angles, layer: Array, attend: Attend, carry: Any, dropout: Array | None, fused: Fused
     ):
-        rotated = functools.partial(self.rotated_heads, dropout=dropout, fused=fused)
-        made = self.fused_heads(fused.heads, x, angles) if fused.heads else rotated(x, angles)
-        out, carry = attend(layer, *made, carry)
+        if fused.heads:
+            q, k, v = self.fused_heads(fused.heads, x, angles)
+        else:
+            q, k, v = self.rotated_heads(x, angles, dropout, fused)
+        out, carry = attend(layer, q, k, v, carry)
         return self.project("o", out, dropout, fused), carry
 
 

@@ -69,11 +69,12 @@ def test_no_scores_are_kept_for_the_backward_pass(length):
 def scan_results(jaxpr):
     """Sizes of what the loops in a program return, those in others too."""
     for eqn in jaxpr.eqns:
-        inner = [value.jaxpr for value in eqn.params.values() if hasattr(value, "jaxpr")]
         if eqn.primitive.name == "scan":
             yield from (var.aval.size for var in eqn.outvars)
-        for one in inner:
-            yield from scan_results(one)
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from scan_results(inner)
 
 
 def test_masks_are_not_made_for_all_rows_before_the_layers():
