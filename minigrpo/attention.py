@@ -243,7 +243,7 @@ def read(x: Float[Array, "M N H"], places: Int[Array, "*P"]) -> Float[Array, "*P
 @jax.custom_vjp
 def to_rows(x: Float[Array, "M N H"], rows: Rows) -> Float[Array, "R T N H"]:
     """One sheet's tokens as they stand in its rows. Backward, what the copies of a token get is read and added up."""
-    return x[rows.tokens]
+    return x.at[rows.tokens].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def to_rows_forward(x, rows):
@@ -315,14 +315,3 @@ def attend_on(mesh: Mesh, rows: Rows | None = None) -> Attend:
         return on_devices(mesh, local, q, k, v, rows), carry
 
     return attend
-
-
-def stand_in_rows(mesh: Mesh, hidden: Float[Array, "l T D"], rows: Rows) -> Float[Array, "R W D"]:
-    """Hidden states of sheets' lines as they stand in rows."""
-    if rows.tokens is None:
-        return hidden
-
-    def local(x, rows):
-        return to_rows(x.reshape(-1, 1, x.shape[2]), rows)[:, :, 0]
-
-    return on_devices(mesh, local, hidden, rows)

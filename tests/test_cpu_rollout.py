@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import pathlib
 import subprocess
 import sys
 import types
@@ -305,6 +306,33 @@ def test_memory_once_freed_is_had_again_without_asking_the_system():
     result = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True)
     first, second = map(int, result.stdout.split())
     assert first > 3000 and second < 500, result.stderr  # pages
+
+
+HUGE_PAGES = """
+import ctypes, pathlib, time
+from minigrpo import sharding
+sharding.keep_freed_memory()
+sharding.give_back_after(time.perf_counter(), -1.0)
+library, size = ctypes.CDLL(None), sharding.HUGE_PAGES * 3 // 4
+library.malloc.restype = ctypes.c_void_p
+at, inside = library.malloc(ctypes.c_size_t(size)) + size // 2, False
+for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
+    first = line.split()[0]
+    if "-" in first:
+        begin, end = (int(bound, 16) for bound in first.split("-"))
+        inside = begin <= at < end
+    elif first == "VmFlags:" and inside:
+        print("hg" in line.split())
+"""
+
+
+@pytest.mark.skipif(
+    not pathlib.Path("/sys/kernel/mm/transparent_hugepage").exists() or not sharding.of_c_library("malloc_trim"),
+    reason="this system has no huge pages, or not the GNU C library's malloc",
+)
+def test_what_is_taken_after_memory_was_given_back_may_come_in_huge_pages():
+    result = subprocess.run([sys.executable, "-c", HUGE_PAGES], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.split() == ["True"], result.stderr
 
 
 def test_small_models_are_decoded_on_a_device_per_core(tiny_config, tiny_params, plain, monkeypatch):
