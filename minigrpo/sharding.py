@@ -9,7 +9,6 @@ import mmap
 import os
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -88,7 +87,7 @@ def start_platform(mesh_flag: str) -> None:
         keep_freed_memory()
 
 
-def of_c_library(name: str) -> Callable[..., int] | None:
+def of_c_library(name: str) -> Any:
     """A function of the GNU C library; None where that is not the system's."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 

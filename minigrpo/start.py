@@ -55,7 +55,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """Defaults that a built-in model carries for every command; explicit flags win."""
 
-CPU_LOGITS = 4 << 20
+CPU_LOGITS = 8 << 20
 """Bytes of logits that one virtual CPU device holds in the backward pass."""
 
 DEFAULT_MODEL = "Qwen/Qwen3-1.7B"
@@ -118,7 +118,7 @@ def check_quantize(config: ModelConfig) -> None:
 def choose_tiles(mesh: Mesh) -> Tiles:
     """How the log-probs are computed in parts on this platform."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return Tiles(rows=512, vocab=2048, backward_bytes=CPU_LOGITS) if on_cpu else Tiles()
+    return Tiles(rows=1024, vocab=2048, backward_bytes=CPU_LOGITS) if on_cpu else Tiles()
 
 
 @dataclasses.dataclass(frozen=True)
