@@ -126,18 +126,20 @@ def launch(function: Any, *arguments: Any) -> Any:
     """Calls a jitted function; if it has to be compiled, the host gets back what is free before that and after."""
     started = time.perf_counter()
     lowered = function.lower(*arguments)
-    give_back_after(started, LONG_TRACE)
+    new = give_back_after(started, LONG_TRACE)
     lowered.compile()  # at once if it has been, and the call finds it
     give_back_after(started, LONG_COMPILE)
+    if new:
+        take_huge_pages(HUGE_PAGES)
     return function(*arguments)
 
 
-def give_back_after(started: float, least: float) -> None:
-    """Gives free memory back to the system, to be had anew in huge pages, if more than `least` seconds have gone by."""
-    give_back = of_c_library("malloc_trim")
-    if give_back and time.perf_counter() - started > least:
+def give_back_after(started: float, least: float) -> bool:
+    """Gives free memory back to the system if more than `least` seconds have gone by, and says whether they have."""
+    give_back, gone_by = of_c_library("malloc_trim"), time.perf_counter() - started > least
+    if give_back and gone_by:
         give_back(0)
-        take_huge_pages(HUGE_PAGES)
+    return gone_by
 
 
 def take_huge_pages(size: int) -> None:

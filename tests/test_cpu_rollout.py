@@ -309,10 +309,10 @@ def test_memory_once_freed_is_had_again_without_asking_the_system():
 
 
 HUGE_PAGES = """
-import ctypes, pathlib, time
+import ctypes, pathlib
 from minigrpo import sharding
 sharding.keep_freed_memory()
-sharding.give_back_after(time.perf_counter(), -1.0)
+sharding.take_huge_pages(sharding.HUGE_PAGES)
 library, size = ctypes.CDLL(None), sharding.HUGE_PAGES * 3 // 4
 library.malloc.restype = ctypes.c_void_p
 at, inside = library.malloc(ctypes.c_size_t(size)) + size // 2, False
@@ -330,7 +330,7 @@ for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
     not pathlib.Path("/sys/kernel/mm/transparent_hugepage").exists() or not sharding.of_c_library("malloc_trim"),
     reason="this system has no huge pages, or not the GNU C library's malloc",
 )
-def test_what_is_taken_after_memory_was_given_back_may_come_in_huge_pages():
+def test_what_malloc_takes_next_may_come_in_huge_pages():
     result = subprocess.run([sys.executable, "-c", HUGE_PAGES], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.split() == ["True"], result.stderr
 
