@@ -315,3 +315,14 @@ def attend_on(mesh: Mesh, rows: Rows | None = None) -> Attend:
         return on_devices(mesh, local, q, k, v, rows), carry
 
     return attend
+
+
+def stand_in_rows(mesh: Mesh, hidden: Float[Array, "l T D"], rows: Rows) -> Float[Array, "R W D"]:
+    """Hidden states of sheets' lines as they stand in rows."""
+    if rows.tokens is None:
+        return hidden
+
+    def local(x, rows):
+        return to_rows(x.reshape(-1, 1, x.shape[2]), rows)[:, :, 0]
+
+    return on_devices(mesh, local, hidden, rows)

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from minigrpo import losses
-from minigrpo.attention import ATTENTION, Rows, attend_on
+from minigrpo.attention import ATTENTION, Rows, attend_on, stand_in_rows
 from minigrpo.config import LossOptions
 from minigrpo.logprobs import Head, completion_logprobs, logprobs_after, take_inside
 from minigrpo.model import MLP, Params, join, unchanged
@@ -44,13 +44,13 @@ CHECKPOINT_POLICIES = {
 class Packed:
     """How a batch's B sequences lie on S sheets, one for each device and part; minigrpo.packing lays them out.
 
-    The layers compute a sheet's tokens, of which sequences may share their prompt's; attention sees rows of whole
-    sequences, the head the tokens before each completion's.
+    The layers compute a sheet's tokens, of which sequences may share their prompt's; attention and the head see rows of
+    whole sequences.
     """
 
     positions: Any  # int32 [l, T], every token's in its own sequence; lines as of the batch's tokens
     rows: Rows
-    scored: Any  # int32 [S, C], the sheet's tokens whose successors are scored
+    scored: Any  # int32 [S, C], the places in the sheet's rows, end to end, whose successors are scored
     targets: Any  # int32 [S, C], these successors
     starts: Any  # int32 [B], where a sequence's completion starts in its sheet's scored ones
 
@@ -298,8 +298,8 @@ def score(
     hidden, _ = model(batch.tokens, positions, attend, None, trainer.layout, remat, dropout=dropout)
     if packed is None:
         return completion_logprobs(trainer.head, hidden, head, batch.prompt_lengths, batch.completions)
-    sheets = hidden.reshape(len(packed.scored), -1, hidden.shape[2])
-    logprobs, entropy = logprobs_after(trainer.head, sheets, head, packed.scored, packed.targets)
+    standing = stand_in_rows(trainer.head.mesh, hidden, packed.rows).reshape(len(packed.scored), -1, hidden.shape[2])
+    logprobs, entropy = logprobs_after(trainer.head, standing, head, packed.scored, packed.targets)
     sequences = functools.partial(of_sequences, packed, batch.completions.shape[1])
     return sequences(logprobs), sequences(entropy)
 

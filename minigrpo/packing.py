@@ -169,7 +169,7 @@ class Sheet:
                     self.places.reshape(-1)[span] = own
                 self.segments.reshape(-1)[span] = segment
                 self.tokens[own], self.positions[own] = batch.tokens[sequence, : len(own)], np.arange(len(own))
-                self.scored[scores] = own[prompt - 1 : -1]
+                self.scored[scores] = np.arange(span.start + prompt - 1, span.stop - 1)
                 self.targets[scores] = batch.completions[sequence, :completion]
                 starts.append(done)
                 begin, done = span.stop, scores.stop

@@ -9,6 +9,7 @@ import mmap
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,7 +43,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Options of the C library's mallopt(3)."""
 
 HUGE_PAGES = 256 << 20
-"""Bytes of a CPU program's arrays that huge pages are asked for: the processor finds these faster."""
+"""Bytes of a CPU program's arrays that come in huge pages, if they can: the processor finds these faster."""
 
 
 def accelerator_present() -> bool:
@@ -87,7 +88,7 @@ def start_platform(mesh_flag: str) -> None:
         keep_freed_memory()
 
 
-def of_c_library(name: str) -> Any:
+def of_c_library(name: str) -> Callable[..., int] | None:
     """A function of the GNU C library; None where that is not the system's."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
@@ -123,39 +124,42 @@ def known_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def launch(function: Any, *arguments: Any) -> Any:
-    """Calls a jitted function; if it has to be compiled, the host gets back what is free before that and after."""
+    """Calls a jitted function; if it has to be compiled, the host gets back what is free before that and after.
+
+    What it takes again then, for the function's arrays, may come in huge pages.
+    """
     started = time.perf_counter()
     lowered = function.lower(*arguments)
-    new = give_back_after(started, LONG_TRACE)
+    given_back = give_back_after(started, LONG_TRACE)
     lowered.compile()  # at once if it has been, and the call finds it
-    give_back_after(started, LONG_COMPILE)
-    if new:
+    given_back |= give_back_after(started, LONG_COMPILE)
+    if given_back:
         take_huge_pages(HUGE_PAGES)
     return function(*arguments)
 
 
 def give_back_after(started: float, least: float) -> bool:
-    """Gives free memory back to the system if more than `least` seconds have gone by, and says whether they have."""
-    give_back, gone_by = of_c_library("malloc_trim"), time.perf_counter() - started > least
-    if give_back and gone_by:
-        give_back(0)
-    return gone_by
+    """Gives free memory back to the system if more than `least` seconds have gone by -> whether it did."""
+    give_back = of_c_library("malloc_trim")
+    if not give_back or time.perf_counter() - started <= least:
+        return False
+    give_back(0)
+    return True
 
 
 def take_huge_pages(size: int) -> None:
-    """Has the next `size` bytes that malloc takes from the system come in huge pages, where the system has these.
+    """Has the next `size` bytes by which malloc's heap grows come in huge pages, if the system has these.
 
-    They are taken by a block that is freed at once: its first use, by a program, is what gives it pages.
+    `size` is a multiple of a page. A block is set aside, advised and freed; the system gives it pages at its first use.
+    Without `keep_freed_memory` so large a block is none of the heap's, and nothing comes of it.
     """
-    allocate, advise, free = (of_c_library(name) for name in ("malloc", "madvise", "free"))
-    if not (allocate and advise and free):
-        return
-    allocate.restype = ctypes.c_void_p
-    block = allocate(ctypes.c_size_t(size))
+    library = ctypes.CDLL(None)
+    library.malloc.restype = ctypes.c_void_p
+    block = library.malloc(ctypes.c_size_t(size))
     if block:
         first_page = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
-        advise(ctypes.c_void_p(first_page), ctypes.c_size_t(size - mmap.PAGESIZE), mmap.MADV_HUGEPAGE)
-        free(ctypes.c_void_p(block))
+        library.madvise(ctypes.c_void_p(first_page), ctypes.c_size_t(size - mmap.PAGESIZE), mmap.MADV_HUGEPAGE)
+        library.free(ctypes.c_void_p(block))
 
 
 def make_mesh(mesh_flag: str) -> Mesh:

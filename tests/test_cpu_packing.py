@@ -50,21 +50,22 @@ def unpack(batch, sheets):
     starts, lengths = (x.reshape(sheets, -1) for x in (packed.starts, batch.completion_lengths))
     completions = batch.completions.reshape(sheets, -1, batch.completions.shape[1])
     for sheet in range(sheets):
-        sequences = []  # of each the tokens of the sheet
+        sequences = {}  # a sequence's places in the sheet's rows, by the last of them
         for number, ids in enumerate(segments[sheet]):
             for segment in range(1, ids.max() + 1):
                 where = np.flatnonzero(ids == segment)
                 np.testing.assert_array_equal(where, np.arange(where[0], where[0] + len(where)))
-                own = places[sheet, where + number * len(ids)]
-                np.testing.assert_array_equal(positions[sheet, own], np.arange(len(where)))
-                sequences.append(own)
+                where = where + number * len(ids)
+                np.testing.assert_array_equal(positions[sheet, places[sheet, where]], np.arange(len(where)))
+                sequences[where[-1]] = where
         used = [(start, length, i) for i, (start, length) in enumerate(zip(starts[sheet], lengths[sheet], strict=True))]
         for start, length, slot in filter(lambda one: one[1], used):
             scored = slice(start, start + length)
             last, targets = packed.scored[sheet, scored], packed.targets[sheet, scored]
-            scoring = [own[-length - 1 : -1].tolist() == last.tolist() for own in sequences]
-            same = [tokens[sheet, own[-length:]].tolist() == targets.tolist() for own in sequences]
-            own = sequences.pop(np.flatnonzero(np.array(scoring) & same)[0])
+            where = sequences.pop(last[-1] + 1)
+            np.testing.assert_array_equal(where[-length - 1 : -1], last)
+            own = places[sheet, where]
+            np.testing.assert_array_equal(tokens[sheet, own[-length:]], targets)
             np.testing.assert_array_equal(completions[sheet, slot, :length], targets)
             found.append(tuple(tokens[sheet, own].tolist()) + (int(length),))
         assert not sequences

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import mmap
 import os
 import pathlib
 import subprocess
@@ -253,18 +254,57 @@ def test_greedy_equals_repeated_full_forward(tiny_config, tiny_params):
 
 
 @pytest.mark.parametrize(
-    ("tracing", "compiling", "times"), [(-1.0, -1.0, 4), (-1.0, 60.0, 2), (60.0, -1.0, 2), (60.0, 60.0, 0)]
+    ("tracing", "compiling", "events"),
+    [
+        (-1.0, -1.0, ["trim", "compile", "trim", "huge", "run"]),
+        (-1.0, 60.0, ["trim", "compile", "huge", "run"]),
+        (60.0, -1.0, ["compile", "trim", "huge", "run"]),
+        (60.0, 60.0, ["compile", "run"]),
+    ],
 )
-def test_a_program_is_compiled_once_and_memory_given_back_around_it(tracing, compiling, times, monkeypatch):
-    traced, given = [], []
-    library = types.SimpleNamespace(malloc_trim=given.append)
+def test_memory_is_given_back_around_compiling_and_had_again_in_huge_pages(tracing, compiling, events, monkeypatch):
+    seen = []
+    library = types.SimpleNamespace(malloc_trim=lambda pad: seen.append("trim"))
     monkeypatch.setattr(sharding, "LONG_TRACE", tracing)
     monkeypatch.setattr(sharding, "LONG_COMPILE", compiling)
+    monkeypatch.setattr(sharding, "take_huge_pages", lambda size: seen.append("huge"))
     monkeypatch.setattr(sharding.ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(sharding.sys, "platform", "linux")
+
+    class Program:
+        def lower(self, x):
+            return types.SimpleNamespace(compile=lambda: seen.append("compile"))
+
+        def __call__(self, x):
+            seen.append("run")
+            return 2 * x
+
+    assert sharding.launch(Program(), 3.0) == 6.0
+    assert seen == events
+
+
+def test_a_program_is_compiled_once():
+    traced = []
     double = jax.jit(lambda x: traced.append(x) or 2 * x)
     assert [float(sharding.launch(double, x)) for x in (1.0, 3.0)] == [2.0, 6.0]
-    assert len(traced) == 1 and len(given) == times
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize("block", [0, 40960, 40976, 45055])
+def test_huge_pages_are_asked_for_inside_the_block_only(block, monkeypatch):
+    advised, freed = [], []
+    library = types.SimpleNamespace(
+        malloc=lambda size: block,
+        madvise=lambda at, size, advice: advised.append((at.value, size.value)),
+        free=lambda at: freed.append(at.value),
+    )
+    monkeypatch.setattr(sharding.ctypes, "CDLL", lambda name: library)
+    sharding.take_huge_pages(1 << 20)
+    assert freed == [block] * bool(block) and len(advised) == bool(block)
+    for at, size in advised:
+        assert (
+            at % mmap.PAGESIZE == 0 and block <= at and at + size <= block + (1 << 20) < at + size + 2 * mmap.PAGESIZE
+        )
 
 
 def test_the_compiler_is_told_what_it_knows_and_no_flag_says(monkeypatch, capsys):
