@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -154,8 +153,10 @@ def splash_attention(
 ) -> Float[Array, "B T N H"]:
     """Causal attention by JAX's own TPU kernel, padded at the end to a whole number of tiles.
 
-    `interpret` runs it elsewhere.
+    `interpret` runs it elsewhere. What it is made of is imported here, as other devices do without.
     """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
     length, heads = q.shape[1:3]
     padded = -(-length // TPU_TILE) * TPU_TILE
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((padded, padded))] * heads)

@@ -30,7 +30,7 @@ AXIS_OF_DIM = {"V": TP, "N": TP, "K": TP, "F": TP, "D": FSDP}
 """Dim letter -> the mesh axis that shards it; H and L stay whole."""
 
 
-LONG_TRACE, LONG_COMPILE = 0.1, 0.5
+LONG_TRACE, LONG_COMPILE = 0.03, 0.5
 """Seconds of tracing after which a program is new, and of compiling after which there is memory to give back."""
 
 MOST_WORKERS = 8

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from . import cpu, tpu, xla
+from . import cpu, xla
 
 __all__ = ["append_rows", "empty_pages", "fill_pages", "paged_attention"]
 
@@ -29,6 +29,13 @@ def hopper() -> ModuleType:
     return gpu
 
 
+def mosaic() -> ModuleType:
+    """The TPU kernel; imported where it is used as well."""
+    from . import tpu
+
+    return tpu
+
+
 def path(device: jax.Device, head_dim: int, pages: Float[Array, "L P ..."]) -> ModuleType:
     """What reads and writes these pages of heads of this size on a device."""
     return hopper() if pages.ndim == HOPPER_RANK else plain_path(device, head_dim)
@@ -38,7 +45,7 @@ def plain_path(device: jax.Device, head_dim: int) -> ModuleType:
     """What reads and writes pages that are not laid out for the Hopper kernel."""
     if device.platform == "cpu" and head_dim <= cpu.MOST_HEAD_DIM:
         return cpu
-    return tpu if device.platform == "tpu" else xla
+    return mosaic() if device.platform == "tpu" else xla
 
 
 def empty_pages(
