@@ -153,7 +153,7 @@ def splash_attention(
 ) -> Float[Array, "B T N H"]:
     """Causal attention by JAX's own TPU kernel, padded at the end to a whole number of tiles.
 
-    `interpret` runs it elsewhere. What it is made of is imported here, as other devices do without.
+    `interpret` runs it elsewhere. JAX's kernel is imported here, as other devices do without Pallas.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 

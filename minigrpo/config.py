@@ -16,6 +16,8 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 LARGEST_SEED = 2**31 - 1
 LARGEST_RANK = 4096
+MOST_TOKENS, LARGEST_PAGE, MOST_PAGES = 2**20, 4096, 2**24
+"""Of a prompt or a completion, beyond any model's context; of a page; and pages, beyond any device's memory."""
 
 
 class UsageError(ValueError):
@@ -114,21 +116,27 @@ class DataOptions(Options):
         "auto", "system message, \\n being a new line; auto is the dataset's own, empty for none"
     )
     enable_thinking: bool = option(False, "let a Qwen3 chat template open a thinking turn")
-    max_prompt_length: int = option(256, "prompts with more tokens than this are dropped and counted", low=1)
+    max_prompt_length: int = option(
+        256, "prompts with more tokens than this are dropped and counted", low=1, high=MOST_TOKENS
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutOptions(Options):
     """Rollout"""
 
-    max_completion_length: int = option(2048, "most tokens sampled per completion, end token included", low=1)
+    max_completion_length: int = option(
+        2048, "most tokens sampled per completion, end token included", low=1, high=MOST_TOKENS
+    )
     temperature: float = option(0.9, "sampling temperature; 0 is greedy", low=0.0)
     top_k: int = option(0, "keep only the k likeliest tokens; 0 keeps all", low=0)
     top_p: float = option(1.0, "keep the likeliest tokens that hold this much probability", above=0.0, high=1.0)
     min_p: float = option(0.0, "drop tokens less likely than min_p times the likeliest", low=0.0, high=1.0)
-    page_size: int = option(64, "tokens per page of the KV cache", low=1)
+    page_size: int = option(64, "tokens per page of the KV cache", low=1, high=LARGEST_PAGE)
     slots: int = option(64, "most completions decoded at once per device", low=1)
-    pool_pages: int = option(0, "pages of KV cache per device; 0 is enough for every slot at full length", low=0)
+    pool_pages: int = option(
+        0, "pages of KV cache per device; 0 is enough for every slot at full length", low=0, high=MOST_PAGES
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from minigrpo import arithmetic, grpo, losses
 from minigrpo.config import (
     LARGEST_SEED,
+    MOST_TOKENS,
     DataOptions,
     LoraOptions,
     ModelOptions,
@@ -36,7 +37,9 @@ class SftOptions(Options):
     mesh: str = option("auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU")
     batch_size: int = option(64, "rows per step", low=1)
     max_steps: int = option(0, "steps; 0 means one pass over the data", low=0)
-    max_completion_length: int = option(512, "rows with longer completions are dropped and counted", low=1)
+    max_completion_length: int = option(
+        512, "rows with longer completions are dropped and counted", low=1, high=MOST_TOKENS
+    )
     problems: int = option(50_000, "rows of builtin:arithmetic to generate", low=1)
     seed: int = option(0, "seed of shuffling and random weights", low=0, high=LARGEST_SEED)
     output_dir: str = option("runs/sft", "folder the trained model is written to")

@@ -133,7 +133,7 @@ def test_gpus_are_planned_by_arithmetic():
 def test_an_update_on_a_gpu_is_planned_as_its_compiler_counts(parts, gib):
     """Temporaries as XLA's compiler of jax 0.11.2 counts them for an H100, gradient and optimizer in one program.
 
-    In two, as they are, an H200's peak is 0.5 and 3.1 % under what is planned (BUILD_NOTES.md).
+    An H200 that runs them as two peaks 0.5 and 3.1 % below what is planned (BUILD_NOTES.md).
     """
     sizes = ("--batch_size=4", "--num_generations=8", "--max_prompt_length=256", "--max_completion_length=2048")
     flags = (*sizes, "--remat=attention", "--beta=0", f"--gradient_accumulation_steps={parts}")

@@ -238,6 +238,11 @@ def bad_inputs(tmp_path):
             "fine.jsonl has no test split; name one",
         ),
         "zero length": (["--max_completion_length=0"], "--max_completion_length=0: must be at least 1"),
+        "endless": (
+            ["--max_completion_length=99999999999"],
+            "--max_completion_length=99999999999: must be at most 1048576",
+        ),
+        "page": (["--page_size=1000000"], "--page_size=1000000: must be at most 4096"),
         "greedy": (["--temperature=0"], "--temperature=0: greedy completions"),
         "k1": (["--kl_estimator=k1"], "--kl_estimator=k1: as a loss its expected gradient is zero"),
         "cispo": (["--loss_type=cispo"], "--loss_type=cispo: needs --epsilon_high"),

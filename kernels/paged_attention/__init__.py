@@ -30,7 +30,7 @@ def hopper() -> ModuleType:
 
 
 def mosaic() -> ModuleType:
-    """The TPU kernel; imported where it is used as well."""
+    """The TPU kernel; imported where it is used, as other devices do without Pallas."""
     from . import tpu
 
     return tpu
