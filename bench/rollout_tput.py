@@ -18,7 +18,7 @@ from environment import PEERS, last_json, tunix_python
 from jax.sharding import Mesh
 from train_step import matmul_rate, model_config, peak_mib, stop_tokens
 
-from minigrpo.config import Options, RolloutOptions, Settings, UsageError, option, parse_mesh, run_command
+from minigrpo.config import MOST_TOKENS, Options, RolloutOptions, Settings, UsageError, option, parse_mesh, run_command
 from minigrpo.memory import held_bytes
 from minigrpo.model import ModelConfig, Params, abstract_params
 from minigrpo.rollout import Roller, Rollout, spread
@@ -43,8 +43,10 @@ class BenchOptions(Options):
     head_dim: int = option(32, "head size", low=2)
     prompts: int = option(16, "prompts", low=1)
     generations: int = option(1, "completions per prompt", low=1)
-    prompt_length: int = option(64, "tokens per prompt; lengths are uniform from half of it to it", low=2)
-    new_tokens: int = option(128, "tokens per completion", low=1)
+    prompt_length: int = option(
+        64, "tokens per prompt; lengths are uniform from half of it to it", low=2, high=MOST_TOKENS
+    )
+    new_tokens: int = option(128, "tokens per completion", low=1, high=MOST_TOKENS)
     mean_length: int = option(0, "mean of geometric completion lengths; 0 gives every completion all new tokens", low=0)
     page_size: int = option(64, "tokens per page", low=1)
     slots: int = option(64, "completions decoded at once per device", low=1)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from minigrpo import grpo, losses
 from minigrpo.attention import copying_pays
 from minigrpo.config import (
+    MOST_TOKENS,
     LossOptions,
     OptimizerOptions,
     Options,
@@ -58,8 +59,8 @@ class ShapeOptions(Options):
     head_dim: int = option(32, "head size", low=2)
     prompts: int = option(4, "prompts per step", low=1)
     generations: int = option(4, "completions per prompt", low=2)
-    prompt_length: int = option(64, "tokens per prompt", low=2)
-    new_tokens: int = option(128, "tokens per completion", low=1)
+    prompt_length: int = option(64, "tokens per prompt", low=2, high=MOST_TOKENS)
+    new_tokens: int = option(128, "tokens per completion", low=1, high=MOST_TOKENS)
     remat: str = option("mlp", "what the backward pass recomputes", choices=tuple(grpo.CHECKPOINT_POLICIES))
     repeats: int = option(5, "timed steps after two warm-up steps; the median counts", low=1)
 

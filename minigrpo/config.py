@@ -17,7 +17,7 @@ EXIT_INTERRUPTED = 130
 LARGEST_SEED = 2**31 - 1
 LARGEST_RANK = 4096
 MOST_TOKENS, LARGEST_PAGE, MOST_PAGES = 2**20, 4096, 2**24
-"""Of a prompt or a completion, beyond any model's context; of a page; and pages, beyond any device's memory."""
+"""Of a prompt or a completion, beyond any model's context; of a page; and pages, a thousand million tokens in all."""
 
 
 class UsageError(ValueError):
