@@ -25,7 +25,7 @@ class CompareOptions(Options):
     """Comparison"""
 
     peers: str = option("trl,tunix", "who is compared with, by commas")
-    rounds: int = option(2, "turns of each", low=1)
+    rounds: int = option(3, "turns of each", low=1)
     tunix_venv: str = option("runs/tunix-venv", "Tunix's own environment, made if it is not there")
 
     def __post_init__(self):

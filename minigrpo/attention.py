@@ -19,8 +19,8 @@ from minigrpo.sharding import DATA
 QUERY_BLOCK = 256
 """Queries scored at a time: bounds the slice of the [T, S] score matrix that ever exists."""
 
-CPU_ROWS = 4
-"""Rows that the CPU attends at a time, at most: more leave its caches, fewer do not fill its cores."""
+CPU_SCORES = 10 << 20
+"""Bytes of scores of rows attended together on the CPU, at most: more leave its caches. A row alone may have more."""
 
 HIDDEN = -1e30
 """Added to the score of a masked position."""
@@ -226,9 +226,33 @@ def causal_attention(
     if platform == "gpu" and fused_on_gpu(q.shape[3], q.dtype.itemsize):
         return cudnn_attention(q, k, v, segments)
     if platform == "cpu":
-        rows = math.gcd(len(q), CPU_ROWS)
-        return jax.lax.map(lambda row: attend_sequence(*row), (q, k, v, segments, places), batch_size=rows)
+        return attend_in_parts(q, k, v, segments, places)
     return jax.vmap(attend_sequence)(q, k, v, segments, places)
+
+
+def rows_together(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> int:
+    """The most rows that divide B and of which a block of queries has no more than CPU_SCORES, but at least one."""
+    scores = 4 * q.shape[2] * min(q.shape[1], QUERY_BLOCK) * k.shape[1]  # bytes of float32
+    most = max(1, CPU_SCORES // scores)
+    return max(rows for rows in range(1, min(most, len(q)) + 1) if len(q) % rows == 0)
+
+
+def attend_in_parts(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    segments: Int[Array, "B S"] | None,
+    places: Int[Array, "B T"] | None,
+) -> Float[Array, "B T N H"]:
+    """`attend_sequence` of `rows_together` at a time, of two such parts in a turn of the loop.
+
+    XLA on the CPU computes a part's products on one core each, so that two parts keep two cores busy; and what needs no
+    more than one turn is no loop, which other work would have to wait for.
+    """
+    rows = rows_together(q, k)
+    parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), (q, k, v, segments, places))
+    _, out = jax.lax.scan(lambda _, part: (None, jax.vmap(attend_sequence)(*part)), None, parts, unroll=2)
+    return out.reshape(q.shape)
 
 
 def any_place(platform: str) -> bool:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from minigrpo.sharding import DATA, FSDP, TP
+from minigrpo.sharding import DATA, FSDP, TP, in_order
 
 LEAST_PART = 128
 """Vocabulary entries handled at a time, at least."""
@@ -200,12 +200,14 @@ def backward_by_rows(head: Head, hidden: Array, weights: Array, targets: Array, 
 def backward_by_vocab(head: Head, hidden: Array, weights: Array, targets: Array, log_total: Array, cotangent: Array):
     """The same, a part of the vocabulary at a time: the head's gradient is written once, the rows' often.
 
-    The last part overlaps the one before, where it writes the same again but adds nothing to the rows' gradient.
+    The last part overlaps the one before, where it writes the same again but adds nothing to the rows' gradient. The
+    head's gradient has the turned rows as first operand, or XLA on the CPU would go through the logits' across.
     """
     h, t, lse, g = (across_tp(x) for x in (hidden, targets, log_total, cotangent))
     vocab = weights.shape[0]
     size = min(vocab, max(LEAST_PART, head.tiles.backward_bytes // (4 * h.shape[0])))
     first, scale = jax.lax.axis_index(TP) * vocab, (g / head.temperature)[:, None]
+    turned = h.T
 
     def part(index, grads):
         hidden_grad, weights_grad = grads
@@ -215,7 +217,8 @@ def backward_by_vocab(head: Head, hidden: Array, weights: Array, targets: Array,
         logits_grad = (jnp.where(t[:, None] == entries, scale, 0) - scale * probs).astype(h.dtype)
         fresh = jnp.where((entries >= first + index * size)[:, None], own, 0)
         hidden_grad += jnp.einsum("MV,VD->MD", logits_grad, fresh, preferred_element_type=jnp.float32)
-        own_grad = jnp.einsum("MV,MD->VD", logits_grad, h, preferred_element_type=jnp.float32)
+        own_grad = jnp.einsum("DM,MV->DV", turned, logits_grad, preferred_element_type=jnp.float32)
+        own_grad = in_order(own_grad, "DV", "VD")
         return hidden_grad, jax.lax.dynamic_update_slice_in_dim(weights_grad, own_grad, start, axis=0)
 
     zeros = jnp.zeros(h.shape, jnp.float32), jnp.zeros(weights.shape, jnp.float32)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from minigrpo.config import UsageError
-from minigrpo.sharding import ONE_DEVICE, Layout, spec_of
+from minigrpo.sharding import ONE_DEVICE, Layout, in_order, spec_of
 
 DIMS = {
     "embed": "VD",
@@ -294,11 +294,6 @@ def product(name: str, x: Array, weights: Array) -> Array:
     ins, _ = PROJECTIONS[name]
     summed = [2 + place for place in range(len(ins))], [layer_dims(name).index(dim) for dim in ins]
     return jnp.tensordot(x, weights, summed)
-
-
-def in_order(x: Array, before: str, after: str) -> Array:
-    """Dims put in another order, but not before x is made: XLA on the CPU would turn the larger things x is made of."""
-    return jnp.einsum(f"{before}->{after}", jax.lax.optimization_barrier(x))
 
 
 def product_forward(name, x, weights):

@@ -246,6 +246,11 @@ def look_up(table: Float[Array, "v d"], tokens: Int[Array, "B T"]) -> Float[Arra
     return jax.lax.all_to_all(rows, FSDP, split_axis=0, concat_axis=3, tiled=True)[0]
 
 
+def in_order(x: Array, before: str, after: str) -> Array:
+    """Dims put in another order, but not before x is made: XLA on the CPU would turn the larger things x is made of."""
+    return jnp.einsum(f"{before}->{after}", jax.lax.optimization_barrier(x))
+
+
 def in_dtype(params: Any, dtype: Any) -> Any:
     """Weights in the dtype computed with; int8 ones stay."""
     return jax.tree.map(lambda w: w if w.dtype == jnp.int8 else w.astype(dtype), params)

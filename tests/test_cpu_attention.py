@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minigrpo.attention import attend_sequence, causal_attention, splash_attention
+from minigrpo import attention
+from minigrpo.attention import attend_sequence, causal_attention, rows_together, splash_attention
 
 
 def oracle(q, k, v):
@@ -104,3 +105,24 @@ def test_half_precision_keeps_its_dtype_and_its_digits():
     for ours, theirs in pairs:
         assert ours.dtype == jnp.bfloat16
         np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=0.02 * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.parametrize(("count", "together"), [(5, 1), (6, 2), (4, 2), (7, 1)])
+def test_rows_in_parts_on_the_cpu(monkeypatch, count, together):
+    """Parts in an odd number, in several turns, and in one."""
+    rng = np.random.default_rng(count)
+    q, k, v = (rng.normal(size=(count, 9, heads, 8)) for heads in (4, 2, 2))
+    monkeypatch.setattr(attention, "CPU_SCORES", 3 * 4 * 4 * 9 * 9 - 1)  # not quite three rows' scores
+    arguments = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+    assert rows_together(*arguments[:2]) == together
+    got, pull = jax.vjp(functools.partial(causal_attention, "cpu"), *arguments)
+    np.testing.assert_allclose(got, oracle(q, k, v), atol=2e-5)
+    for ours, want in zip(pull(got), oracle_gradients(q, k, v, np.asarray(got, float)), strict=True):
+        np.testing.assert_allclose(ours, want, atol=1e-4)
+
+
+def test_long_rows_go_alone():
+    """A row with more scores than fit, whose queries come in blocks."""
+    q, k = jnp.zeros((6, 4000, 16, 8)), jnp.zeros((6, 4000, 8, 8))
+    assert rows_together(q, k) == 1
+    assert rows_together(q[:, :40], k[:, :40]) == 6
