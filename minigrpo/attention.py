@@ -20,7 +20,7 @@ QUERY_BLOCK = 256
 """Queries scored at a time: bounds the slice of the [T, S] score matrix that ever exists."""
 
 CPU_SCORES = 10 << 20
-"""Bytes of scores of rows attended together on the CPU, at most: more leave its caches. A row alone may have more."""
+"""Most bytes of scores in a part of the rows on the CPU: more leave its caches. A row alone may have more."""
 
 HIDDEN = -1e30
 """Added to the score of a masked position."""
@@ -217,7 +217,7 @@ def causal_attention(
     segments: Int[Array, "B S"] | None = None,
     places: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Causal attention of every row, within its segments: fused on TPU and GPU; on the CPU a few rows at a time.
+    """Causal attention of every row, within its segments: fused on TPU and GPU; on the CPU in parts of the rows.
 
     Queries stand at `places`; where it is fused, and without `places`, each at its own.
     """
@@ -231,7 +231,7 @@ def causal_attention(
 
 
 def rows_together(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> int:
-    """The most rows that divide B and of which a block of queries has no more than CPU_SCORES, but at least one."""
+    """The most rows that divide B and whose scores, of a block of queries, are within CPU_SCORES; at least one."""
     scores = 4 * q.shape[2] * min(q.shape[1], QUERY_BLOCK) * k.shape[1]  # bytes of float32
     most = max(1, CPU_SCORES // scores)
     return max(rows for rows in range(1, min(most, len(q)) + 1) if len(q) % rows == 0)
@@ -246,8 +246,8 @@ def attend_in_parts(
 ) -> Float[Array, "B T N H"]:
     """`attend_sequence` of `rows_together` at a time, of two such parts in a turn of the loop.
 
-    XLA on the CPU computes a part's products on one core each, so that two parts keep two cores busy; and what needs no
-    more than one turn is no loop, which other work would have to wait for.
+    XLA (YNN, as of jax 0.10 to 0.12) computes a part's products on one core each, so that two parts keep two cores
+    busy, with twice CPU_SCORES. Up to three parts are no loop at all, which other work would have to wait for.
     """
     rows = rows_together(q, k)
     parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), (q, k, v, segments, places))

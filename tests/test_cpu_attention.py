@@ -121,8 +121,16 @@ def test_rows_in_parts_on_the_cpu(monkeypatch, count, together):
         np.testing.assert_allclose(ours, want, atol=1e-4)
 
 
-def test_long_rows_go_alone():
-    """A row with more scores than fit, whose queries come in blocks."""
-    q, k = jnp.zeros((6, 4000, 16, 8)), jnp.zeros((6, 4000, 8, 8))
-    assert rows_together(q, k) == 1
-    assert rows_together(q[:, :40], k[:, :40]) == 6
+def test_two_parts_are_no_loop(monkeypatch):
+    """Neither forward nor backward."""
+    monkeypatch.setattr(attention, "CPU_SCORES", 3 * 4 * 4 * 9 * 9)
+    arguments = [jnp.ones((6, 9, heads, 8)) for heads in (4, 2, 2)]
+    assert rows_together(*arguments[:2]) == 3
+    gradient = jax.jit(jax.grad(lambda *x: causal_attention("cpu", *x).sum(), argnums=(0, 1, 2)))
+    assert " while(" not in gradient.lower(*arguments).compile().as_text()
+
+
+@pytest.mark.parametrize(("length", "together"), [(40, 6), (1000, 2), (4000, 1)])
+def test_scores_of_a_block_of_queries_count(length, together):
+    """A row's are 4 heads x min(length, 256) queries x length keys x 4 bytes; the last has more than fit."""
+    assert rows_together(jnp.zeros((6, length, 4, 8)), jnp.zeros((6, length, 2, 8))) == together
