@@ -246,7 +246,7 @@ def attend_in_parts(
 ) -> Float[Array, "B T N H"]:
     """`attend_sequence` of `rows_together` at a time, of two such parts in a turn of the loop.
 
-    XLA (YNN, as of jax 0.10 to 0.12) computes a part's products on one core each, so that two parts keep two cores
+    XLA (YNN, as of jax 0.10) computes a part's products on one core each, so that two parts keep two cores
     busy, with twice CPU_SCORES. Up to three parts are no loop at all, which other work would have to wait for.
     """
     rows = rows_together(q, k)

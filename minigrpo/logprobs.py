@@ -201,8 +201,8 @@ def backward_by_vocab(head: Head, hidden: Array, weights: Array, targets: Array,
     """The same, a part of the vocabulary at a time: the head's gradient is written once, the rows' often.
 
     The last part overlaps the one before, where it writes the same again but adds nothing to the rows' gradient. The
-    head's gradient has the turned rows as first operand and is a product of float32: as it is written by rows, XLA on
-    the CPU multiplies slower, and of turned bfloat16 not at all.
+    head's gradient comes out transposed, with the transposed rows as first operand, which XLA on the CPU multiplies
+    faster; in float32, as of bfloat16 it has not got that product.
     """
     h, t, lse, g = (across_tp(x) for x in (hidden, targets, log_total, cotangent))
     vocab = weights.shape[0]
