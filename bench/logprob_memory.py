@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from minigrpo import hlo
-from minigrpo.chips import CHIPS
+from minigrpo.build import choose_tiles
 from minigrpo.config import Options, Settings, option, parse_mesh, run_command
-from minigrpo.logprobs import Head, token_logprobs
+from minigrpo.grpo.logprobs import Head, token_logprobs
 from minigrpo.plan import topology_mesh
-from minigrpo.sharding import DATA, FSDP, TP, make_mesh, start_platform
-from minigrpo.start import choose_tiles
+from minigrpo.planning import hlo
+from minigrpo.planning.chips import CHIPS
+from minigrpo.runtime.mesh import DATA, FSDP, TP, make_mesh, start_platform
 
 VARIANTS = ("naive", "ours")
 

@@ -15,13 +15,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "peers")]
 import jax
 from environment import last_json
 
-from minigrpo import memory
-from minigrpo.chips import GIB
+from minigrpo.build import Programs
 from minigrpo.config import DataOptions, Options, RolloutOptions, Settings, StepOptions, UsageError, option, run_command
 from minigrpo.plan import SECTIONS, PlanOptions, count_resident, make_programs, own_rows, plan_rollout, prompt_rows
-from minigrpo.rollout import least_pages
-from minigrpo.start import Programs
-from minigrpo.work import Phase, Work
+from minigrpo.planning import memory
+from minigrpo.planning.chips import GIB
+from minigrpo.planning.cost import Phase, Work
+from minigrpo.rollout.generator import least_pages
 
 MIB = 1 << 20
 JOB = {"model": "Qwen/Qwen3-1.7B", "batch_size": 32, "max_prompt_length": 256, "max_completion_length": 2048}

@@ -19,12 +19,12 @@ from jax.sharding import Mesh
 from train_step import matmul_rate, model_config, peak_mib, stop_tokens
 
 from minigrpo.config import MOST_TOKENS, Options, RolloutOptions, Settings, UsageError, option, parse_mesh, run_command
-from minigrpo.memory import held_bytes
-from minigrpo.model import ModelConfig, Params, abstract_params
-from minigrpo.rollout import Roller, Rollout, spread
-from minigrpo.sharding import check_divisible, make_mesh, start_platform
-from minigrpo.weights import random_params
-from minigrpo.work import Work
+from minigrpo.model.qwen import ModelConfig, Params, abstract_params
+from minigrpo.model.weights import random_params
+from minigrpo.planning.cost import Work
+from minigrpo.planning.memory import held_bytes
+from minigrpo.rollout.generator import Roller, Rollout, spread
+from minigrpo.runtime.mesh import check_divisible, make_mesh, start_platform
 
 CPU_COPY_BYTES, COPY_BYTES, COPIES = 1 << 28, 1 << 31, 4
 """Size of the array rewritten to measure the memory's bandwidth, far above any cache, and how often in a row."""

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from minigrpo import grpo, losses
-from minigrpo.attention import copying_pays
+from minigrpo.build import choose_tiles
 from minigrpo.config import (
     MOST_TOKENS,
     LossOptions,
@@ -29,15 +28,17 @@ from minigrpo.config import (
     option,
     run_command,
 )
-from minigrpo.logprobs import Head
-from minigrpo.model import ModelConfig, abstract_params
-from minigrpo.optimizer import TrainState, init_state, make_optimizer
-from minigrpo.packing import ARRANGEMENTS, place_batch
-from minigrpo.rollout import Roller, Rollout
-from minigrpo.sharding import Layout, check_divisible, make_mesh, start_platform
-from minigrpo.start import choose_tiles
-from minigrpo.weights import random_params
-from minigrpo.work import Work
+from minigrpo.grpo import losses
+from minigrpo.grpo import update as grpo
+from minigrpo.grpo.batch import ARRANGEMENTS, place_batch
+from minigrpo.grpo.logprobs import Head
+from minigrpo.grpo.optimizer import TrainState, init_state, make_optimizer
+from minigrpo.model.attention import copying_pays
+from minigrpo.model.qwen import ModelConfig, abstract_params
+from minigrpo.model.weights import random_params
+from minigrpo.planning.cost import Work
+from minigrpo.rollout.generator import Roller, Rollout
+from minigrpo.runtime.mesh import Layout, check_divisible, make_mesh, start_platform
 
 NO_CHANGE = 1e-30
 """A learning rate at which float32 weights stay as they are."""

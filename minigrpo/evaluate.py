@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
+from minigrpo.build import Setup, set_up
 from minigrpo.config import (
     LARGEST_SEED,
     DataOptions,
@@ -23,13 +24,12 @@ from minigrpo.config import (
     option,
     run_command,
 )
-from minigrpo.data import Prompts, load_dataset, tokenize
-from minigrpo.memory import held_bytes, pool_limit
-from minigrpo.metrics import write_lines
-from minigrpo.model import Params
-from minigrpo.rewards import Extract, as_number, extract_answer, marked_answer, plain_text, same_answer
-from minigrpo.sources import run_defaults
-from minigrpo.start import Setup, set_up
+from minigrpo.data.datasets import Prompts, load_dataset, tokenize
+from minigrpo.data.rewards import Extract, as_number, extract_answer, marked_answer, plain_text, same_answer
+from minigrpo.model.hub import run_defaults
+from minigrpo.model.qwen import Params
+from minigrpo.planning.memory import held_bytes, pool_limit
+from minigrpo.runtime.run_folder import write_lines
 
 QUEUE = 2
 """Prompts prefilled per slot."""

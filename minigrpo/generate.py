@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minigrpo.build import Setup, set_up
 from minigrpo.config import (
     LARGEST_SEED,
     DataOptions,
@@ -19,12 +20,11 @@ from minigrpo.config import (
     option,
     run_command,
 )
-from minigrpo.data import PROMPT_COLUMNS, chat, choose_column, is_prompt, read_jsonl
-from minigrpo.memory import held_bytes, pool_limit
-from minigrpo.model import Params
-from minigrpo.sources import run_defaults
-from minigrpo.start import Setup, set_up
-from minigrpo.tokenizer import Message
+from minigrpo.data.chat import Message
+from minigrpo.data.datasets import PROMPT_COLUMNS, chat, choose_column, is_prompt, read_jsonl
+from minigrpo.model.hub import run_defaults
+from minigrpo.model.qwen import Params
+from minigrpo.planning.memory import held_bytes, pool_limit
 
 
 @dataclasses.dataclass(frozen=True)

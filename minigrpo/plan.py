@@ -21,9 +21,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from minigrpo import budget, grpo, hlo, memory
-from minigrpo.budget import GpuPrograms, parse_card
-from minigrpo.chips import CHIPS, GIB, Chip
+from minigrpo.build import DEFAULT_MODEL, Programs, check_lora, check_loss, check_quantize
 from minigrpo.config import (
     DataOptions,
     LoraOptions,
@@ -39,16 +37,20 @@ from minigrpo.config import (
     parse_mesh,
     run_command,
 )
-from minigrpo.lora import make_lora
-from minigrpo.model import ModelConfig, abstract_params, join, parse_config, read_config, split_trained
-from minigrpo.optimizer import TrainState, apply_gradients
-from minigrpo.packing import lay_out
-from minigrpo.rollout import RolloutPlan, decode_weights, least_pages, num_pages, rollout_program, spread
-from minigrpo.sharding import arrange, by_sequence, check_divisible, replicated
-from minigrpo.sources import placed
-from minigrpo.start import DEFAULT_MODEL, Programs, check_lora, check_loss, check_quantize
-from minigrpo.tokenizer import load_tokenizer
-from minigrpo.work import Counted, Phase, Work, bytes_on_chip
+from minigrpo.data.chat import load_tokenizer
+from minigrpo.grpo import update as grpo
+from minigrpo.grpo.batch import lay_out
+from minigrpo.grpo.optimizer import TrainState, apply_gradients
+from minigrpo.model.hub import placed
+from minigrpo.model.lora import make_lora
+from minigrpo.model.qwen import ModelConfig, abstract_params, join, parse_config, read_config, split_trained
+from minigrpo.planning import gpu as budget
+from minigrpo.planning import hlo, memory
+from minigrpo.planning.chips import CHIPS, GIB, Chip
+from minigrpo.planning.cost import Counted, Phase, Work, bytes_on_chip
+from minigrpo.planning.gpu import GpuPrograms, parse_card
+from minigrpo.rollout.generator import RolloutPlan, decode_weights, least_pages, num_pages, rollout_program, spread
+from minigrpo.runtime.mesh import arrange, by_sequence, check_divisible, replicated
 
 FAMILIES = Path(__file__).parent / "builtin" / "families.json"
 

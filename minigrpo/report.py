@@ -14,9 +14,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from minigrpo.config import Options, Settings, UsageError, option, run_command
-from minigrpo.doctor import diagnose
-from minigrpo.metrics import read_steps
-from minigrpo.tokenizer import read_json
+from minigrpo.data.chat import read_json
+from minigrpo.diagnostics import diagnose
+from minigrpo.runtime.run_folder import read_steps
 
 matplotlib.use("Agg")
 

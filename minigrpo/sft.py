@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from minigrpo import arithmetic, grpo, losses
+from minigrpo.build import Setup, set_up
 from minigrpo.config import (
     LARGEST_SEED,
     MOST_TOKENS,
@@ -22,12 +22,23 @@ from minigrpo.config import (
     option,
     run_command,
 )
-from minigrpo.data import PROMPT_COLUMNS, Dataset, Prompts, batch_numbers, choose_column, is_prompt, read_rows, tokenize
-from minigrpo.metrics import check_empty, check_writable
-from minigrpo.model import Params, split_trained
-from minigrpo.optimizer import TrainState, init_state, learning_rate, make_optimizer
-from minigrpo.sharding import by_sequence, put
-from minigrpo.start import Setup, set_up
+from minigrpo.data.datasets import (
+    PROMPT_COLUMNS,
+    Dataset,
+    Prompts,
+    arithmetic,
+    batch_numbers,
+    choose_column,
+    is_prompt,
+    read_rows,
+    tokenize,
+)
+from minigrpo.grpo import losses
+from minigrpo.grpo import update as grpo
+from minigrpo.grpo.optimizer import TrainState, init_state, learning_rate, make_optimizer
+from minigrpo.model.qwen import Params, split_trained
+from minigrpo.runtime.mesh import by_sequence, put
+from minigrpo.runtime.run_folder import check_empty, check_writable
 
 
 @dataclasses.dataclass(frozen=True)

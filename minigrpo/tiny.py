@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from minigrpo import arithmetic
 from minigrpo.config import Options, Settings, option, run_command
-from minigrpo.tokenizer import CHATML
+from minigrpo.data import arithmetic
+from minigrpo.data.chat import CHATML
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PIECES = r"\p{N}| ?\p{L}+|[^\p{L}\p{N}\s]+|\s+"

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minigrpo import grpo, start
-from minigrpo.checkpoint import Checkpoints, check_same_run
+from minigrpo import build
+from minigrpo.build import TINY, Setup, check_lora, check_loss, check_quantize, set_up
 from minigrpo.config import (
     DataOptions,
     LoraOptions,
@@ -27,11 +27,20 @@ from minigrpo.config import (
     UsageError,
     run_command,
 )
-from minigrpo.data import Prompts, is_file, load_dataset, tokenize
+from minigrpo.data.datasets import Prompts, is_file, load_dataset, tokenize
+from minigrpo.data.rewards import Reward, check_names, overlong_rewards, parse_rewards
 from minigrpo.evaluate import accuracy, held_out
-from minigrpo.experience import Experience, Job, advantages, host_batch, make_batches, move_reference, sampled
-from minigrpo.memory import choose_parts, held_bytes, pool_limit
-from minigrpo.metrics import (
+from minigrpo.grpo import update as grpo
+from minigrpo.grpo.experience import Experience, Job, advantages, host_batch, make_batches, move_reference, sampled
+from minigrpo.grpo.offline import load_recorded, recorded, validator
+from minigrpo.grpo.optimizer import TrainState, init_state, learning_rate
+from minigrpo.model.qwen import Params, split_trained
+from minigrpo.planning.memory import choose_parts, held_bytes, pool_limit
+from minigrpo.report import write_report
+from minigrpo.rollout.generator import Rollout
+from minigrpo.runtime.checkpoint import Checkpoints, check_same_run
+from minigrpo.runtime.mesh import worker_mesh
+from minigrpo.runtime.run_folder import (
     RunFolder,
     check_empty,
     check_writable,
@@ -41,14 +50,6 @@ from minigrpo.metrics import (
     open_sinks,
     reward_metrics,
 )
-from minigrpo.model import Params, split_trained
-from minigrpo.offline import load_recorded, recorded, validator
-from minigrpo.optimizer import TrainState, init_state, learning_rate
-from minigrpo.report import write_report
-from minigrpo.rewards import Reward, check_names, overlong_rewards, parse_rewards
-from minigrpo.rollout import Rollout
-from minigrpo.sharding import worker_mesh
-from minigrpo.start import TINY, Setup, check_lora, check_loss, check_quantize, set_up
 
 SECTIONS = (
     ModelOptions, LoraOptions, DataOptions, RolloutOptions, RewardOptions, LossOptions, OptimizerOptions, StepOptions,
@@ -59,7 +60,7 @@ SECTIONS = (
 RECIPES: dict[str, dict[str, Any]] = {
     TINY: {"temperature": 1.0, "learning_rate": 2e-4, "beta": 0.0, "max_steps": 100},
 }
-"""Defaults that a built-in model carries for this command besides `minigrpo.start.RECIPES`."""
+"""Defaults that a built-in model carries for this command besides `minigrpo.build.RECIPES`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,5 +373,5 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    own = "\n  ".join(f"--{name}={value}" for name, value in (start.RECIPES[TINY] | RECIPES[TINY]).items())
+    own = "\n  ".join(f"--{name}={value}" for name, value in (build.RECIPES[TINY] | RECIPES[TINY]).items())
     run_command("python -m minigrpo.train", __doc__ or "", SECTIONS, main, f"{TINY} has defaults of its own:\n  {own}")

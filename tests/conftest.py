@@ -61,7 +61,7 @@ def shared():
 @pytest.fixture(scope="session")
 def tiny_config():
     """Grouped heads 8/4, a vocabulary with padding rows, sizes that 8,1 and 2,4 divide."""
-    from minigrpo.model import ModelConfig
+    from minigrpo.model.qwen import ModelConfig
 
     return ModelConfig(
         model_type="qwen3",
@@ -82,7 +82,7 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def tiny_params(tiny_config):
     """Random weights on the host, larger than at initialisation so that logits differ."""
-    from minigrpo.model import init_params
+    from minigrpo.model.qwen import init_params
 
     params = init_params(tiny_config, jax.random.key(0))
     return jax.tree.map(lambda w: np.asarray(w) if w.ndim < 2 or (w == 1).all() else 8 * np.asarray(w), params)
@@ -90,8 +90,8 @@ def tiny_params(tiny_config):
 
 def place(params, mesh):
     """Parameters laid out on the mesh as training has them."""
-    from minigrpo.model import DIMS, leaf_name
-    from minigrpo.sharding import spec_of
+    from minigrpo.model.qwen import DIMS, leaf_name
+    from minigrpo.runtime.mesh import spec_of
 
     def put(path, leaf):
         return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec_of(DIMS[leaf_name(path)])))

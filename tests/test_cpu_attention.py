@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minigrpo import attention
-from minigrpo.attention import attend_sequence, causal_attention, rows_together, splash_attention
+from minigrpo.model import attention
+from minigrpo.model.attention import attend_sequence, causal_attention, rows_together, splash_attention
 
 
 def oracle(q, k, v):

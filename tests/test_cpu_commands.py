@@ -8,14 +8,15 @@ import types
 import numpy as np
 import pytest
 
-from minigrpo import evaluate, generate, report, sources, start, train
+from minigrpo import build, evaluate, generate, report, train
 from minigrpo.config import DataOptions, UsageError, parse_flags
-from minigrpo.data import read_recorded
-from minigrpo.doctor import diagnose
-from minigrpo.experience import Experience, concatenate, differ, take_groups
-from minigrpo.grpo import normalised_apart, ragged_advantages
-from minigrpo.offline import margin
-from minigrpo.rollout import Rollout
+from minigrpo.data.datasets import read_recorded
+from minigrpo.diagnostics import diagnose
+from minigrpo.grpo.experience import Experience, concatenate, differ, take_groups
+from minigrpo.grpo.offline import margin
+from minigrpo.grpo.update import normalised_apart, ragged_advantages
+from minigrpo.model import hub as sources
+from minigrpo.rollout.generator import Rollout
 
 SMALL = ["--batch_size=4", "--num_generations=4", "--max_completion_length=32", "--report_to=none", "--max_steps=2"]
 
@@ -360,10 +361,10 @@ class JaxSettings:
 )
 def test_compiled_programs_are_kept_where_nothing_else_is_said(settings, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(start, "jax", types.SimpleNamespace(config=settings))
-    start.keep_programs()
+    monkeypatch.setattr(build, "jax", types.SimpleNamespace(config=settings))
+    build.keep_programs()
     own = expected == "minigrpo/programs"
-    assert getattr(settings, "jax_compilation_cache_max_size", None) == (start.PROGRAM_BYTES if own else None)
+    assert getattr(settings, "jax_compilation_cache_max_size", None) == (build.PROGRAM_BYTES if own else None)
     assert settings.jax_compilation_cache_dir == (str(tmp_path / expected) if own else expected)
     assert (tmp_path / "minigrpo" / "programs").exists() == own and not capsys.readouterr().err
 
@@ -372,9 +373,9 @@ def test_a_cache_folder_that_cannot_be_written_is_told_and_does_no_harm(tmp_path
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-    monkeypatch.setattr(start, "jax", types.SimpleNamespace(config=JaxSettings()))
-    start.keep_programs()
-    assert start.jax.config.jax_compilation_cache_dir is None
+    monkeypatch.setattr(build, "jax", types.SimpleNamespace(config=JaxSettings()))
+    build.keep_programs()
+    assert build.jax.config.jax_compilation_cache_dir is None
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and str(file) in said and "JAX_COMPILATION_CACHE_DIR" in said
 
@@ -385,5 +386,5 @@ def test_programs_that_jax_was_killed_over_are_dropped(tmp_path, monkeypatch):
     for name in names:
         (tmp_path / name).write_text("")
         os.utime(tmp_path / name, times=None if name == "fresh-cache" else (0, 0))
-    start.drop_torn_programs(tmp_path)
+    build.drop_torn_programs(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted({*names} - {"torn-cache"})

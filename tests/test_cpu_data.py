@@ -6,10 +6,9 @@ import re
 import pytest
 from conftest import ROOT
 
-from minigrpo import arithmetic
 from minigrpo.config import DataOptions, UsageError
-from minigrpo.data import Dataset, batch_numbers, chat, load_dataset, tokenize
-from minigrpo.tokenizer import load_tokenizer
+from minigrpo.data.chat import load_tokenizer
+from minigrpo.data.datasets import Dataset, arithmetic, batch_numbers, chat, load_dataset, tokenize
 
 BUILTIN = ROOT / "minigrpo" / "builtin"
 

@@ -12,11 +12,11 @@ from flax import nnx
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from minigrpo.attention import causal_attention
 from minigrpo.kernels import fused_products, reference
-from minigrpo.model import UNFUSED, Fused, Lora, abstract_params, init_params, rope_angles
-from minigrpo.rollout import fused
-from minigrpo.sharding import Layout
+from minigrpo.model.attention import causal_attention
+from minigrpo.model.qwen import UNFUSED, Fused, Lora, abstract_params, init_params, rope_angles
+from minigrpo.rollout.generator import fused
+from minigrpo.runtime.mesh import Layout
 
 BF16, THETA, EPS = jnp.dtype("bfloat16"), 1e4, 1e-6
 emulated = pytest.mark.skipif(

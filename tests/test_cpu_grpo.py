@@ -10,14 +10,15 @@ import optax
 import pytest
 from conftest import mesh_of, place
 
-from minigrpo import grpo, losses
+from minigrpo.build import Programs
 from minigrpo.config import LossOptions, OptimizerOptions, UsageError, parse_flags
-from minigrpo.logprobs import Head
-from minigrpo.memory import saved_bytes
-from minigrpo.model import abstract_params
-from minigrpo.optimizer import apply_gradients, clip, decayed, init_state, learning_rate, make_optimizer
-from minigrpo.sharding import Layout, by_sequence, put
-from minigrpo.start import Programs
+from minigrpo.grpo import losses
+from minigrpo.grpo import update as grpo
+from minigrpo.grpo.logprobs import Head
+from minigrpo.grpo.optimizer import apply_gradients, clip, decayed, init_state, learning_rate, make_optimizer
+from minigrpo.model.qwen import abstract_params
+from minigrpo.planning.memory import saved_bytes
+from minigrpo.runtime.mesh import Layout, by_sequence, put
 
 REAL = 250
 LENGTHS = np.array([5, 1, 8, 3, 8, 2, 7, 4], np.int32)

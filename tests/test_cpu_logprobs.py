@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 
-from minigrpo import logprobs as logprobs_module
-from minigrpo.logprobs import Head, Tiles, completion_logprobs, token_logprobs
+from minigrpo.grpo import logprobs as logprobs_module
+from minigrpo.grpo.logprobs import Head, Tiles, completion_logprobs, token_logprobs
 
 ROWS, DIM, VOCAB, REAL = 48, 16, 88, 83
 

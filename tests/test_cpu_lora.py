@@ -11,10 +11,12 @@ from conftest import ROOT, mesh_of, place
 from flax import nnx
 from test_cpu_grpo import assert_close, host_batch, make_trainer
 
-from minigrpo import grpo, lora
-from minigrpo.attention import attend_on
 from minigrpo.config import LoraOptions, RolloutOptions, UsageError
-from minigrpo.model import (
+from minigrpo.grpo import update as grpo
+from minigrpo.grpo.optimizer import init_state
+from minigrpo.model import lora
+from minigrpo.model.attention import attend_on
+from minigrpo.model.qwen import (
     Lora,
     abstract_params,
     is_adapter,
@@ -25,10 +27,9 @@ from minigrpo.model import (
     split_trained,
     unembed,
 )
-from minigrpo.optimizer import init_state
-from minigrpo.rollout import Roller
-from minigrpo.sharding import Layout, by_sequence, put
-from minigrpo.weights import load_params
+from minigrpo.model.weights import load_params
+from minigrpo.rollout.generator import Roller
+from minigrpo.runtime.mesh import Layout, by_sequence, put
 
 RANK4 = Lora(rank=4, alpha=6.0, dropout=0.0, targets=("q", "v", "o", "gate", "down"))
 

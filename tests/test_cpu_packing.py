@@ -9,12 +9,11 @@ import pytest
 from conftest import mesh_of, place
 from test_cpu_grpo import assert_close, host_batch, make_trainer
 
-from minigrpo import grpo, packing
-from minigrpo.attention import any_place, attend_sequence, splash_attention
+from minigrpo.build import Programs
 from minigrpo.config import LossOptions, StepOptions, parse_flags
-from minigrpo.model import Lora, abstract_params
-from minigrpo.optimizer import init_state
-from minigrpo.packing import (
+from minigrpo.grpo import batch as packing
+from minigrpo.grpo import update as grpo
+from minigrpo.grpo.batch import (
     ARRANGEMENTS,
     MOST_IN_A_ROW,
     deal,
@@ -26,7 +25,9 @@ from minigrpo.packing import (
     tokens_of,
     with_queries,
 )
-from minigrpo.start import Programs
+from minigrpo.grpo.optimizer import init_state
+from minigrpo.model.attention import any_place, attend_sequence, splash_attention
+from minigrpo.model.qwen import Lora, abstract_params
 
 
 def random_batch(seed, rows, group, limits=(24, 40)):

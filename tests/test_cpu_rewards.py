@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from minigrpo import rewards
 from minigrpo.config import UsageError
-from minigrpo.rewards import Reward, call_reward, extract_answer, parse_rewards, same_answer, score_completions
+from minigrpo.data import rewards
+from minigrpo.data.rewards import Reward, call_reward, extract_answer, parse_rewards, same_answer, score_completions
 
 GOOD = "<reasoning>\n6 * 7 = 42\n</reasoning>\n<answer>\n42\n</answer>"
 

@@ -16,15 +16,25 @@ import optax
 import pytest
 from conftest import ROOT, mesh_of
 
-from minigrpo import grpo, losses, sharding
-from minigrpo import rollout as rollout_module
-from minigrpo.attention import attend_on, causal_attention
+from minigrpo.build import Programs
 from minigrpo.config import LossOptions, RolloutOptions, UsageError, parse_flags
-from minigrpo.logprobs import Head
-from minigrpo.model import PROJECTIONS, Fused, abstract_params, product, silu, unembed
-from minigrpo.rollout import CACHED_BYTES, LEAST_BATCH, WIDE_VECTORS, Roller, batch_sizes, shared_by_host, spread
-from minigrpo.sharding import Layout, by_sequence, put, replicated
-from minigrpo.start import Programs
+from minigrpo.grpo import losses
+from minigrpo.grpo import update as grpo
+from minigrpo.grpo.logprobs import Head
+from minigrpo.model.attention import attend_on, causal_attention
+from minigrpo.model.qwen import PROJECTIONS, Fused, abstract_params, product, silu, unembed
+from minigrpo.rollout import generator as rollout_module
+from minigrpo.rollout.generator import (
+    CACHED_BYTES,
+    LEAST_BATCH,
+    WIDE_VECTORS,
+    Roller,
+    batch_sizes,
+    shared_by_host,
+    spread,
+)
+from minigrpo.runtime import mesh as sharding
+from minigrpo.runtime.mesh import Layout, by_sequence, put, replicated
 
 REAL = 250
 STOPS = (5, 9)
@@ -327,7 +337,7 @@ def test_rollouts_are_compiled_with_these_options(tiny_config, tiny_params, monk
 
 FAULTS = """
 import ctypes, resource
-from minigrpo import sharding
+from minigrpo.runtime import mesh as sharding
 sharding.keep_freed_memory()
 library, size = ctypes.CDLL(None), 1 << 28
 library.prctl(41, 1, 0, 0, 0)  # no huge pages, which systems hand out or do not
@@ -350,7 +360,7 @@ def test_memory_once_freed_is_had_again_without_asking_the_system():
 
 HUGE_PAGES = """
 import ctypes, pathlib
-from minigrpo import sharding
+from minigrpo.runtime import mesh as sharding
 sharding.keep_freed_memory()
 sharding.take_huge_pages(sharding.HUGE_PAGES)
 library, size = ctypes.CDLL(None), sharding.HUGE_PAGES * 3 // 4
@@ -415,7 +425,8 @@ import os, sys
 if sys.argv[1] == "one":
     os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 import jax
-from minigrpo import generate, sharding
+from minigrpo import generate
+from minigrpo.runtime import mesh as sharding
 sharding.start_platform("auto")
 print(sharding.make_mesh("auto").size, len(jax.devices()), int("orbax" in sys.modules))
 """

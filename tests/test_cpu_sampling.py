@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minigrpo.sampling import Sampler, invert_cdf, sample, truncate
+from minigrpo.rollout.sampling import Sampler, invert_cdf, sample, truncate
 
 
 def softmax(x):

@@ -15,12 +15,12 @@ transformers = pytest.importorskip("transformers")
 from test_cpu_grpo import REAL as HEAD_TOKENS
 from test_cpu_grpo import make_trainer
 
-from minigrpo import grpo
 from minigrpo.config import LossOptions, OptimizerOptions
-from minigrpo.model import read_config
-from minigrpo.optimizer import init_state, make_optimizer
-from minigrpo.sharding import by_sequence, put
-from minigrpo.weights import hub_tensors, load_params
+from minigrpo.grpo import update as grpo
+from minigrpo.grpo.optimizer import init_state, make_optimizer
+from minigrpo.model.qwen import read_config
+from minigrpo.model.weights import hub_tensors, load_params
+from minigrpo.runtime.mesh import by_sequence, put
 
 TEMPERATURE = 0.9
 OPTIONS = OptimizerOptions(

@@ -8,7 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from minigrpo import hlo, plan
+from minigrpo import plan
+from minigrpo.planning import hlo
 
 CONFIG = {
     "model_type": "qwen3",

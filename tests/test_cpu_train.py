@@ -15,9 +15,9 @@ import pytest
 from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
-from minigrpo.checkpoint import Checkpoints, read_params
 from minigrpo.config import UsageError
-from minigrpo.metrics import TIMINGS
+from minigrpo.runtime.checkpoint import Checkpoints, read_params
+from minigrpo.runtime.run_folder import TIMINGS
 
 SMALL = ("--batch_size=4", "--num_generations=4", "--max_completion_length=40", "--save_steps=2", "--report_to=none")
 
@@ -190,7 +190,7 @@ def test_another_models_checkpoint_stays_where_it_is(tmp_path):
 
 def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path):
     code = (
-        "import resource, sys, pathlib, numpy, jax; from minigrpo.checkpoint import Checkpoints;"
+        "import resource, sys, pathlib, numpy, jax; from minigrpo.runtime.checkpoint import Checkpoints;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "from minigrpo.config import UsageError; c = Checkpoints(pathlib.Path(sys.argv[1]), 2)\n"

@@ -13,12 +13,12 @@ from flax import nnx
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from minigrpo.attention import attend_on
 from minigrpo.config import RolloutOptions
-from minigrpo.model import abstract_params, read_config, unembed
-from minigrpo.rollout import Roller
-from minigrpo.sharding import Layout
-from minigrpo.weights import export, load_params
+from minigrpo.model.attention import attend_on
+from minigrpo.model.qwen import abstract_params, read_config, unembed
+from minigrpo.model.weights import export, load_params
+from minigrpo.rollout.generator import Roller
+from minigrpo.runtime.mesh import Layout
 
 SIZES = {
     "vocab_size": 320,
@@ -122,7 +122,7 @@ def test_exported_model_loads_in_transformers_with_equal_logits(written, tmp_pat
 
 
 def test_builtin_model_and_its_chat_template_work_in_transformers():
-    from minigrpo.tokenizer import load_tokenizer
+    from minigrpo.data.chat import load_tokenizer
 
     folder = pathlib.Path(ROOT / "minigrpo" / "builtin")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)

@@ -13,8 +13,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
-from minigrpo import grpo, losses
 from minigrpo.config import LossOptions
+from minigrpo.grpo import losses
+from minigrpo.grpo import update as grpo
 
 B, C = 6, 9
 LIMIT = 12

@@ -10,10 +10,10 @@ import pytest
 from conftest import ROOT, mesh_of
 from safetensors.numpy import load_file, save_file
 
-from minigrpo import weights
 from minigrpo.config import UsageError
-from minigrpo.model import init_params, read_config
-from minigrpo.weights import export, find_checkpoint, load_params, random_params, write_tensors
+from minigrpo.model import weights
+from minigrpo.model.qwen import init_params, read_config
+from minigrpo.model.weights import export, find_checkpoint, load_params, random_params, write_tensors
 
 BUILTIN = ROOT / "minigrpo" / "builtin"
 

@@ -17,12 +17,12 @@ from test_cpu_attention import oracle, oracle_gradients
 from test_cpu_fused_products import check_gated, check_heads
 from test_cpu_paged_attention import attend_here, check
 
-from minigrpo.attention import attend_on, causal_attention
 from minigrpo.config import RolloutOptions
 from minigrpo.kernels.paged_attention import HOPPER_RANK, empty_pages
-from minigrpo.model import abstract_params, init_params, unembed
-from minigrpo.rollout import Roller
-from minigrpo.sharding import Layout
+from minigrpo.model.attention import attend_on, causal_attention
+from minigrpo.model.qwen import abstract_params, init_params, unembed
+from minigrpo.rollout.generator import Roller
+from minigrpo.runtime.mesh import Layout
 
 pytestmark = pytest.mark.skipif(jax.devices()[0].platform != "gpu", reason="needs a GPU")
 BF16 = jnp.dtype("bfloat16")

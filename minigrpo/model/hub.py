@@ -8,10 +8,10 @@ import jax
 from jax.sharding import Mesh
 
 from minigrpo.config import DataOptions, LoraOptions, RolloutOptions, RunOptions, UsageError
-from minigrpo.lora import CONFIG_FILE, load_adapter, make_lora, read_adapter_config
-from minigrpo.model import Lora, ModelConfig, Params, abstract_params, is_adapter, leaf_sharding, select
-from minigrpo.tokenizer import read_json
-from minigrpo.weights import find_checkpoint, load_params
+from minigrpo.data.chat import read_json
+from minigrpo.model.lora import CONFIG_FILE, load_adapter, make_lora, read_adapter_config
+from minigrpo.model.qwen import Lora, ModelConfig, Params, abstract_params, is_adapter, leaf_sharding, select
+from minigrpo.model.weights import find_checkpoint, load_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def placed(mesh: Mesh, shapes: Any) -> Any:
 
 def read_step(step: Path, shapes: Any) -> Any:
     """Weights of a run's checkpoint; only here is orbax imported, which takes 0.2 s and 24 MB."""
-    from minigrpo.checkpoint import read_params
+    from minigrpo.runtime.checkpoint import read_params
 
     return read_params(step, shapes)
 

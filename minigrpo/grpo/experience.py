@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from minigrpo import grpo
+from minigrpo.build import Setup
 from minigrpo.config import DataOptions, LossOptions, RewardOptions, RolloutOptions, StepOptions
-from minigrpo.data import Prompts, batch_numbers
-from minigrpo.model import Params, join
-from minigrpo.optimizer import TrainState
-from minigrpo.packing import place_batch
-from minigrpo.rewards import Reward, score_completions
-from minigrpo.rollout import Roller, Rollout
-from minigrpo.sharding import launch
-from minigrpo.start import Setup
+from minigrpo.data.datasets import Prompts, batch_numbers
+from minigrpo.data.rewards import Reward, score_completions
+from minigrpo.grpo import update as grpo
+from minigrpo.grpo.batch import place_batch
+from minigrpo.grpo.optimizer import TrainState
+from minigrpo.model.qwen import Params, join
+from minigrpo.rollout.generator import Roller, Rollout
+from minigrpo.runtime.mesh import launch
 
 
 @dataclasses.dataclass(frozen=True)

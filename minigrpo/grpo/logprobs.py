@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from minigrpo.sharding import DATA, FSDP, TP, in_order
+from minigrpo.runtime.mesh import DATA, FSDP, TP, in_order
 
 LEAST_PART = 128
 """Vocabulary entries handled at a time, at least."""

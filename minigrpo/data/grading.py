@@ -1,6 +1,6 @@
 """Mathematical equality by the math-verify library, in a process of its own that can be stopped.
 
-`python -m minigrpo.mathequal` answers each line [given, wanted] of stdin with true or false.
+`python -m minigrpo.data.grading` answers each line [given, wanted] of stdin with true or false.
 """
 
 import functools
@@ -41,7 +41,7 @@ class Process:
         self.child: subprocess.Popen | None = None
 
     def start(self) -> subprocess.Popen:
-        command = [sys.executable, "-m", "minigrpo.mathequal"]
+        command = [sys.executable, "-m", "minigrpo.data.grading"]
         self.child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )

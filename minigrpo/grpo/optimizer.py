@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from minigrpo.config import OptimizerOptions
-from minigrpo.model import DIMS, Params, leaf_name, shardings_of
+from minigrpo.model.qwen import DIMS, Params, leaf_name, shardings_of
 
 
 @jax.tree_util.register_dataclass

@@ -16,9 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from minigrpo.attention import Rows, any_place
-from minigrpo.grpo import Batch, Packed, bucket, pad_rows
-from minigrpo.sharding import by_sequence, put
+from minigrpo.grpo.update import Batch, Packed, bucket, pad_rows
+from minigrpo.model.attention import Rows, any_place
+from minigrpo.runtime.mesh import by_sequence, put
 
 MOST_IN_A_ROW = 8
 """Sequences that share a row, at most."""

@@ -12,9 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from minigrpo.logprobs import in_chunks
-from minigrpo.model import Attend
-from minigrpo.sharding import DATA
+from minigrpo.grpo.logprobs import in_chunks
+from minigrpo.model.qwen import Attend
+from minigrpo.runtime.mesh import DATA
 
 QUERY_BLOCK = 256
 """Queries scored at a time: bounds the slice of the [T, S] score matrix that ever exists."""

@@ -19,12 +19,11 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from minigrpo import cache
-from minigrpo.attention import causal_attention
 from minigrpo.config import RolloutOptions, UsageError
 from minigrpo.kernels.paged_attention import append_rows, empty_pages, fill_pages, paged_attention
-from minigrpo.lora import merge
-from minigrpo.model import (
+from minigrpo.model.attention import causal_attention
+from minigrpo.model.lora import merge
+from minigrpo.model.qwen import (
     PROJECTIONS,
     UNFUSED,
     Angles,
@@ -40,8 +39,19 @@ from minigrpo.model import (
     unchanged,
     unembed,
 )
-from minigrpo.sampling import Sampler, sample
-from minigrpo.sharding import DATA, Layout, by_sequence, in_dtype, known_options, launch, put, replicated, worker_mesh
+from minigrpo.rollout import scheduler as cache
+from minigrpo.rollout.sampling import Sampler, sample
+from minigrpo.runtime.mesh import (
+    DATA,
+    Layout,
+    by_sequence,
+    in_dtype,
+    known_options,
+    launch,
+    put,
+    replicated,
+    worker_mesh,
+)
 
 WAITING, RUNNING, DONE = 0, 1, 2
 PREFILL_ROWS = 8

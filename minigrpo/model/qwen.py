@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from minigrpo.config import UsageError
-from minigrpo.sharding import ONE_DEVICE, Layout, in_order, spec_of
+from minigrpo.runtime.mesh import ONE_DEVICE, Layout, in_order, spec_of
 
 DIMS = {
     "embed": "VD",

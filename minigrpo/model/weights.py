@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from minigrpo.config import UsageError
-from minigrpo.model import (
+from minigrpo.data.chat import FILES
+from minigrpo.model.qwen import (
     ARCHITECTURES,
     DIMS,
     PROJECTIONS,
@@ -34,9 +35,8 @@ from minigrpo.model import (
     leaf_sharding,
     shardings_of,
 )
-from minigrpo.tokenizer import FILES
 
-BUILTIN = {"builtin:tiny": Path(__file__).parent / "builtin"}
+BUILTIN = {"builtin:tiny": Path(__file__).parent.parent / "builtin"}
 SHARD_BYTES = 4 << 30
 """Largest safetensors file written."""
 

@@ -12,13 +12,13 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from minigrpo import losses
-from minigrpo.attention import ATTENTION, Rows, attend_on, stand_in_rows
 from minigrpo.config import LossOptions
-from minigrpo.logprobs import Head, completion_logprobs, logprobs_after, take_inside
-from minigrpo.model import MLP, Params, join, unchanged
-from minigrpo.optimizer import TrainState, apply_gradients, like_params
-from minigrpo.sharding import Layout, by_sequence, launch
+from minigrpo.grpo import losses
+from minigrpo.grpo.logprobs import Head, completion_logprobs, logprobs_after, take_inside
+from minigrpo.grpo.optimizer import TrainState, apply_gradients, like_params
+from minigrpo.model.attention import ATTENTION, Rows, attend_on, stand_in_rows
+from minigrpo.model.qwen import MLP, Params, join, unchanged
+from minigrpo.runtime.mesh import Layout, by_sequence, launch
 
 ADVANTAGE_EPSILON = 1e-4
 """Added to the std that advantages are divided by."""
@@ -42,7 +42,7 @@ CHECKPOINT_POLICIES = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """How a batch's B sequences lie on S sheets, one for each device and part; minigrpo.packing lays them out.
+    """How a batch's B sequences lie on S sheets, one for each device and part; minigrpo.grpo.batch lays them out.
 
     The layers compute a sheet's tokens, of which sequences may share their prompt's; attention and the head see rows of
     whole sequences.

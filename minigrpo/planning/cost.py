@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from minigrpo import hlo
-from minigrpo.model import ModelConfig
+from minigrpo.model.qwen import ModelConfig
+from minigrpo.planning import hlo
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from minigrpo import arithmetic
 from minigrpo.config import DataOptions, UsageError
-from minigrpo.tokenizer import Message, Tokenizer
+from minigrpo.data import arithmetic
+from minigrpo.data.chat import Message, Tokenizer
 
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "solution")

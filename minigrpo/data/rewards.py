@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float
 
 from minigrpo.config import UsageError
-from minigrpo.mathequal import math_equal
+from minigrpo.data.grading import math_equal
 
 RewardFunction = Callable[..., Sequence[float]]
 

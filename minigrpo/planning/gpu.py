@@ -3,13 +3,13 @@
 import dataclasses
 import re
 
-from minigrpo import memory
-from minigrpo.chips import GIB, Chip
+from minigrpo.build import Programs
 from minigrpo.config import UsageError
-from minigrpo.logprobs import Tiles
-from minigrpo.sharding import TP
-from minigrpo.start import Programs
-from minigrpo.work import Work
+from minigrpo.grpo.logprobs import Tiles
+from minigrpo.planning import memory
+from minigrpo.planning.chips import GIB, Chip
+from minigrpo.planning.cost import Work
+from minigrpo.runtime.mesh import TP
 
 LOGITS_COPIES = 3
 """Arrays of [slots, vocabulary] in float32 that sampling works on."""

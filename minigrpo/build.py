@@ -16,9 +16,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from minigrpo import grpo, losses
-from minigrpo.attention import copying_pays
-from minigrpo.chips import GIB, memory_of_kind
 from minigrpo.config import (
     DataOptions,
     LoraOptions,
@@ -30,15 +27,19 @@ from minigrpo.config import (
     StepOptions,
     UsageError,
 )
-from minigrpo.logprobs import Head, Tiles
-from minigrpo.lora import make_lora, merge, quantize, random_adapters, save_adapter
-from minigrpo.model import Lora, ModelConfig, Params, abstract_params, join, read_config
-from minigrpo.optimizer import make_optimizer
-from minigrpo.rollout import Roller
-from minigrpo.sharding import Layout, check_divisible, make_mesh, start_platform
-from minigrpo.sources import Source, find_source, load_adapters, load_base
-from minigrpo.tokenizer import Tokenizer, load_tokenizer
-from minigrpo.weights import export, random_params
+from minigrpo.data.chat import Tokenizer, load_tokenizer
+from minigrpo.grpo import losses
+from minigrpo.grpo import update as grpo
+from minigrpo.grpo.logprobs import Head, Tiles
+from minigrpo.grpo.optimizer import make_optimizer
+from minigrpo.model.attention import copying_pays
+from minigrpo.model.hub import Source, find_source, load_adapters, load_base
+from minigrpo.model.lora import make_lora, merge, quantize, random_adapters, save_adapter
+from minigrpo.model.qwen import Lora, ModelConfig, Params, abstract_params, join, read_config
+from minigrpo.model.weights import export, random_params
+from minigrpo.planning.chips import GIB, memory_of_kind
+from minigrpo.rollout.generator import Roller
+from minigrpo.runtime.mesh import Layout, check_divisible, make_mesh, start_platform
 
 TINY = "builtin:tiny"
 Recipes = Mapping[str, Mapping[str, Any]]

@@ -7,16 +7,16 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
-from minigrpo import grpo
+from minigrpo.build import Setup
 from minigrpo.config import DataOptions, RolloutOptions, StepOptions, UsageError
-from minigrpo.data import Prompts, read_recorded, tokenize
-from minigrpo.experience import Experience, Job, advantages, host_batch, step_numbers
-from minigrpo.model import Params
-from minigrpo.optimizer import TrainState
-from minigrpo.packing import place_batch
-from minigrpo.rollout import Rollout
-from minigrpo.sharding import launch
-from minigrpo.start import Setup
+from minigrpo.data.datasets import Prompts, read_recorded, tokenize
+from minigrpo.grpo import update as grpo
+from minigrpo.grpo.batch import place_batch
+from minigrpo.grpo.experience import Experience, Job, advantages, host_batch, step_numbers
+from minigrpo.grpo.optimizer import TrainState
+from minigrpo.model.qwen import Params
+from minigrpo.rollout.generator import Rollout
+from minigrpo.runtime.mesh import launch
 
 SCORE = "score"
 """Name under which a file's scores are reported."""

@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from minigrpo.config import LARGEST_RANK, LoraOptions, UsageError
-from minigrpo.model import (
+from minigrpo.data.chat import read_json
+from minigrpo.model.qwen import (
     DIMS,
     PROJECTIONS,
     Lora,
@@ -25,8 +26,7 @@ from minigrpo.model import (
     select,
     shardings_of,
 )
-from minigrpo.tokenizer import read_json
-from minigrpo.weights import HUB_NAMES, hub_tensors, load_tree, write_tensors
+from minigrpo.model.weights import HUB_NAMES, hub_tensors, load_tree, write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 

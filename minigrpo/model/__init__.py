@@ -1,0 +1,1 @@
+"""The Qwen network, its parameters and its files."""

@@ -1,0 +1,1 @@
+"""Memory, time and compiled programs of a run, counted."""

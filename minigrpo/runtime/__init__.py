@@ -1,0 +1,1 @@
+"""Mesh, checkpoints and the run folder."""
