@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from minigrpo.config import Options, Settings, UsageError, option, run_command
 from minigrpo.kernels.paged_attention import tpu
 from minigrpo.plan import topology_devices
-from minigrpo.planning.chips import CHIPS
+from minigrpo.runtime.chips import CHIPS
 
 BUNDLE = re.compile(r"^\s*0x[0-9a-f]+\s+([A-Z]{2})?\s*:\s*(>*)\s*(\{\})?", re.MULTILINE)
 """A line of the schedule: LB where a loop's body starts, a mark for each loop around it, {} if empty and unmarked."""

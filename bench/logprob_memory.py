@@ -23,7 +23,7 @@ from minigrpo.config import Options, Settings, option, parse_mesh, run_command
 from minigrpo.grpo.logprobs import Head, token_logprobs
 from minigrpo.plan import topology_mesh
 from minigrpo.planning import hlo
-from minigrpo.planning.chips import CHIPS
+from minigrpo.runtime.chips import CHIPS
 from minigrpo.runtime.mesh import DATA, FSDP, TP, make_mesh, start_platform
 
 VARIANTS = ("naive", "ours")

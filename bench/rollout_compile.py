@@ -19,9 +19,9 @@ from minigrpo.build import Programs
 from minigrpo.config import DataOptions, Options, RolloutOptions, Settings, StepOptions, UsageError, option, run_command
 from minigrpo.plan import SECTIONS, PlanOptions, count_resident, make_programs, own_rows, plan_rollout, prompt_rows
 from minigrpo.planning import memory
-from minigrpo.planning.chips import GIB
 from minigrpo.planning.cost import Phase, Work
 from minigrpo.rollout.generator import least_pages
+from minigrpo.runtime.chips import GIB
 
 MIB = 1 << 20
 JOB = {"model": "Qwen/Qwen3-1.7B", "batch_size": 32, "max_prompt_length": 256, "max_completion_length": 2048}

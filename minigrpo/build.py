@@ -37,8 +37,8 @@ from minigrpo.model.hub import Source, find_source, load_adapters, load_base
 from minigrpo.model.lora import make_lora, merge, quantize, random_adapters, save_adapter
 from minigrpo.model.qwen import Lora, ModelConfig, Params, abstract_params, join, read_config
 from minigrpo.model.weights import export, random_params
-from minigrpo.planning.chips import GIB, memory_of_kind
 from minigrpo.rollout.generator import Roller
+from minigrpo.runtime.chips import GIB, memory_of_kind
 from minigrpo.runtime.mesh import Layout, check_divisible, make_mesh, start_platform
 
 TINY = "builtin:tiny"

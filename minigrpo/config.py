@@ -418,6 +418,19 @@ def run_command(
         sys.exit(EXIT_INTERRUPTED)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's object, {} when it does not exist; UsageError naming it when it is not JSON."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not readable JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
 def parse_mesh(text: str) -> tuple[int, int]:
     """'4,2' -> (4, 2)."""
     parts = text.split(",")

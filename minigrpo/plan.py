@@ -46,10 +46,10 @@ from minigrpo.model.lora import make_lora
 from minigrpo.model.qwen import ModelConfig, abstract_params, join, parse_config, read_config, split_trained
 from minigrpo.planning import gpu as budget
 from minigrpo.planning import hlo, memory
-from minigrpo.planning.chips import CHIPS, GIB, Chip
 from minigrpo.planning.cost import Counted, Phase, Work, bytes_on_chip
 from minigrpo.planning.gpu import GpuPrograms, parse_card
 from minigrpo.rollout.generator import RolloutPlan, decode_weights, least_pages, num_pages, rollout_program, spread
+from minigrpo.runtime.chips import CHIPS, GIB, Chip
 from minigrpo.runtime.mesh import arrange, by_sequence, check_divisible, replicated
 
 FAMILIES = Path(__file__).parent / "builtin" / "families.json"

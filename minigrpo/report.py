@@ -13,8 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from minigrpo.config import Options, Settings, UsageError, option, run_command
-from minigrpo.data.chat import read_json
+from minigrpo.config import Options, Settings, UsageError, option, read_json, run_command
 from minigrpo.diagnostics import diagnose
 from minigrpo.runtime.run_folder import read_steps
 

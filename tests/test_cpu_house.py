@@ -36,19 +36,19 @@ def imported_modules(path):
 
 def test_imports_point_downward():
     level = {name: number for number, names in enumerate(LEVELS) for name in names}
-    for path in (ROOT / "minigrpo").rrglob("*.py"):
+    for path in (ROOT / "minigrpo").rglob("*.py"):
         own = path.relative_to(ROOT / "minigrpo").parts[0].removesuffix(".py")
         for other in set(imported_modules(path)) - {"kernels", own}:
             assert level[other] < level[own], f"{path} imports {other}"
 
 
 def test_kernels_import_nothing_of_minigrpo():
-    for path in (ROOT / "kernels").rrglob("*.py"):
+    for path in (ROOT / "kernels").rglob("*.py"):
         assert not list(imported_modules(path)), path
 
 
 def test_every_setting_is_read_somewhere():
-    source = "\n".join(path.read_text() for path in (ROOT / "minigrpo").rrglob("*.py") if path.stem != "config")
+    source = "\n".join(path.read_text() for path in (ROOT / "minigrpo").rglob("*.py") if path.stem != "config")
     source += (ROOT / "minigrpo" / "config.py").read_text().split("def field_type")[1]
     sections = {*train.SECTIONS, *sft.SECTIONS, *evaluate.SECTIONS, *plan.SECTIONS, tiny.TinyOptions}
     names = {field.name for section in sections for field in dataclasses.fields(section)}

@@ -4,13 +4,12 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import jinja2.sandbox
 from tokenizers import Tokenizer as HubTokenizer
 
-from minigrpo.config import UsageError
+from minigrpo.config import UsageError, read_json
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -19,16 +18,6 @@ CHATML = (
 """Used when a checkpoint brings no template of its own."""
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-)
-"""What an exported model keeps of the checkpoint it came from."""
-
 Message = dict[str, str]
 
 
@@ -65,19 +54,6 @@ class Tokenizer:
             )
         except jinja2.TemplateError as error:
             raise UsageError(f"the checkpoint's chat template failed on {messages[-1]!r:.80}: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The file's object, {} when it does not exist; UsageError naming it when it is not JSON."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not readable JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: must hold a JSON object, not {type(content).__name__}")
-    return content
 
 
 def load_tokenizer(folder: Path, enable_thinking: bool = False) -> Tokenizer:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from minigrpo.model.attention import in_chunks
 from minigrpo.runtime.mesh import DATA, FSDP, TP, in_order
 
 LEAST_PART = 128
@@ -87,17 +88,6 @@ def backward(head, saved, cotangents):
 
 
 token_logprobs.defvjp(forward, backward)
-
-
-def in_chunks(size: int, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-    """[m, ...] arrays -> [chunks, size, ...], the last chunk filled up with zeros."""
-    chunks = -(-arrays[0].shape[0] // size)
-
-    def split(x):
-        padding = [(0, chunks * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
-        return jnp.pad(x, padding).reshape(chunks, size, *x.shape[1:])
-
-    return tuple(split(x) for x in arrays)
 
 
 def across_tp(x: Array) -> Array:

@@ -12,7 +12,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from minigrpo.grpo.logprobs import in_chunks
 from minigrpo.model.qwen import Attend
 from minigrpo.runtime.mesh import DATA
 
@@ -47,6 +46,17 @@ class Rows:
     query_tokens: Any = None  # int32 [R, A], the tokens that are a row's queries; past the sheet if none
     query_places: Any = None  # int32 [R, A], where in the row they stand
     query_numbers: Any = None  # int32 [S, M], each token's number among its sheet's queries; past them if none
+
+
+def in_chunks(size: int, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    """[m, ...] arrays -> [chunks, size, ...], the last chunk filled up with zeros."""
+    chunks = -(-arrays[0].shape[0] // size)
+
+    def split(x):
+        padding = [(0, chunks * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, padding).reshape(chunks, size, *x.shape[1:])
+
+    return tuple(split(x) for x in arrays)
 
 
 def by_kv_head(x: Float[Array, "T N H"], kv_heads: int) -> Float[Array, "K GT H"]:

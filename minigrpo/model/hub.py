@@ -7,8 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from minigrpo.config import DataOptions, LoraOptions, RolloutOptions, RunOptions, UsageError
-from minigrpo.data.chat import read_json
+from minigrpo.config import DataOptions, LoraOptions, RolloutOptions, RunOptions, UsageError, read_json
 from minigrpo.model.lora import CONFIG_FILE, load_adapter, make_lora, read_adapter_config
 from minigrpo.model.qwen import Lora, ModelConfig, Params, abstract_params, is_adapter, leaf_sharding, select
 from minigrpo.model.weights import find_checkpoint, load_params

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from minigrpo.config import LARGEST_RANK, LoraOptions, UsageError
-from minigrpo.data.chat import read_json
+from minigrpo.config import LARGEST_RANK, LoraOptions, UsageError, read_json
 from minigrpo.model.qwen import (
     DIMS,
     PROJECTIONS,

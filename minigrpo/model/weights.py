@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from minigrpo.config import UsageError
-from minigrpo.data.chat import FILES
 from minigrpo.model.qwen import (
     ARCHITECTURES,
     DIMS,
@@ -35,6 +34,16 @@ from minigrpo.model.qwen import (
     leaf_sharding,
     shardings_of,
 )
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+)
+"""What an exported model keeps of the checkpoint it came from."""
 
 BUILTIN = {"builtin:tiny": Path(__file__).parent.parent / "builtin"}
 SHARD_BYTES = 4 << 30
@@ -305,7 +314,7 @@ def export(
         index |= dict.fromkeys(group, file)
     name_files(partial, index)
     (partial / "config.json").write_text(json.dumps(config_json(config, stop_tokens, dtype), indent=2) + "\n")
-    for name in FILES:
+    for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, partial / name)
     shutil.rmtree(folder, ignore_errors=True)

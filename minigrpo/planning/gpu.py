@@ -7,8 +7,8 @@ from minigrpo.build import Programs
 from minigrpo.config import UsageError
 from minigrpo.grpo.logprobs import Tiles
 from minigrpo.planning import memory
-from minigrpo.planning.chips import GIB, Chip
 from minigrpo.planning.cost import Work
+from minigrpo.runtime.chips import GIB, Chip
 from minigrpo.runtime.mesh import TP
 
 LOGITS_COPIES = 3

@@ -8,8 +8,8 @@ from minigrpo.build import Programs
 from minigrpo.config import DataOptions, OptimizerOptions, RolloutOptions, StepOptions, UsageError
 from minigrpo.model.attention import QUERY_BLOCK, fused_on_gpu
 from minigrpo.model.qwen import ModelConfig, abstract_params
-from minigrpo.planning.chips import GIB
 from minigrpo.rollout.generator import decode_config
+from minigrpo.runtime.chips import GIB
 
 CPU_BUDGET = 1 << 30
 """Bytes of activations that all virtual CPU devices may hold together."""
