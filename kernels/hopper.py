@@ -15,10 +15,6 @@ WHOLE = ((),) if jax.__version_info__ < (0, 11) else ()
 """The index that jax 0.10 asks for beside the reference."""
 
 
-def is_hopper(device: Any) -> bool:
-    return str(getattr(device, "compute_capability", "")).startswith("9.")
-
-
 def load(reference: Any, layout: Any) -> Array:
     """What lies in device memory, spread over the threads as in `layout`."""
     return plgpu.load(reference, *WHOLE, layout=layout, optimized=False)

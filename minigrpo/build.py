@@ -1,11 +1,8 @@
-"""From settings to a model on a mesh: what every command does first."""
+"""From settings to a model on a mesh: the first thing that every command does."""
 
 import dataclasses
 import functools
-import os
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,33 +10,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh
 
-from minigrpo.config import (
-    DataOptions,
-    LoraOptions,
-    LossOptions,
-    ModelOptions,
-    OptimizerOptions,
-    RolloutOptions,
-    Settings,
-    StepOptions,
-    UsageError,
-)
+from minigrpo.config import RolloutOptions, Settings, UsageError
 from minigrpo.data.chat import Tokenizer, load_tokenizer
 from minigrpo.grpo import losses
-from minigrpo.grpo import update as grpo
-from minigrpo.grpo.logprobs import Head, Tiles
-from minigrpo.grpo.optimizer import make_optimizer
-from minigrpo.model.attention import copying_pays
+from minigrpo.grpo.logprobs import LMHead
+from minigrpo.grpo.optimizer import learning_rate, make_optimizer
+from minigrpo.grpo.update import Objective, UpdateSpec
+from minigrpo.kernels.backend import backend_for
 from minigrpo.model.hub import Source, find_source, load_adapters, load_base
-from minigrpo.model.lora import make_lora, merge, quantize, random_adapters, save_adapter
-from minigrpo.model.qwen import Lora, ModelConfig, Params, abstract_params, join, read_config
+from minigrpo.model.lora import make_lora, save_adapter
+from minigrpo.model.params import Lora, ModelConfig, Params, join, merge_adapters
+from minigrpo.model.qwen import quantize, random_adapters, read_config
 from minigrpo.model.weights import export, random_params
-from minigrpo.rollout.generator import Roller
+from minigrpo.planning.run_spec import RunSpec
+from minigrpo.rollout.generator import Generator, rollout_spec
 from minigrpo.runtime.chips import GIB, memory_of_kind
-from minigrpo.runtime.mesh import Layout, check_divisible, make_mesh, start_platform
+from minigrpo.runtime.mesh import check_divisible, make_mesh, start_platform
+from minigrpo.runtime.program_cache import keep_programs
 
 TINY = "builtin:tiny"
 Recipes = Mapping[str, Mapping[str, Any]]
@@ -56,20 +44,15 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """Defaults that a built-in model carries for every command; explicit flags win."""
 
-CPU_LOGITS = 8 << 20
-"""Bytes of logits that one virtual CPU device holds in the backward pass."""
-
 DEFAULT_MODEL = "Qwen/Qwen3-1.7B"
 
-PROGRAMS, PROGRAM_BYTES = "jax_compilation_cache_dir", 4 << 30
-"""jax's setting for the folder of compiled programs, and what it may hold; the least recently used ones go."""
 
-TORN = 60
-"""Seconds after which jax has written a program's time stamp too, or never will."""
+# Refusals
 
 
-def check_loss(loss: LossOptions, rollout: RolloutOptions) -> None:
-    """UsageError for a loss that cannot mean what it says; one line for what is merely doubtful."""
+def check_loss(settings: Settings) -> None:
+    """Raise UsageError for a loss that cannot mean what it says; print a line for one that is merely doubtful."""
+    loss, rollout = settings.loss, settings.rollout
     if rollout.temperature == 0:
         raise UsageError(
             "--temperature=0: greedy completions of a group are all equal and teach nothing; use 0.9 or so"
@@ -91,217 +74,169 @@ def check_loss(loss: LossOptions, rollout: RolloutOptions) -> None:
 
 
 def check_lora(settings: Settings, config: ModelConfig) -> None:
-    """UsageError for settings that adapters would give another meaning."""
-    loss = settings[LossOptions]
+    """Raise UsageError for settings that adapters would give another meaning."""
+    loss = settings.loss
     if not config.lora:
         return
     if loss.sync_ref_steps and loss.ref_mixup_alpha < 1:
         raise UsageError(
             f"--ref_mixup_alpha={loss.ref_mixup_alpha}: a mix of adapters is no mix of weights; use 1 with LoRA"
         )
-    if loss.rollout_correction != "none" and config.lora.dropout and settings[StepOptions].updates_per_step == 1:
+    if loss.rollout_correction != "none" and config.lora.dropout and settings.steps.updates_per_step == 1:
         raise UsageError(
             f"--rollout_correction={loss.rollout_correction}: would correct --lora_dropout={config.lora.dropout} too; "
             "set one of them to none or 0"
         )
-    if settings[StepOptions].packing and "packing" in settings.explicit and config.lora.dropout:
+    if settings.steps.packing and "packing" in settings.explicit and config.lora.dropout:
         raise UsageError(f"--packing=true: not with --lora_dropout={config.lora.dropout}; leave one of them out")
-    if settings[StepOptions].share_prompts == "true" and config.lora.dropout:
+    if settings.steps.share_prompts == "true" and config.lora.dropout:
         raise UsageError(f"--share_prompts=true: not with --lora_dropout={config.lora.dropout}; leave one of them out")
 
 
 def check_quantize(config: ModelConfig) -> None:
-    """UsageError for a model in training that has nothing to train."""
+    """Raise UsageError for a model in training that has nothing to train."""
     if config.int8 and not config.lora:
-        raise UsageError("--quantize=int8: whole numbers cannot be trained; add --lora_rank=16 or leave it out")
+        raise UsageError("--quantize=int8: freezes the base weights; add --lora_rank=16, or remove the flag")
 
 
-def choose_tiles(mesh: Mesh) -> Tiles:
-    """How the log-probs are computed in parts on this platform."""
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return Tiles(rows=1024, vocab=2048, backward_bytes=CPU_LOGITS) if on_cpu else Tiles()
+# The pieces of a run
 
 
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """Everything that a run's device programs are made of."""
+def lm_head(spec: RunSpec, temperature: float) -> LMHead:
+    """Return the LM head's spec."""
+    return LMHead(spec.mesh, spec.num_tokens, temperature, spec.backend.head_tiles)
 
-    settings: Settings
-    config: ModelConfig
-    graph: nnx.GraphDef
-    mesh: Mesh
-    dtype: Any
-    num_tokens: int
-    """Real tokens, of which the head may have more rows."""
-    stop_tokens: tuple[int, ...]
 
-    @property
-    def layout(self) -> Layout:
-        return Layout(self.dtype, self.mesh)
+def make_generator(
+    spec: RunSpec,
+    options: RolloutOptions,
+    pool_limit: int = 0,
+    on_token: Callable[[Any, Any, Any], None] | None = None,
+) -> Generator:
+    """Return a generator with these options; `pool_limit` is in pages, 0 is none."""
+    prompt_tokens = spec.settings.data.max_prompt_length
+    made = rollout_spec(
+        spec.config, spec.mesh, spec.backend, spec.dtype, options, prompt_tokens, spec.num_tokens, spec.stop_tokens
+    )
+    return Generator(dataclasses.replace(made, pool_limit=pool_limit, on_token=on_token))
 
-    @property
-    def platform(self) -> str:
-        return self.mesh.devices.flat[0].platform
 
-    @property
-    def device_memory(self) -> int:
-        """An accelerator's bytes; the table's where it is there, so that a run decides as its plan did."""
-        device = self.mesh.devices.flat[0]
-        known = memory_of_kind(device.device_kind)
-        return known or (device.memory_stats() or {}).get("bytes_limit", 16 * GIB)
+def grpo_loss(spec: RunSpec) -> tuple[Objective, Callable[..., Any]]:
+    """Return the objective and the token weights of the settings' loss."""
+    loss, limit = spec.settings.loss, spec.settings.rollout.max_completion_length
+    weights = functools.partial(losses.token_weights, loss.loss_type, max_tokens=limit)
+    return functools.partial(losses.policy_loss, loss), weights
 
-    def head(self, temperature: float) -> Head:
-        return Head(self.mesh, self.num_tokens, temperature, choose_tiles(self.mesh))
 
-    def roller(
-        self, options: RolloutOptions, watch: Callable[[Any, Any, Any], None] | None = None, pool_limit: int = 0
-    ) -> Roller:
-        return Roller(
-            self.config,
-            self.mesh,
-            self.dtype,
-            options,
-            self.num_tokens,
-            self.stop_tokens,
-            watch,
-            pool_limit,
-            spread_cpu=True,
-        )
+def make_update_spec(
+    spec: RunSpec, total_updates: int, loss: tuple[Objective, Callable[..., Any]], temperature: float, seed: int
+) -> UpdateSpec:
+    """Return scoring and updating as the settings want them; `loss` is an objective and its token weights."""
+    options = spec.settings.optimizer
+    return UpdateSpec(
+        model=spec.model,
+        head=lm_head(spec, temperature),
+        compute=spec.compute,
+        causal_attention=spec.backend.causal_attention,
+        optimizer=make_optimizer(options, total_updates),
+        schedule=learning_rate(options, total_updates),
+        objective=loss[0],
+        token_weights=loss[1],
+        remat=options.remat,
+        dropout_seed=seed if spec.dropout else None,
+    )
 
-    def trainer(self, total_updates: int, parts: int) -> grpo.Trainer:
-        """GRPO's scoring and updating as the settings want it."""
-        loss, rollout = self.settings[LossOptions], self.settings[RolloutOptions]
-        return grpo.Trainer(
-            graph=self.graph,
-            head=self.head(rollout.temperature),
-            layout=self.layout,
-            remat=self.settings[OptimizerOptions].remat,
-            optimizer=make_optimizer(self.settings[OptimizerOptions], total_updates),
-            objective=functools.partial(grpo.policy_loss, loss),
-            weigh=functools.partial(losses.token_weights, loss.loss_type, max_tokens=rollout.max_completion_length),
-            parts=parts,
-            dropout_seed=self.settings[StepOptions].seed if self.config.lora and self.config.lora.dropout else None,
-        )
 
-    @property
-    def arrangement(self) -> str:
-        """How sequences lie in the update; a row each under dropout, which has a key per row."""
-        steps = self.settings[StepOptions]
-        if not steps.packing or (self.config.lora and self.config.lora.dropout):
-            return "apart"
-        share = {"auto": copying_pays(self.platform), "true": True, "false": False}[steps.share_prompts]
-        return "sheets" if share else "rows"
+def grpo_update_spec(spec: RunSpec, total_updates: int) -> UpdateSpec:
+    """Return GRPO's scoring and updating."""
+    temperature, seed = spec.settings.rollout.temperature, spec.settings.steps.seed
+    return make_update_spec(spec, total_updates, grpo_loss(spec), temperature, seed)
 
-    @property
-    def trained_dtype(self) -> Any:
-        """Of the base weights in training: float32 when they are trained themselves."""
-        return self.dtype if self.config.lora else jnp.dtype("float32")
+
+# A model with its files
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup(Programs):
+class Build:
     """A model's programs, files and tokenizer; its weights are loaded by `load`."""
 
+    spec: RunSpec
     source: Source
     tokenizer: Tokenizer
 
     @property
-    def plain_config(self) -> ModelConfig:
-        """The model without adapters or int8."""
-        return dataclasses.replace(self.config, lora=None, int8=False)
+    def settings(self) -> Settings:
+        """The settings, every "auto" decided."""
+        return self.spec.settings
 
-    def load_plain(self, seed: int, dtype: Any) -> Params:
-        """The base's weights, or random ones with --init=random, on the mesh."""
-        if self.settings[ModelOptions].init == "random":
-            return random_params(self.plain_config, self.mesh, seed, dtype)
-        return load_base(self.source, self.config, self.mesh, dtype)
+    def load_base(self, seed: int, dtype: Any) -> Params:
+        """Load the base's weights, or draw them with --init=random, on the mesh."""
+        spec = self.spec
+        if spec.settings.model.init == "random":
+            plain = dataclasses.replace(spec.config, lora=None, int8=False)
+            return random_params(plain, spec.mesh, seed, dtype)
+        return load_base(self.source, spec.config, spec.mesh, dtype)
 
     def load(self, seed: int = 0, dtype: Any = jnp.float32) -> Params:
-        """The base's weights as `dtype`, or int8 with --quantize, and the adapters, old or new, in float32."""
-        base = self.load_plain(seed, dtype)
-        if self.config.int8:
-            base = quantize(self.config, base, self.mesh)
-        if self.config.lora is None:
+        """Load the base's weights as `dtype`, or int8 with --quantize, and the adapters, old or new, in float32."""
+        spec, base = self.spec, self.load_base(seed, dtype)
+        if spec.config.int8:
+            base = quantize(spec.config, base, spec.mesh)
+        if spec.config.lora is None:
             return base
-        brought = load_adapters(self.source, self.config, self.mesh)
-        return join(base, brought or random_adapters(self.config, self.mesh, seed))
+        brought = load_adapters(self.source, spec.config, spec.mesh)
+        return join(base, brought or random_adapters(spec.config, spec.mesh, seed))
 
-    def export(self, folder: Path, adapter: Path, trained: Params, frozen: Params) -> None:
-        """The trained model as a Hub folder, and its adapters, if there are any, as one of PEFT's."""
-        if self.config.lora:
-            save_adapter(adapter, trained, self.config.lora, self.source.base)
-        base = load_base(self.source, self.config, self.mesh, self.dtype) if self.config.int8 else frozen
-        whole = merge(self.config, join(trained, base))
-        export(folder, self.source.folder, whole, self.config, self.stop_tokens)
+    def export(self, folder: Path, adapter: Path, trainable: Params, frozen: Params) -> None:
+        """Write the trained model as a Hub folder, and its adapters, if there are any, as one of PEFT's."""
+        spec = self.spec
+        if spec.config.lora:
+            save_adapter(adapter, trainable, spec.config.lora, self.source.base)
+        base = load_base(self.source, spec.config, spec.mesh, spec.dtype) if spec.config.int8 else frozen
+        whole = merge_adapters(spec.config, join(trainable, base))
+        export(folder, self.source.folder, whole, spec.config, spec.stop_tokens)
 
 
 def resolve(settings: Settings, recipes: Recipes) -> Settings:
-    """Settings with every "auto" that depends on the platform or the model decided, and the model's recipes applied."""
+    """Decide every "auto" that depends on the platform or the model, and apply the model's recipes."""
     on_cpu = jax.default_backend() == "cpu"
-    model = settings[ModelOptions].model
+    model = settings.model.model
     model = (TINY if on_cpu else DEFAULT_MODEL) if model == "auto" else model
-    dtype = settings[ModelOptions].compute_dtype
+    dtype = settings.model.compute_dtype
     values = {"model": model, "compute_dtype": ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype}
     recipe = {**RECIPES.get(model, {}), **recipes.get(model, {})}
     if "num_epochs" in settings.explicit:
         recipe.pop("max_steps", None)
     settings = settings.with_defaults(recipe)
-    if DataOptions in settings.sections and settings[DataOptions].dataset == "auto":
+    if settings.data.dataset == "auto":
         values["dataset"] = "builtin:arithmetic" if model == TINY else "gsm8k"
     return settings.with_values(values)
 
 
 def choose_lora(settings: Settings, source: Source) -> Lora | None:
-    """The flags' adapters or those that the model comes with; UsageError when there are both."""
-    wanted = make_lora(settings[LoraOptions]) if LoraOptions in settings.sections else None
+    """Return the flags' adapters or those that the model comes with; UsageError when there are both."""
+    wanted = make_lora(settings.lora)
     unused = settings.explicit & {"lora_alpha", "lora_dropout", "lora_targets"}
     if unused and not wanted and "lora_rank" not in settings.explicit:
         raise UsageError(f"--{min(unused)}: means nothing without --lora_rank, such as --lora_rank=16")
-    if wanted and settings[ModelOptions].init == "random":
+    if wanted and settings.model.init == "random":
         raise UsageError("--init=random: adapters need a base that can be loaded again; leave --lora_rank or it out")
     if wanted and source.lora:
         raise UsageError(
-            f"--lora_rank={wanted.rank}: --model={settings[ModelOptions].model} brings adapters of rank "
+            f"--lora_rank={wanted.rank}: --model={settings.model.model} brings adapters of rank "
             f"{source.lora.rank}, which are trained on; leave --lora_rank out"
         )
     return wanted or source.lora
 
 
-def programs_folder() -> Path:
-    """Where compiled programs are kept if nothing else is said (XDG base directories); OSError if they cannot be."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    folder = (given if given.is_absolute() else Path.home() / ".cache") / "minigrpo" / "programs"
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        return folder
+def device_bytes(device: jax.Device) -> int:
+    """Return a device's memory; the table's where it is there, so that a run decides as its plan did."""
+    known = memory_of_kind(device.device_kind)
+    return known or (device.memory_stats() or {}).get("bytes_limit", 16 * GIB)
 
 
-def drop_torn_programs(folder: Path) -> None:
-    """Deletes what a process was killed while writing: jax would neither replace it nor, then, keep any other."""
-    for program in folder.glob("*-cache"):
-        stamped = program.with_name(program.name.removesuffix("-cache") + "-atime").exists()
-        if not stamped and time.time() - program.stat().st_mtime > TORN:
-            program.unlink()
-
-
-def keep_programs() -> None:
-    """Has jax keep compiled programs between runs, where it was not told a folder; one line if they cannot be kept."""
-    named, wanted = (getattr(jax.config, name) for name in (PROGRAMS, "jax_enable_compilation_cache"))
-    if named or not wanted:
-        return
-    try:
-        folder = programs_folder()
-        drop_torn_programs(folder)
-    except (OSError, RuntimeError) as error:
-        sys.stderr.write(f"compiled programs are not kept: {error}; JAX_COMPILATION_CACHE_DIR names another folder\n")
-        return
-    jax.config.update(PROGRAMS, str(folder))
-    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
-        jax.config.update("jax_compilation_cache_max_size", PROGRAM_BYTES)
-
-
-def set_up(settings: Settings, mesh_flag: str, recipes: Recipes = MappingProxyType({})) -> Setup:
-    """Starts the platform, finds the checkpoint and reads everything but its weights.
+def build(settings: Settings, mesh_flag: str, recipes: Recipes = MappingProxyType({})) -> Build:
+    """Start the platform, find the checkpoint and read everything but its weights.
 
     `recipes` are the command's own defaults by model name.
     """
@@ -309,27 +244,32 @@ def set_up(settings: Settings, mesh_flag: str, recipes: Recipes = MappingProxyTy
     start_platform(mesh_flag)
     mesh = make_mesh(mesh_flag)
     settings = resolve(settings, recipes)
-    options = settings[ModelOptions]
-    source = find_source(options.model)
-    folder = source.folder
-    config = read_config(folder / "config.json")
-    config = dataclasses.replace(config, lora=choose_lora(settings, source), int8=options.quantize == "int8")
+    source = find_source(settings.model.model)
+    config = read_config(source.folder / "config.json")
+    int8 = settings.model.quantize == "int8"
+    config = dataclasses.replace(config, lora=choose_lora(settings, source), int8=int8)
     check_divisible(config.sizes, mesh)
-    thinking = DataOptions in settings.sections and settings[DataOptions].enable_thinking
-    tokenizer = load_tokenizer(folder, thinking)
+    tokenizer = load_tokenizer(source.folder, settings.data.enable_thinking)
+    check_ends(tokenizer, config, source.folder)
+    if settings.model.compute_dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")
+    device = mesh.devices.flat[0]
+    spec = RunSpec(
+        settings=settings,
+        config=config,
+        mesh=mesh,
+        backend=backend_for(device),
+        platform=device.platform,
+        device_bytes=device_bytes(device),
+        dtype=jnp.dtype(settings.model.compute_dtype),
+        num_tokens=min(tokenizer.num_tokens, config.vocab_size),
+        stop_tokens=tokenizer.stop_tokens,
+    )
+    return Build(spec, source, tokenizer)
+
+
+def check_ends(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
+    """Raise UsageError for an end token that the model does not have."""
     unknown = [token for token in tokenizer.stop_tokens if token >= config.vocab_size]
     if unknown:
         raise UsageError(f"{folder}: end token {unknown[0]} is outside the model's {config.vocab_size} vocabulary rows")
-    if options.compute_dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")
-    return Setup(
-        settings=settings,
-        config=config,
-        graph=abstract_params(config)[0],
-        mesh=mesh,
-        dtype=jnp.dtype(options.compute_dtype),
-        num_tokens=min(tokenizer.num_tokens, config.vocab_size),
-        stop_tokens=tokenizer.stop_tokens,
-        source=source,
-        tokenizer=tokenizer,
-    )

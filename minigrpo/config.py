@@ -3,14 +3,17 @@
 import dataclasses
 import json
 import math
+import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from absl import flags
+
+from minigrpo import __version__
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -306,6 +309,73 @@ class RunOptions(Options):
             raise UsageError(f"--report_to={self.report_to}: {unknown[0]!r} is not tensorboard, wandb or none")
 
 
+@dataclasses.dataclass(frozen=True)
+class SftOptions(Options):
+    """Supervised training"""
+
+    mesh: str = option("auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU")
+    batch_size: int = option(64, "rows per step", low=1)
+    max_steps: int = option(0, "steps; 0 means one pass over the data", low=0)
+    max_completion_length: int = option(
+        512, "rows with longer completions are dropped and counted", low=1, high=MOST_TOKENS
+    )
+    problems: int = option(50_000, "rows of builtin:arithmetic to generate", low=1)
+    seed: int = option(0, "seed of shuffling and random weights", low=0, high=LARGEST_SEED)
+    output_dir: str = option("runs/sft", "folder the trained model is written to")
+    log_steps: int = option(20, "steps between printed lines", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalOptions(Options):
+    """Evaluation"""
+
+    mesh: str = option("auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU")
+    eval_size: int = option(500, "held-out problems answered", low=1)
+    num_generations: int = option(1, "answers per problem; several give pass@k and the majority's accuracy", low=1)
+    base: str = option("", "another model to be asked the same, such as the one that training started from")
+    output: str = option("", "JSONL file that every answer is written to")
+    seed: int = option(0, "seed of sampling and of random weights", low=0, high=LARGEST_SEED)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions(Options):
+    """Generate"""
+
+    mesh: str = option("auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU")
+    prompt: str = option("", "one prompt, answered on stdout as it is sampled")
+    prompts: str = option("", "file of prompts, one per line or JSONL; the answers are JSONL on stdout")
+    chat: bool = option(False, "a chat: one message per line of stdin, an empty line or its end closing it")
+    num_generations: int = option(1, "answers per prompt of --prompts", low=1)
+    seed: int = option(0, "seed of sampling and of random weights", low=0, high=LARGEST_SEED)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions(Options):
+    """Plan"""
+
+    topology: str = option(
+        "v6e:2x4", "TPU generation and chips: v6e:2x4, v5e:4x4, v5p:2x2x1; or each GPU's memory: gpu:80GB"
+    )
+    mesh: str = option("4,2", "FSDP,TP mesh")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportOptions(Options):
+    """Report"""
+
+    run: str = option("", "run folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyOptions(Options):
+    """Tiny model"""
+
+    output_dir: str = option("runs/tiny", "folder to write")
+    vocab_size: int = option(512, "tokens, special ones included", low=300)
+    hidden_size: int = option(128, "embedding size", low=8)
+    num_hidden_layers: int = option(4, "layers", low=1)
+
+
 def field_type(field: dataclasses.Field) -> type:
     """The plain type behind a field's annotation: float for `float | None`."""
     kind = field.type
@@ -323,42 +393,51 @@ DEFINE: dict[type, Callable[..., Any]] = {
 }
 
 
-def define_flags(sections: tuple[type[Options], ...]) -> flags.FlagValues:
-    values = flags.FlagValues()
-    for section in sections:
-        for field in dataclasses.fields(section):
-            DEFINE[field_type(field)](field.name, field.default, field.metadata["help"], flag_values=values)
-    return values
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """One instance of every settings class a command uses, and the names of the flags given explicitly."""
+    """Every setting there is, as `settings.rollout.temperature`; a command has flags for some of the sections."""
 
-    sections: Mapping[type[Options], Options]
-    explicit: frozenset[str]
+    model: ModelOptions = ModelOptions()
+    lora: LoraOptions = LoraOptions()
+    data: DataOptions = DataOptions()
+    rollout: RolloutOptions = RolloutOptions()
+    rewards: RewardOptions = RewardOptions()
+    loss: LossOptions = LossOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    steps: StepOptions = StepOptions()
+    run: RunOptions = RunOptions()
+    sft: SftOptions = SftOptions()
+    evaluate: EvalOptions = EvalOptions()
+    generate: GenerateOptions = GenerateOptions()
+    plan: PlanOptions = PlanOptions()
+    report: ReportOptions = ReportOptions()
+    tiny: TinyOptions = TinyOptions()
+    sections: tuple[str, ...] = ()
+    """Names of the sections that the command has flags for."""
+    explicit: frozenset[str] = frozenset()
+    """Names of the flags that were given."""
 
-    def __getitem__(self, section: type) -> Any:
-        return self.sections[section]
-
-    def with_defaults(self, recipe: Mapping[str, Any]) -> "Settings":
-        """These settings with the recipe's values for every flag that was not given explicitly."""
+    def with_defaults(self, recipe: Mapping[str, Any]) -> Self:
+        """Return these settings with the recipe's values for every flag that was not given explicitly."""
         return self.with_values({name: value for name, value in recipe.items() if name not in self.explicit})
 
-    def with_values(self, values: Mapping[str, Any]) -> "Settings":
-        def update(section: Options) -> Options:
-            own = {f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values}
-            return dataclasses.replace(section, **own)
-
-        return Settings({kind: update(section) for kind, section in self.sections.items()}, self.explicit)
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """Return these settings with other values for some flags of the command."""
+        changed = {}
+        for name in self.sections:
+            options = getattr(self, name)
+            own = {field.name: values[field.name] for field in dataclasses.fields(options) if field.name in values}
+            changed[name] = dataclasses.replace(options, **own)
+        return dataclasses.replace(self, **changed)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the value of every flag of the command by name."""
         return {
-            name: value for section in self.sections.values() for name, value in dataclasses.asdict(section).items()
+            flag: value for name in self.sections for flag, value in dataclasses.asdict(getattr(self, name)).items()
         }
 
     def save(self, folder: Path) -> None:
-        """Writes config.json, and flags.txt which `--flagfile` reads back to run the same again."""
+        """Write config.json, and flags.txt which `--flagfile` reads back to run the same again."""
         values = self.as_dict()
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         given = {name: str(value) for name, value in values.items() if value is not None and name != "resume"}
@@ -366,31 +445,52 @@ class Settings:
         (folder / "flags.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def parse_flags(argv: list[str], sections: tuple[type[Options], ...]) -> Settings:
-    """Command line -> settings; UsageError for an unknown flag, a bad value or a stray argument."""
-    values = define_flags(sections)
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def section_types(sections: tuple[str, ...], kind: type[Settings]) -> dict[str, type[Options]]:
+    """Return the options classes of a command's sections, by name."""
+    hints = typing.get_type_hints(kind)
+    return {name: hints[name] for name in sections}
+
+
+def define_flags(types_by_name: Mapping[str, type[Options]]) -> flags.FlagValues:
+    """Define an absl flag for every option."""
+    values = flags.FlagValues()
+    for options in types_by_name.values():
+        for field in dataclasses.fields(options):
+            DEFINE[field_type(field)](field.name, field.default, field.metadata["help"], flag_values=values)
+    return values
+
+
+def parse_flags(argv: list[str], sections: tuple[str, ...], kind: type[AnySettings] = Settings) -> AnySettings:
+    """Parse a command line; UsageError for an unknown flag, a bad value or a stray argument."""
+    types_by_name = section_types(sections, kind)
+    values = define_flags(types_by_name)
     try:
         rest = values(["minigrpo", *argv])[1:]
     except (flags.Error, OSError) as error:
         raise UsageError(f"{str(error).splitlines()[0]} (see --help)") from error
     if rest:
         raise UsageError(f"unexpected argument {rest[0]!r}; flags are written --name=value (see --help)")
-    explicit = frozenset(name for name in values if values[name].present)
 
     def value(name: str) -> Any:
         given = values[name].value
         return given.replace("\\n", "\n") if isinstance(given, str) else given
 
-    built = {section: section(**{f.name: value(f.name) for f in dataclasses.fields(section)}) for section in sections}
-    return Settings(built, explicit)
+    built = {
+        name: options(**{field.name: value(field.name) for field in dataclasses.fields(options)})
+        for name, options in types_by_name.items()
+    }
+    return kind(**built, sections=sections, explicit=frozenset(name for name in values if values[name].present))
 
 
-def help_text(command: str, caption: str, sections: tuple[type[Options], ...], footer: str) -> str:
-    """The --help page: every flag under its area, with its default and choices."""
+def help_text(command: str, caption: str, options: Iterable[type[Options]], footer: str) -> str:
+    """Return the --help page: every flag under its area, with its default and choices."""
     lines = [caption, "", f"usage: {command} [--flag=value ...] [--flagfile=FILE]"]
-    for section in sections:
-        lines += ["", f"{section.__doc__}:"]
-        for field in dataclasses.fields(section):
+    for area in options:
+        lines += ["", f"{area.__doc__}:"]
+        for field in dataclasses.fields(area):
             choices = "|".join(map(str, field.metadata["choices"])) or field_type(field).__name__
             default = "" if field.default in (None, "") else f" [{field.default}]"
             lines += [f"  --{field.name}={choices}{default}", f"      {field.metadata['help']}"]
@@ -398,24 +498,39 @@ def help_text(command: str, caption: str, sections: tuple[type[Options], ...], f
 
 
 def run_command(
-    command: str, caption: str, sections: tuple[type[Options], ...], main: Callable[[Settings], int], footer: str = ""
+    command: str,
+    caption: str,
+    sections: tuple[str, ...],
+    main: Callable[[AnySettings], int],
+    footer: str = "",
+    kind: type[AnySettings] = Settings,
 ) -> None:
-    """Parses sys.argv, runs `main` and exits: bad input is one line on stderr and code 2, never a traceback."""
+    """Parse sys.argv, run `main` and exit. Bad input is one line on stderr and code 2, never a traceback."""
     argv = sys.argv[1:]
     if any(arg in ("--help", "-h", "-help", "--helpfull") for arg in argv):
-        sys.stdout.write(help_text(command, caption, sections, footer) + "\n")
+        sys.stdout.write(help_text(command, caption, section_types(sections, kind).values(), footer) + "\n")
+        sys.exit(0)
+    if "--version" in argv:
+        sys.stdout.write(f"minigrpo {__version__}\n")
         sys.exit(0)
     try:
-        sys.exit(main(parse_flags(argv, sections)))
+        sys.exit(main(parse_flags(argv, sections, kind)))
     except UsageError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(EXIT_USAGE)
-    except OSError as error:  # a full disk, a folder without permission: its text names the file
-        sys.stderr.write(f"error: {error}\n")
+    except OSError as error:
+        if error.filename is None or is_own_file(error.filename):  # a bug, not a file that the user named
+            raise
+        sys.stderr.write(f"error: {error.filename}: {error.strerror or error}\n")
         sys.exit(EXIT_USAGE)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(EXIT_INTERRUPTED)
+
+
+def is_own_file(name: Any) -> bool:
+    """Tell if a file belongs to the installed package rather than to its user."""
+    return Path(os.fsdecode(name)).absolute().is_relative_to(Path(__file__).parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -432,7 +547,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_mesh(text: str) -> tuple[int, int]:
-    """'4,2' -> (4, 2)."""
+    """Parse '4,2' into (4, 2)."""
     parts = text.split(",")
     if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise UsageError(f"--mesh={text}: must be two positive whole numbers FSDP,TP, such as 4,2")

@@ -12,23 +12,20 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from minigrpo.build import Setup, set_up
+from minigrpo.build import Build, build, make_generator
 from minigrpo.config import (
-    LARGEST_SEED,
     DataOptions,
-    ModelOptions,
-    Options,
     RolloutOptions,
     Settings,
     UsageError,
-    option,
     run_command,
 )
+from minigrpo.data.chat import Tokenizer
 from minigrpo.data.datasets import Prompts, load_dataset, tokenize
 from minigrpo.data.rewards import Extract, as_number, extract_answer, marked_answer, plain_text, same_answer
 from minigrpo.model.hub import run_defaults
-from minigrpo.model.qwen import Params
-from minigrpo.planning.memory import held_bytes, pool_limit
+from minigrpo.model.params import Params
+from minigrpo.planning.memory import device_share_bytes, pool_limit
 from minigrpo.runtime.run_folder import write_lines
 
 QUEUE = 2
@@ -38,25 +35,14 @@ Z95 = 1.96
 """Standard errors on either side of a 95 % interval."""
 
 
-@dataclasses.dataclass(frozen=True)
-class EvalOptions(Options):
-    """Evaluation"""
-
-    mesh: str = option("auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU")
-    eval_size: int = option(500, "held-out problems answered", low=1)
-    num_generations: int = option(1, "answers per problem; several give pass@k and the majority's accuracy", low=1)
-    base: str = option("", "another model to be asked the same, such as the one that training started from")
-    output: str = option("", "JSONL file that every answer is written to")
-    seed: int = option(0, "seed of sampling and of random weights", low=0, high=LARGEST_SEED)
+SECTIONS = ("model", "data", "rollout", "evaluate")
 
 
-SECTIONS = (ModelOptions, DataOptions, RolloutOptions, EvalOptions)
-
-
-def held_out(setup: Setup, options: DataOptions, size: int) -> Prompts:
+def held_out(tokenizer: Tokenizer, options: DataOptions, size: int) -> Prompts:
+    """Read and tokenize the first `size` rows of the test split."""
     dataset = load_dataset(options, "test")
     dataset = dataclasses.replace(dataset, rows=dataset.rows[:size])
-    return tokenize(dataset, setup.tokenizer, options)
+    return tokenize(dataset, tokenizer, options)
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
@@ -67,19 +53,24 @@ def interval(share: float, count: int) -> tuple[float, float]:
 
 
 def ask(
-    setup: Setup, params: Params, problems: Prompts, decoding: RolloutOptions, samples: int, seed: int
-) -> tuple[list[str], Int[np.ndarray, "B"]]:
-    """`samples` answers to every problem, those of one problem adjacent, and their lengths in tokens.
+    built: Build, params: Params, problems: Prompts, decoding: RolloutOptions, samples: int, seed: int
+) -> tuple[list[str], Int[np.ndarray, " B"]]:
+    """Sample `samples` answers to every problem, those of one problem adjacent -> texts and lengths in tokens.
 
-    They are asked in several rollouts, so that no device holds more prompts than QUEUE times its slots.
+    They are asked in rollouts of equal size, the last one filled up with the first problem, so that no device holds
+    more prompts than QUEUE times its slots and one program serves all.
     """
-    roller = setup.roller(decoding, pool_limit=pool_limit(setup, held_bytes(params)))
-    rounds = -(-len(problems) // (QUEUE * decoding.slots * setup.mesh.size))
+    spec = built.spec
+    generator = make_generator(spec, decoding, pool_limit(spec, device_share_bytes(params)))
+    rounds = -(-len(problems) // (QUEUE * decoding.slots * spec.mesh.size))
+    size = -(-len(problems) // rounds)
     answers: list[list[int]] = []
-    for part in np.array_split(np.arange(len(problems)), rounds):
-        rollout = roller(params, [problems.tokens[i] for i in part], part.tolist(), samples, (seed, 0))
-        answers += rollout.completions
-    return setup.tokenizer.decode(answers), np.array([len(row) for row in answers])
+    for start in range(0, len(problems), size):
+        own = list(range(start, min(start + size, len(problems))))
+        filled = own + [0] * (size - len(own))
+        rollout = generator(params, [list(problems.tokens[i]) for i in filled], filled, samples, (seed, 0))
+        answers += rollout.completions[: len(own) * samples]
+    return built.tokenizer.decode(answers), np.array([len(row) for row in answers])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,18 +128,18 @@ def figures(grades: Grades) -> dict[str, float]:
     return {"accuracy": float(grades.flexible.mean()), "strict_accuracy": float(grades.strict.mean())} | several
 
 
-def accuracy(setup: Setup, params: Params, problems: Prompts, decoding: RolloutOptions) -> dict[str, float]:
+def accuracy(built: Build, params: Params, problems: Prompts, decoding: RolloutOptions) -> dict[str, float]:
     """Share of the problems that are answered rightly, one answer each; "dropped" counts those too long to ask."""
-    texts, lengths = ask(setup, params, problems, decoding, 1, 0)
+    texts, lengths = ask(built, params, problems, decoding, 1, 0)
     counts = {"problems": len(problems), "dropped": problems.dropped, "mean_length": float(lengths.mean())}
     return figures(grade(texts, problems)) | counts
 
 
-def evaluate(setup: Setup, problems: Prompts, decoding: RolloutOptions) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def evaluate(built: Build, problems: Prompts, decoding: RolloutOptions) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One model's figures with their interval, and a line for every answer."""
-    options, name = setup.settings[EvalOptions], setup.settings[ModelOptions].model
+    options, name = built.settings.evaluate, built.settings.model.model
     started = time.perf_counter()
-    texts, lengths = ask(setup, setup.load(options.seed), problems, decoding, options.num_generations, options.seed)
+    texts, lengths = ask(built, built.load(options.seed), problems, decoding, options.num_generations, options.seed)
     grades = grade(texts, problems)
     result: dict[str, Any] = {"model": name, **figures(grades), "problems": len(problems)}
     result |= {"interval": interval(result["accuracy"], len(problems)), "dropped": problems.dropped}
@@ -184,28 +175,28 @@ def check_output(output: str) -> None:
         raise UsageError(f"--output={output}: there is no folder {path.parent}")
 
 
-def set_up_one(settings: Settings, model: str, asked: dict[str, Any]) -> Setup:
+def build_one(settings: Settings, model: str, asked: dict[str, Any]) -> Build:
     """The model or the base, the latter named as such in errors."""
     try:
-        return set_up(settings.with_values({"model": model}), settings[EvalOptions].mesh, {model: asked})
+        return build(settings.with_values({"model": model}), settings.evaluate.mesh, {model: asked})
     except UsageError as error:
-        if model != settings[EvalOptions].base:
+        if model != settings.evaluate.base:
             raise
         raise UsageError(str(error).replace("--model=", "--base=")) from error
 
 
 def main(settings: Settings) -> int:
-    options = settings[EvalOptions]
-    models = [settings[ModelOptions].model] + ([options.base] if options.base else [])
+    options = settings.evaluate
+    models = [settings.model.model] + ([options.base] if options.base else [])
     check_output(options.output)
-    setups = [set_up_one(settings, model, run_defaults(models[0])) for model in models]
+    builds = [build_one(settings, model, run_defaults(models[0])) for model in models]
     results, answers = [], []
-    for setup in setups:
+    for built in builds:
         greedy = {"temperature": 0.0} if options.num_generations == 1 else {}
-        final = setup.settings.with_defaults(greedy)
-        problems = held_out(setup, final[DataOptions], options.eval_size)
-        result, lines = evaluate(setup, problems, final[RolloutOptions])
-        report(result, final[DataOptions].dataset)
+        final = built.settings.with_defaults(greedy)
+        problems = held_out(built.tokenizer, final.data, options.eval_size)
+        result, lines = evaluate(built, problems, final.rollout)
+        report(result, final.data.dataset)
         results.append(result)
         answers += lines
     if options.output:

@@ -1,6 +1,5 @@
 """`python -m minigrpo.generate`: answers to a prompt, to a file of prompts, or in a chat in the terminal."""
 
-import dataclasses
 import json
 import sys
 import time
@@ -8,38 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minigrpo.build import Setup, set_up
+from minigrpo.build import Build
 from minigrpo.config import (
-    LARGEST_SEED,
-    DataOptions,
-    ModelOptions,
-    Options,
-    RolloutOptions,
     Settings,
     UsageError,
-    option,
     run_command,
 )
 from minigrpo.data.chat import Message
 from minigrpo.data.datasets import PROMPT_COLUMNS, chat, choose_column, is_prompt, read_jsonl
 from minigrpo.model.hub import run_defaults
-from minigrpo.model.qwen import Params
-from minigrpo.planning.memory import held_bytes, pool_limit
+from minigrpo.model.params import Params
+from minigrpo.planning.memory import pool_limit
 
-
-@dataclasses.dataclass(frozen=True)
-class GenerateOptions(Options):
-    """Generate"""
-
-    mesh: str = option("auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU")
-    prompt: str = option("", "one prompt, answered on stdout as it is sampled")
-    prompts: str = option("", "file of prompts, one per line or JSONL; the answers are JSONL on stdout")
-    chat: bool = option(False, "a chat: one message per line of stdin, an empty line or its end closing it")
-    num_generations: int = option(1, "answers per prompt of --prompts", low=1)
-    seed: int = option(0, "seed of sampling and of random weights", low=0, high=LARGEST_SEED)
-
-
-SECTIONS = (ModelOptions, DataOptions, RolloutOptions, GenerateOptions)
+SECTIONS = ("model", "data", "rollout", "generate")
 
 
 UNUSED = frozenset({"dataset", "offline", "answer_column"})
@@ -49,8 +29,8 @@ UNUSED = frozenset({"dataset", "offline", "answer_column"})
 class Stream:
     """Writes one completion's text to stdout while its tokens come in."""
 
-    def __init__(self, setup: Setup):
-        self.setup = setup
+    def __init__(self, built: Build):
+        self.built = built
         self.tokens: dict[int, int] = {}
         self.shown = ""
 
@@ -61,7 +41,7 @@ class Stream:
     def show(self, final: bool) -> None:
         """Adds what has become certain; a character may take several tokens, which may come out of order."""
         known = [self.tokens[i] for i in range(len(self.tokens)) if i in self.tokens]
-        text = self.setup.tokenizer.decode([known])[0]
+        text = self.built.tokenizer.decode([known])[0]
         if len(known) < len(self.tokens) or not text.startswith(self.shown) or (text.endswith("\ufffd") and not final):
             return
         sys.stdout.write(text[len(self.shown) :])
@@ -69,22 +49,23 @@ class Stream:
         self.shown = text
 
 
-def encode(setup: Setup, prompt: str | list[Message]) -> list[int]:
+def encode(built: Build, prompt: str | list[Message]) -> list[int]:
     """Tokens of a prompt in the chat template; UsageError when there are too many."""
-    data = setup.settings[DataOptions]
+    data = built.settings.data
     system = "" if data.system_prompt == "auto" else data.system_prompt
-    tokens = setup.tokenizer.encode([setup.tokenizer.render(chat(prompt, system))])[0]
+    tokens = built.tokenizer.encode([built.tokenizer.render(chat(prompt, system))])[0]
     if len(tokens) > data.max_prompt_length:
         raise UsageError(f"--max_prompt_length={data.max_prompt_length}: {str(prompt)[:40]!r} has {len(tokens)} tokens")
     return tokens
 
 
-def answer(setup: Setup, params: Params, prompt: str | list[Message], number: int) -> str:
+def answer(built: Build, params: Params, prompt: str | list[Message], number: int) -> str:
     """One completion, shown as it is sampled, with its speed on stderr; `number` names it for the random numbers."""
-    stream = Stream(setup)
-    roller = setup.roller(setup.settings[RolloutOptions], stream, pool_limit(setup, held_bytes(params)))
+    stream = Stream(built)
+    limit = pool_limit(built.spec, device_share_bytes(params))
+    generator = make_generator(built.spec, built.settings.rollout, limit, stream)
     started = time.perf_counter()
-    rollout = roller(params, [encode(setup, prompt)], [number], 1, (setup.settings[GenerateOptions].seed, 0))
+    rollout = generator(params, [encode(built, prompt)], [number], 1, (built.settings.generate.seed, 0))
     seconds = time.perf_counter() - started
     stream.tokens = dict(enumerate(rollout.completions[0]))
     stream.show(final=True)
@@ -94,14 +75,14 @@ def answer(setup: Setup, params: Params, prompt: str | list[Message], number: in
     return stream.shown
 
 
-def talk(setup: Setup, params: Params) -> None:
+def talk(built: Build, params: Params) -> None:
     """Answers line after line, the whole chat being the prompt."""
     messages: list[Message] = []
     for number, line in enumerate(sys.stdin):
         if not line.strip():
             break
         messages.append({"role": "user", "content": line.strip()})
-        messages.append({"role": "assistant", "content": answer(setup, params, messages, number)})
+        messages.append({"role": "assistant", "content": answer(built, params, messages, number)})
 
 
 def read_prompts(path: Path, prompt_column: str) -> Iterator[str | list[Message]]:
@@ -121,18 +102,18 @@ def read_prompts(path: Path, prompt_column: str) -> Iterator[str | list[Message]
     yield from (line for line in lines if line.strip())
 
 
-def answer_file(setup: Setup, params: Params, path: Path) -> None:
+def answer_file(built: Build, params: Params, path: Path) -> None:
     """One JSON line per prompt: {"prompt": ..., "completions": [...]}."""
-    options = setup.settings[GenerateOptions]
-    prompts = list(read_prompts(path, setup.settings[DataOptions].prompt_column))
+    options = built.settings.generate
+    prompts = list(read_prompts(path, built.settings.data.prompt_column))
     if not prompts:
         raise UsageError(f"--prompts={path}: the file has no prompts")
-    roller = setup.roller(setup.settings[RolloutOptions], pool_limit=pool_limit(setup, held_bytes(params)))
-    tokens = [encode(setup, prompt) for prompt in prompts]
+    generator = make_generator(built.spec, built.settings.rollout, pool_limit(built.spec, device_share_bytes(params)))
+    tokens = [encode(built, prompt) for prompt in prompts]
     started = time.perf_counter()
-    rollout = roller(params, tokens, list(range(len(prompts))), options.num_generations, (options.seed, 0))
+    rollout = generator(params, tokens, list(range(len(prompts))), options.num_generations, (options.seed, 0))
     seconds = time.perf_counter() - started
-    texts = setup.tokenizer.decode(rollout.completions)
+    texts = built.tokenizer.decode(rollout.completions)
     for number, prompt in enumerate(prompts):
         own = texts[number * options.num_generations : (number + 1) * options.num_generations]
         sys.stdout.write(json.dumps({"prompt": prompt, "completions": own}, ensure_ascii=False) + "\n")
@@ -141,22 +122,22 @@ def answer_file(setup: Setup, params: Params, path: Path) -> None:
 
 
 def main(settings: Settings) -> int:
-    options = settings[GenerateOptions]
+    options = settings.generate
     asked = [name for name in ("prompt", "prompts", "chat") if getattr(options, name)]
     if len(asked) != 1:
         raise UsageError("give one of --prompt=TEXT, --prompts=FILE and --chat (see --help)")
     unused = settings.explicit & (UNUSED if options.prompts else UNUSED | {"num_generations", "prompt_column"})
     if unused:
         raise UsageError(f"--{min(unused)}: means nothing here; leave it out")
-    model = settings[ModelOptions].model
-    setup = set_up(settings, options.mesh, {model: run_defaults(model)})
-    params = setup.load(options.seed)
+    model = settings.model.model
+    built = build(settings, options.mesh, {model: run_defaults(model)})
+    params = built.load(options.seed)
     if options.prompt:
-        answer(setup, params, options.prompt, 0)
+        answer(built, params, options.prompt, 0)
     elif options.prompts:
-        answer_file(setup, params, Path(options.prompts))
+        answer_file(built, params, Path(options.prompts))
     else:
-        talk(setup, params)
+        talk(built, params)
     return 0
 
 

@@ -28,12 +28,10 @@ from minigrpo.config import (
     LossOptions,
     ModelOptions,
     OptimizerOptions,
-    Options,
     RolloutOptions,
     Settings,
     StepOptions,
     UsageError,
-    option,
     parse_mesh,
     run_command,
 )
@@ -53,16 +51,6 @@ from minigrpo.runtime.chips import CHIPS, GIB, Chip
 from minigrpo.runtime.mesh import arrange, by_sequence, check_divisible, replicated
 
 FAMILIES = Path(__file__).parent / "builtin" / "families.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanOptions(Options):
-    """Plan"""
-
-    topology: str = option(
-        "v6e:2x4", "TPU generation and chips: v6e:2x4, v5e:4x4, v5p:2x2x1; or each GPU's memory: gpu:80GB"
-    )
-    mesh: str = option("4,2", "FSDP,TP mesh")
 
 
 SECTIONS = (

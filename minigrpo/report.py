@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from minigrpo.config import Options, Settings, UsageError, option, read_json, run_command
+from minigrpo.config import Settings, UsageError, read_json, run_command
 from minigrpo.diagnostics import diagnose
 from minigrpo.runtime.run_folder import read_steps
 
@@ -35,14 +35,7 @@ SHOWN = 12
 Rows = list[dict[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class ReportOptions(Options):
-    """Report"""
-
-    run: str = option("", "run folder")
-
-
-SECTIONS = (ReportOptions,)
+SECTIONS = ("report",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +191,7 @@ def write_report(folder: Path) -> Path:
 
 
 def main(settings: Settings) -> int:
-    options: ReportOptions = settings[ReportOptions]
+    options = settings.report
     if not options.run:
         raise UsageError("--run=: name a run folder, such as --run=runs/mine")
     page = write_report(Path(options.run))

@@ -3,30 +3,19 @@
 The weights then come from `python -m minigrpo.sft` (README.md has both commands).
 """
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from minigrpo.config import Options, Settings, option, run_command
+from minigrpo.config import Settings, run_command
 from minigrpo.data import arithmetic
 from minigrpo.data.chat import CHATML
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PIECES = r"\p{N}| ?\p{L}+|[^\p{L}\p{N}\s]+|\s+"
 """Digits stand alone; words bring their leading space."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TinyOptions(Options):
-    """Tiny model"""
-
-    output_dir: str = option("runs/tiny", "folder to write")
-    vocab_size: int = option(512, "tokens, special ones included", low=300)
-    hidden_size: int = option(128, "embedding size", low=8)
-    num_hidden_layers: int = option(4, "layers", low=1)
 
 
 def train_tokenizer(vocab_size: int) -> Tokenizer:
@@ -68,7 +57,7 @@ def model_config(options: TinyOptions) -> dict:
 
 
 def main(settings: Settings) -> int:
-    options = settings[TinyOptions]
+    options = settings.tiny
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(options.vocab_size)
@@ -91,4 +80,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    run_command("python -m minigrpo.tiny", __doc__ or "", (TinyOptions,), main)
+    run_command("python -m minigrpo.tiny", __doc__ or "", ("tiny",), main)

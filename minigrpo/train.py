@@ -1,6 +1,7 @@
 """`python -m minigrpo.train`: GRPO. Each step: rollout, reward, advantage, update, log."""
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -10,36 +11,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-from minigrpo import build
-from minigrpo.build import TINY, Setup, check_lora, check_loss, check_quantize, set_up
-from minigrpo.config import (
-    DataOptions,
-    LoraOptions,
-    LossOptions,
-    ModelOptions,
-    OptimizerOptions,
-    RewardOptions,
-    RolloutOptions,
-    RunOptions,
-    Settings,
-    StepOptions,
-    UsageError,
-    run_command,
+from minigrpo.build import RECIPES as MODEL_RECIPES
+from minigrpo.build import (
+    TINY,
+    Build,
+    build,
+    check_lora,
+    check_loss,
+    check_quantize,
+    grpo_update_spec,
+    make_generator,
 )
+from minigrpo.config import DataOptions, Settings, UsageError, run_command
 from minigrpo.data.datasets import Prompts, is_file, load_dataset, tokenize
 from minigrpo.data.rewards import Reward, check_names, overlong_rewards, parse_rewards
 from minigrpo.evaluate import accuracy, held_out
-from minigrpo.grpo import update as grpo
-from minigrpo.grpo.experience import Experience, Job, advantages, host_batch, make_batches, move_reference, sampled
-from minigrpo.grpo.offline import load_recorded, recorded, validator
-from minigrpo.grpo.optimizer import TrainState, init_state, learning_rate
-from minigrpo.model.qwen import Params, split_trained
-from minigrpo.planning.memory import choose_parts, held_bytes, pool_limit
+from minigrpo.grpo.batch import Batch, PackedBatch, PackingSpec, pack, pad_batch, put_batch
+from minigrpo.grpo.experience import (
+    Experience,
+    SamplingSpec,
+    advantages_of,
+    batch_of,
+    sample_experience,
+    split_batch,
+)
+from minigrpo.grpo.offline import HeldOut, load_recorded, recorded_experience, take_responses, validate
+from minigrpo.grpo.optimizer import TrainState, init_state
+from minigrpo.grpo.update import UpdateSpec, batch_logprobs, update
+from minigrpo.model.params import Params, join, split_trainable
+from minigrpo.planning.memory import device_share_bytes, packing_spec, pool_limit
 from minigrpo.report import write_report
 from minigrpo.rollout.generator import Rollout
 from minigrpo.runtime.checkpoint import Checkpoints, check_same_run
-from minigrpo.runtime.mesh import worker_mesh
 from minigrpo.runtime.run_folder import (
     RunFolder,
     check_empty,
@@ -51,72 +56,137 @@ from minigrpo.runtime.run_folder import (
     reward_metrics,
 )
 
-SECTIONS = (
-    ModelOptions, LoraOptions, DataOptions, RolloutOptions, RewardOptions, LossOptions, OptimizerOptions, StepOptions,
-    RunOptions,
-)  # fmt: skip
-
+SECTIONS = ("model", "lora", "data", "rollout", "rewards", "loss", "optimizer", "steps", "run")
 
 RECIPES: dict[str, dict[str, Any]] = {
     TINY: {"temperature": 1.0, "learning_rate": 2e-4, "beta": 0.0, "max_steps": 100},
 }
-"""Defaults that a built-in model carries for this command besides `minigrpo.build.RECIPES`."""
+"""Defaults that a built-in model carries for this command besides those for every command."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The policy that the KL term compares with, and the programs that score it."""
+
+    spec: UpdateSpec
+    params: Params | None
+    """None where the reference moves: it is then part of the state."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A job with its two choices."""
+    """A training run with its choices made."""
 
-    job: Job
-    gather: Callable[[Job, TrainState, int], Experience]
-    """Where a step's completions and rewards come from."""
-    check: Callable[[TrainState], dict[str, float]] | None
-    """What --eval_steps measures."""
+    build: Build
+    update_spec: UpdateSpec
+    packing: PackingSpec
+    frozen: Params
+    """The weights that are not trained: the base under adapters, {} otherwise."""
+    reference: Reference | None
+    collect: Callable[[Params, int], Experience]
+    """(policy, step) -> the step's completions and their rewards, sampled or from a file."""
+    reward_weights: dict[str, float]
+    evaluate: Callable[[TrainState], dict[str, float]] | None
+    """Measures the policy every --eval_steps."""
+    data_size: int
+    total_steps: int
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the run."""
+        return self.build.settings
+
+    def policy(self, state: TrainState) -> Params:
+        """Return all of the policy's weights."""
+        return join(state.params, self.frozen)
 
 
 def train(run: Run, state: TrainState, first_step: int, folder: RunFolder, checkpoints: Checkpoints) -> TrainState:
-    """The loop: rollout and reward, advantage, update, log."""
-    job, options = run.job, run.job.options(RunOptions)
-    skipped_in_a_row = 0
-    for step in range(first_step, job.total_steps):
+    """Run the loop: rollout and reward, advantage, update, log."""
+    options, skipped_in_a_row = run.settings.run, 0
+    for step in range(first_step, run.total_steps):
         clock = Clock()
-        experience = run.gather(job, state, step)
+        experience = run.collect(run.policy(state), step)
         clock.start_phase()
-        batches = make_batches(job, experience, advantages(job, experience), state)
+        batch = batch_with_advantages(run, experience)
+        batches = score_minibatches(run, state, batch, experience.prompts)
         clock.mark("time/logprobs")
-        state, metrics = improve(job, state, batches)
-        state = move_reference(job, state, step)
+        state, metrics = improve(run, state, batches)
+        state = move_reference(run, state, step)
         clock.mark("time/update")
-        metrics |= summary(job, experience, step, clock)
+        metrics |= summary(run, experience, step, clock)
         folder.log(step + 1, metrics)
-        folder.append("completions.jsonl", samples(job, step, experience))
+        folder.append("completions.jsonl", samples(experience, step, options.log_completions))
         skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped_updates"] else 0
         if skipped_in_a_row == options.max_skipped_steps:
-            batch = host_batch(job, experience, advantages(job, experience))
-            give_up(folder, step + 1, batch, options.max_skipped_steps)
-        if run.check and (step + 1) % options.eval_steps == 0:
-            evaluate(run.check(state), step + 1, folder)
+            give_up(folder, step + 1, batch, skipped_in_a_row)
+        if run.evaluate and (step + 1) % options.eval_steps == 0:
+            evaluate(run.evaluate(state), step + 1, folder)
         if options.save_steps and (step + 1) % options.save_steps == 0:
             checkpoints.save(step + 1, state)
     return state
 
 
-def improve(job: Job, state: TrainState, batches: list[grpo.Batch]) -> tuple[TrainState, dict[str, float]]:
-    """--num_iterations passes over the minibatches; metrics are the last pass's, with the learning rate used last."""
-    schedule = learning_rate(job.options(OptimizerOptions), total_updates(job.options(StepOptions), job.total_steps))
-    skipped, passed = 0.0, []
-    for batch in batches * job.options(StepOptions).num_iterations:
-        rate = float(schedule(int(state.updates)))
-        state, metrics = grpo.update(job.trainer, state, batch, job.frozen)
-        skipped += float(metrics["skipped_updates"])
-        passed.append({name: float(value) for name, value in metrics.items()})
-    last = passed[-len(batches) :]
-    own = {"learning_rate": rate, "skipped_updates": skipped}
-    return state, {name: float(np.mean([update[name] for update in last])) for name in last[0]} | own
+# The five acts
 
 
-def give_up(folder: RunFolder, step: int, batch: grpo.Batch, count: int) -> None:
-    """Saves the step's batch, in which a loss or gradient is not finite, and ends the run."""
+def batch_with_advantages(run: Run, experience: Experience) -> Batch:
+    """Return the step's completions with their advantages, on the host."""
+    lone = 1.0 if run.settings.data.offline else 0.0
+    advantages = advantages_of(experience, run.settings.rewards, run.reward_weights, lone)
+    exclude = run.settings.loss.mask_truncated_completions
+    return batch_of(experience, advantages, run.settings.rollout.max_completion_length, exclude)
+
+
+def score_minibatches(run: Run, state: TrainState, batch: Batch, prompts: list[list[int]]) -> list[PackedBatch]:
+    """Pack the minibatches onto the mesh, with old and reference log-probs where the loss needs them."""
+    mesh = run.build.spec.mesh
+    minibatches = split_batch(batch, prompts, run.settings.steps.num_minibatches)
+    packed = [put_batch(mesh, pack(run.packing, own_prompts, own)) for own, own_prompts in minibatches]
+    return jax.block_until_ready([score_batch(run, state, one) for one in packed])
+
+
+def score_batch(run: Run, state: TrainState, packed: PackedBatch) -> PackedBatch:
+    """Add old log-probs where several updates follow, and the reference's where there is one."""
+    old = ref = None
+    if run.settings.steps.updates_per_step > 1:
+        old = batch_logprobs(run.update_spec, run.policy(state), packed)
+    if run.reference:
+        params = run.reference.params if run.reference.params is not None else join(state.reference, run.frozen)
+        ref = batch_logprobs(run.reference.spec, params, packed)
+    return dataclasses.replace(packed, batch=dataclasses.replace(packed.batch, old_logprobs=old, ref_logprobs=ref))
+
+
+def improve(run: Run, state: TrainState, batches: list[PackedBatch]) -> tuple[TrainState, dict[str, float]]:
+    """Make --num_iterations passes over the minibatches; metrics are the last pass's, read once at the end."""
+    passed = []
+    for batch in batches * run.settings.steps.num_iterations:
+        state, metrics = update(run.update_spec, state, batch, run.frozen)
+        passed.append(metrics)
+    read = jax.device_get(passed)
+    last = read[-len(batches) :]
+    means = {name: float(np.mean([one[name] for one in last])) for name in last[0]}
+    total = {"skipped_updates": float(sum(one["skipped_updates"] for one in read))}
+    return state, means | {"learning_rate": float(last[-1]["learning_rate"])} | total
+
+
+@jax.jit
+def mix(reference: Params, params: Params, share: Float[Array, ""]) -> Params:
+    """Move the reference towards the policy (TR-DPO, arXiv:2404.09656, eq. 3)."""
+    return jax.tree.map(lambda old, new: ((1 - share) * old + share * new).astype(old.dtype), reference, params)
+
+
+def move_reference(run: Run, state: TrainState, step: int) -> TrainState:
+    """Move the reference to the policy every --sync_ref_steps."""
+    options = run.settings.loss
+    if not options.sync_ref_steps or (step + 1) % options.sync_ref_steps:
+        return state
+    moved = mix(state.reference, state.params, jnp.float32(options.ref_mixup_alpha))
+    return dataclasses.replace(state, reference=moved)
+
+
+def give_up(folder: RunFolder, step: int, batch: Batch, count: int) -> None:
+    """Save the step's batch, in which a loss or gradient is not finite, and end the run."""
     path = folder.folder / f"not-finite-step-{step}.npz"
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     if folder.writes:
@@ -127,37 +197,42 @@ def give_up(folder: RunFolder, step: int, batch: grpo.Batch, count: int) -> None
     )
 
 
+# What is logged
+
+
 class Clock:
     """Seconds of each phase of a step."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.started = self.last = time.perf_counter()
         self.phases: dict[str, float] = {}
 
     def start_phase(self) -> None:
-        """What went before is not timed, or timed elsewhere."""
+        """Begin the next phase here: what went before is timed elsewhere."""
         self.last = time.perf_counter()
 
     def mark(self, name: str) -> None:
+        """End a phase."""
         now = time.perf_counter()
         self.phases[name], self.last = now - self.last, now
 
     def total(self) -> float:
+        """Return the seconds up to the end of the last phase."""
         return self.last - self.started
 
 
-def summary(job: Job, experience: Experience, step: int, clock: Clock) -> dict[str, float]:
-    """The step's metrics besides the update's own."""
-    options, rollout = job.options(StepOptions), experience.rollout
-    present = rollout.lengths > 0
+def summary(run: Run, experience: Experience, step: int, clock: Clock) -> dict[str, float]:
+    """Return the step's metrics besides the update's own."""
+    rollout, present = experience.rollout, experience.rollout.lengths > 0
     lengths = rollout.lengths[present]
     memory = jax.local_devices()[0].memory_stats() or {}
-    asked = np.repeat([len(job.data.tokens[i]) for i in experience.indices], job.group)[present].sum()
+    asked = np.repeat([len(prompt) for prompt in experience.prompts], experience.group)[present].sum()
     phases = experience.seconds | clock.phases
+    epoch = (step + 1) * run.settings.steps.batch_size / run.data_size
     return (
-        {"epoch": (step + 1) * options.batch_size / len(job.data), "num_tokens": float(lengths.sum() + asked)}
-        | reward_metrics(experience.rewards, experience.parts, job.group)
-        | {"frac_groups_left_out": float(1 - experience.used.mean())}
+        {"epoch": epoch, "num_tokens": float(lengths.sum() + asked)}
+        | reward_metrics(experience.rewards, experience.components, experience.group)
+        | {"frac_groups_left_out": float(1 - experience.group_mask.mean())}
         | completion_metrics(lengths, rollout.stopped[present])
         | {"step_time": clock.total(), "tokens_per_second": lengths.sum() / clock.total()}
         | phases
@@ -167,44 +242,45 @@ def summary(job: Job, experience: Experience, step: int, clock: Clock) -> dict[s
 
 
 def rollout_metrics(rollout: Rollout, lengths: np.ndarray, phases: dict[str, float]) -> dict[str, float]:
-    """How well sampling went; nothing for responses on file."""
+    """Return how well sampling went; nothing for responses on file."""
     if not rollout.decode_steps:
         return {}
-    return {"rollout/tokens_per_second": lengths.sum() / phases["time/rollout"], "rollout/occupancy": rollout.occupancy}
+    return {
+        "rollout/tokens_per_second": lengths.sum() / phases["time/rollout"],
+        "rollout/occupancy": rollout.occupancy,
+        "rollout/preempted": float(rollout.preempted),
+        "rollout/refilled_share": float(rollout.refilled / max(1, lengths.sum())),
+    }
 
 
-def samples(job: Job, step: int, experience: Experience) -> list[dict[str, Any]]:
-    """The first completions of the step, one per prompt, with their rewards."""
-    shown = range(min(job.options(RunOptions).log_completions, len(experience.indices)))
-    rows = [(job.data.rows[experience.indices[i]], i * job.group) for i in shown]
+def samples(experience: Experience, step: int, count: int) -> list[dict[str, Any]]:
+    """Return the first completions of the step, one per prompt, with their rewards."""
+    shown = [(row, i * experience.group) for i, row in enumerate(experience.rows[:count])]
     return [
         {"step": step + 1, "prompt": row["prompt"], "completion": experience.texts[at]}
         | {"reward": as_json(experience.rewards[at]), "length": int(experience.rollout.lengths[at])}
-        | {"rewards": {name: as_json(scores[at]) for name, scores in experience.parts.items()}}
-        for row, at in rows
+        | {"rewards": {name: as_json(scores[at]) for name, scores in experience.components.items()}}
+        for row, at in shown
     ]
 
 
 def as_json(value: float) -> float | None:
+    """Return None for NaN."""
     return None if np.isnan(value) else float(value)
 
 
 def evaluate(result: dict[str, float], step: int, folder: RunFolder) -> None:
-    """Writes and prints what --eval_steps measured."""
+    """Write and print what --eval_steps measured."""
     folder.append("evaluations.jsonl", [{"step": step} | result])
     folder.say(f"step {step}: held out: " + "  ".join(f"{name} {value:.4g}" for name, value in result.items()))
 
 
-# Setting up and ending
+# Setting up
 
 
-def total_updates(options: StepOptions, steps: int) -> int:
-    return steps * options.updates_per_step
-
-
-def held_out_options(setup: Setup) -> DataOptions:
-    """Where the prompts of --eval_steps come from; UsageError when nothing was named and there is no test split."""
-    run, data = setup.settings[RunOptions], setup.settings[DataOptions]
+def held_out_options(settings: Settings) -> DataOptions:
+    """Return where the prompts of --eval_steps come from; UsageError when there is no test split and no other name."""
+    run, data = settings.run, settings.data
     if run.eval_dataset == "auto" and (is_file(data.dataset) or data.offline):
         raise UsageError(
             f"--eval_steps={run.eval_steps}: {data.dataset} has no test split; name one with --eval_dataset"
@@ -212,36 +288,38 @@ def held_out_options(setup: Setup) -> DataOptions:
     return dataclasses.replace(data, dataset=data.dataset if run.eval_dataset == "auto" else run.eval_dataset)
 
 
-def load_held_out(setup: Setup) -> Prompts | None:
-    """The rows of --eval_steps, read before training starts."""
-    run, data = setup.settings[RunOptions], setup.settings[DataOptions]
-    if not run.eval_steps:
+def load_held_out(built: Build) -> Prompts | None:
+    """Read the rows of --eval_steps, before training starts."""
+    settings = built.settings
+    if not settings.run.eval_steps:
         return None
-    options = held_out_options(setup)
+    options, size = held_out_options(settings), settings.run.eval_size
     try:
-        return load_recorded(setup, options, run.eval_size) if data.offline else held_out(setup, options, run.eval_size)
+        if settings.data.offline:
+            return load_recorded(built.tokenizer, options, settings.rollout.max_completion_length, size)
+        return held_out(built.tokenizer, options, size)
     except UsageError as error:
         raise UsageError(str(error).replace("--dataset=", "--eval_dataset=")) from error
 
 
-def load_prompts(setup: Setup) -> tuple[Prompts, list[Reward]]:
-    """What is trained on, and the reward functions of what is sampled."""
-    options, flags = setup.settings[DataOptions], setup.settings[RewardOptions]
+def load_prompts(built: Build) -> tuple[Prompts, list[Reward]]:
+    """Read what is trained on, and the reward functions of what is sampled."""
+    settings, limit = built.settings, built.settings.rollout.max_completion_length
+    options, flags = settings.data, settings.rewards
     if options.offline:
-        refuse_sampling_flags(setup.settings)
-        return load_recorded(setup, options), []
+        refuse_sampling_flags(settings)
+        return load_recorded(built.tokenizer, options, limit), []
     dataset = load_dataset(options, "train")
-    data = tokenize(dataset, setup.tokenizer, options)
+    data = tokenize(dataset, built.tokenizer, options)
     sys.stderr.write(f"data: {len(data)} prompts of {dataset.name}, {data.dropped} dropped as too long\n")
     rewards = parse_rewards(dataset.reward if flags.reward == "auto" else flags.reward)
-    limit = setup.settings[RolloutOptions].max_completion_length
     rewards += overlong_rewards(flags.overlong_buffer, flags.overlong_penalty, limit)
     check_names(flags.reward, rewards)
     return data, rewards
 
 
 def refuse_sampling_flags(settings: Settings) -> None:
-    """UsageError for flags that mean nothing without sampling."""
+    """Raise UsageError for flags that mean nothing without sampling."""
     alone = {"reward": "auto", "overlong_buffer": 0, "zero_std_groups": "keep", "rollout_correction": "none"}
     alone |= {"normalize_rewards": "sum"}
     given = next((name for name, value in alone.items() if settings.as_dict()[name] != value), None)
@@ -249,87 +327,139 @@ def refuse_sampling_flags(settings: Settings) -> None:
         raise UsageError(f"--{given}: --offline takes the responses and scores of the file; leave --{given} out")
 
 
-def load_reference(setup: Setup, trained: Params) -> Params | None:
-    """What the KL penalty holds the policy to: adapters that change nothing, or another copy of the weights."""
-    if not setup.settings[LossOptions].beta:
-        return None
-    if setup.config.lora:
-        return jax.tree.map(jnp.zeros_like, trained)
-    return setup.load(setup.settings[StepOptions].seed, setup.dtype)
+def load_reference(built: Build, spec: UpdateSpec, trainable: Params, frozen: Params) -> tuple[Reference | None, Any]:
+    """Return the reference of the KL term, and what the state holds of one that moves.
+
+    Under adapters the reference is the base without them, which costs no copy.
+    """
+    loss, lora = built.settings.loss, built.spec.config.lora
+    if not loss.beta:
+        return None, None
+    plain = dataclasses.replace(spec, dropout_seed=None)
+    if loss.sync_ref_steps:
+        start = jax.tree.map(jnp.copy, trainable) if lora else built.load(built.settings.steps.seed, built.spec.dtype)
+        return Reference(plain, None), start
+    if lora:
+        base = dataclasses.replace(spec.model, config=dataclasses.replace(built.spec.config, lora=None))
+        return Reference(dataclasses.replace(plain, model=base), frozen), None
+    return Reference(plain, built.load(built.settings.steps.seed, built.spec.dtype)), None
 
 
-def make_run(setup: Setup) -> tuple[Run, TrainState]:
-    settings = setup.settings
-    steps = settings[StepOptions]
-    check_loss(settings[LossOptions], settings[RolloutOptions])
-    check_quantize(setup.config)
-    check_lora(settings, setup.config)
-    if "wandb" in settings[RunOptions].report_to:
+def check_settings(built: Build) -> None:
+    """Raise UsageError for settings that cannot be trained with."""
+    check_loss(built.settings)
+    check_quantize(built.spec.config)
+    check_lora(built.settings, built.spec.config)
+    if "wandb" in built.settings.run.report_to:
         import_wandb()
-    data, rewards = load_prompts(setup)
-    held = load_held_out(setup)
-    total = steps.max_steps or max(1, round(steps.num_epochs * len(data) / steps.batch_size))
-    parts = choose_parts(setup)
-    trainer = setup.trainer(total_updates(steps, total), parts)
-    trained, frozen = split_trained(setup.config, setup.load(steps.seed, setup.trained_dtype))
-    reference = load_reference(setup, trained)
-    moving = settings[LossOptions].sync_ref_steps > 0
-    state = init_state(trainer.optimizer, trained, setup.mesh, reference if moving else None)
-    resident = held_bytes((state, frozen, reference))
-    job = Job(
-        setup=setup,
+
+
+def sampling_spec(built: Build, data: Prompts, rewards: list[Reward], resident: int) -> SamplingSpec:
+    """Return how completions are sampled and scored; `resident` bytes stay on each device meanwhile."""
+    settings = built.settings
+    return SamplingSpec(
         data=data,
-        rewards=rewards,
-        roller=setup.roller(settings[RolloutOptions], pool_limit=pool_limit(setup, resident)),
-        trainer=trainer,
-        frozen=frozen,
-        reference=None if moving else reference,
-        total_steps=total,
+        generator=make_generator(built.spec, settings.rollout, pool_limit(built.spec, resident)),
+        decode=built.tokenizer.decode,
+        rewards=tuple(rewards),
+        reward_timeout=settings.rewards.reward_timeout,
+        batch_size=settings.steps.batch_size,
+        group=settings.steps.num_generations,
+        seed=settings.steps.seed,
+        zero_std_groups=settings.loss.zero_std_groups,
+        max_resamples=settings.loss.max_resamples,
     )
-    return Run(job, recorded if settings[DataOptions].offline else sampled, make_check(job, held, trained)), state
 
 
-def make_check(job: Job, held: Prompts | None, start: Params) -> Callable[[TrainState], dict[str, float]] | None:
-    """What --eval_steps measures: greedy accuracy, or how responses on file have fared."""
+def make_run(built: Build) -> tuple[Run, TrainState]:
+    """Load data and weights, and make a run and its first state of them."""
+    check_settings(built)
+    settings, spec = built.settings, built.spec
+    steps = settings.steps
+    data, rewards = load_prompts(built)
+    held = load_held_out(built)
+    total = steps.max_steps or max(1, round(steps.num_epochs * len(data) / steps.batch_size))
+    update_spec = grpo_update_spec(spec, total * steps.updates_per_step)
+    packing = packing_spec(spec, spec.update_sequences, steps.num_generations)
+    trainable, frozen = split_trainable(spec.config, built.load(steps.seed, spec.base_dtype))
+    reference, moving = load_reference(built, update_spec, trainable, frozen)
+    state = init_state(update_spec.optimizer, trainable, spec.mesh, moving)
+    if settings.data.offline:
+        collect = functools.partial(recorded_experience, data, steps.batch_size, steps.num_generations, steps.seed)
+    else:
+        resident = device_share_bytes((state, frozen, reference.params if reference else None))
+        collect = functools.partial(sample_experience, sampling_spec(built, data, rewards, resident))
+    weights = {reward.name: reward.weight for reward in rewards}
+    run = Run(built, update_spec, packing, frozen, reference, collect, weights, None, len(data), total)
+    return dataclasses.replace(run, evaluate=make_evaluation(run, held, state)), state
+
+
+Evaluation = Callable[[TrainState], dict[str, float]]
+
+
+def make_evaluation(run: Run, held: Prompts | None, state: TrainState) -> Evaluation | None:
+    """Return the measurement of --eval_steps: greedy accuracy, or the margin of responses on file."""
     if held is None:
         return None
-    if job.options(DataOptions).offline:
-        validate = validator(job, held, job.whole(start))
-        return lambda state: validate(job.whole(state.params))
+    if run.settings.data.offline:
+        return make_validation(run, held, state)
     whole = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "pool_pages": 0}
-    greedy = dataclasses.replace(job.options(RolloutOptions), temperature=0.0, **whole)
-    return lambda state: accuracy(job.setup, job.whole(state.params), held, greedy)
+    greedy = dataclasses.replace(run.settings.rollout, temperature=0.0, **whole)
+    return lambda state: accuracy(run.build, run.policy(state), held, greedy)
 
 
-def choose_folder(setup: Setup) -> Path:
-    """The run folder, new or to be resumed; UsageError rather than a mix of two runs. Creates nothing."""
-    options = setup.settings[RunOptions]
+def make_validation(run: Run, held: Prompts, state: TrainState) -> Evaluation:
+    """Return the validation on held-out responses, against the policy at the start."""
+    size, group = run.settings.steps.batch_size, run.settings.steps.num_generations
+    starts = range(0, len(held), size)
+    experiences = [take_responses(held, range(at, min(at + size, len(held))), group, [0, at]) for at in starts]
+    sequences = run.build.spec.update_sequences // group
+    batches = [batch_with_advantages(run, experience) for experience in experiences]
+    packed = [
+        put_batch(run.build.spec.mesh, pack(run.packing, *pad_batch(experience.prompts, batch, max(size, sequences))))
+        for experience, batch in zip(experiences, batches, strict=True)
+    ]
+    advantages = np.concatenate([batch.advantages for batch in batches])
+    rows = HeldOut(experiences, packed, advantages)
+    plain = dataclasses.replace(run.update_spec, dropout_seed=None)
+
+    def mean_logprobs(state: TrainState) -> Float[np.ndarray, " B"]:
+        return rows.mean_logprobs(lambda batch: np.asarray(batch_logprobs(plain, run.policy(state), batch)))
+
+    before = mean_logprobs(state)
+    return lambda state: validate(rows, before, mean_logprobs(state), group)
+
+
+def choose_folder(settings: Settings) -> Path:
+    """Choose the run folder, new or to be resumed; UsageError rather than a mix of two runs. Creates nothing."""
+    options = settings.run
     folder = Path(time.strftime("runs/%Y%m%d-%H%M%S") if options.output_dir == "auto" else options.output_dir)
     if options.resume:
         if options.output_dir == "auto":
             raise UsageError("--resume: name the run to continue with --output_dir")
-        check_same_run(folder, setup.settings.as_dict())
+        check_same_run(folder, settings.as_dict())
     else:
         check_empty(folder)
     check_writable(folder)
     return folder
 
 
-def announce(job: Job, state: TrainState, folder: Path) -> None:
-    """Every value used, once, and where things go."""
-    for kind, section in job.setup.settings.sections.items():
-        values = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(section).items() if value is not None)
-        sys.stderr.write(f"{(kind.__doc__ or '').lower()}: {values}\n")
-    devices = job.setup.mesh.devices
-    workers = worker_mesh(job.setup.mesh, jax.local_device_count()).size
-    beside = f", {workers} for rollouts of small models" if workers > devices.size else ""
+def announce(run: Run, state: TrainState, folder: Path) -> None:
+    """Print every value used, once, and where things go."""
+    for name in run.settings.sections:
+        options = getattr(run.settings, name)
+        values = " ".join(f"{flag}={value}" for flag, value in dataclasses.asdict(options).items() if value is not None)
+        sys.stderr.write(f"{(type(options).__doc__ or '').lower()}: {values}\n")
+    devices, packing = run.build.spec.mesh.devices, run.packing
+    most = packing.micro_batches(run.build.spec.update_sequences)
     sys.stderr.write(
-        f"mesh: fsdp={devices.shape[0]} tp={devices.shape[1]} of {devices.flat[0].device_kind} devices{beside}; "
-        f"update in {job.trainer.parts} part{'s' * (job.trainer.parts > 1)}; run folder {folder}\n"
+        f"mesh: fsdp={devices.shape[0]} tp={devices.shape[1]} of {devices.flat[0].device_kind} devices; "
+        f"update in at most {most} micro-batch{'es' * (most > 1)} of {packing.rows} x {packing.row_tokens} tokens each; "
+        f"run folder {folder}\n"
     )
-    counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, job.frozen)]
+    counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, run.frozen)]
     sys.stderr.write(f"parameters: {counts[0]:,} trained, {counts[1]:,} frozen\n")
-    loss, once = job.options(LossOptions), job.options(StepOptions).updates_per_step == 1
+    loss, once = run.settings.loss, run.settings.steps.updates_per_step == 1
     if loss.loss_type == "grpo" and not loss.beta and once:
         sys.stderr.write(
             "note: on-policy with --beta=0 the loss is about 0 by construction; watch reward and grad_norm\n"
@@ -342,36 +472,36 @@ def announce(job: Job, state: TrainState, folder: Path) -> None:
 
 
 def main(settings: Settings) -> int:
-    setup = set_up(settings, settings[RunOptions].mesh, RECIPES)
-    options = setup.settings[RunOptions]
-    folder = choose_folder(setup)
-    run, state = make_run(setup)
-    job = run.job
-    announce(job, state, folder)
+    """Train as the settings say."""
+    built = build(settings, settings.run.mesh, RECIPES)
+    options = built.settings.run
+    folder = choose_folder(built.settings)
+    run, state = make_run(built)
+    announce(run, state, folder)
     make_folder(folder)
     if not options.resume:
-        setup.settings.save(folder)
+        built.settings.save(folder)
     checkpoints = Checkpoints(folder / "checkpoints", options.save_total_limit)
     first_step, state = checkpoints.restore(state) if options.resume else (0, state)
     writes = jax.process_index() == 0
-    sinks = open_sinks(folder, options, setup.settings.as_dict(), first_step) if writes else []
-    log = RunFolder(folder, job.total_steps, sinks, writes, first_step)
+    sinks = open_sinks(folder, options, built.settings.as_dict(), first_step) if writes else []
+    log = RunFolder(folder, run.total_steps, sinks, writes, first_step)
     if options.resume:
         log.say(f"resumed after step {first_step}")
-    if run.check and first_step == 0:
-        evaluate(run.check(state), 0, log)
+    if run.evaluate and first_step == 0:
+        evaluate(run.evaluate(state), 0, log)
     state = train(run, state, first_step, log, checkpoints)
     try:
-        checkpoints.save(job.total_steps, state)
+        checkpoints.save(run.total_steps, state)
         checkpoints.close()
     finally:  # what was trained is written even where a checkpoint could not be
         log.close()
-        setup.export(folder / "final", folder / "adapter", state.params, job.frozen)
+        built.export(folder / "final", folder / "adapter", state.params, run.frozen)
         page = write_report(folder)
-    sys.stderr.write(f"done: {job.total_steps} steps; model in {folder / 'final'}, report in {page}\n")
+    sys.stderr.write(f"done: {run.total_steps} steps; model in {folder / 'final'}, report in {page}\n")
     return 0
 
 
 if __name__ == "__main__":
-    own = "\n  ".join(f"--{name}={value}" for name, value in (build.RECIPES[TINY] | RECIPES[TINY]).items())
+    own = "\n  ".join(f"--{name}={value}" for name, value in (MODEL_RECIPES[TINY] | RECIPES[TINY]).items())
     run_command("python -m minigrpo.train", __doc__ or "", SECTIONS, main, f"{TINY} has defaults of its own:\n  {own}")

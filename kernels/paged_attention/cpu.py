@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..backend import PagedCache
 from .xla import PIECE_TOKENS, attend_blocks, kv_heads, page_shape
-
-__all__ = ["append_rows", "fill_pages", "kv_heads", "page_shape", "paged_attention"]
 
 MOST_HEAD_DIM = 32
 """Larger heads go by `xla`: their sums have more terms, which take longer to compile than they save."""
@@ -49,7 +48,7 @@ def append_rows(
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
 ) -> Float[Array, "L P R K W"]:
-    """As the package's `append_rows`."""
+    """As `PagedCache.append_rows`."""
     dim = k.shape[2]
     tokens = pages.shape[4] // dim
     piece, token = page * (pages.shape[2] // 2) + offset // tokens, offset % tokens
@@ -68,7 +67,7 @@ def fill_pages(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
 ) -> Float[Array, "L P R K W"]:
-    """As the package's `fill_pages`."""
+    """As `PagedCache.fill_pages`."""
     keys, values = as_keys(pages, k.shape[3]), as_values(pages, k.shape[3])
     lead, heads = (*page.shape, pages.shape[2] // 2), pages.shape[3:]
     k = k.reshape(*lead, keys.shape[4], keys.shape[6], *k.shape[2:]).astype(pages.dtype)
@@ -129,14 +128,13 @@ def weigh(
 
 
 def paged_attention(
-    device: jax.Device,
     q: Float[Array, "B N H"],
     pages: Float[Array, "L P R K W"],
     layer: Int[Array, ""],
     lengths: Int[Array, "B"],
     page_table: Int[Array, "B M"],
 ) -> Float[Array, "B N H"]:
-    """As the package's `paged_attention`.
+    """As `PagedCache.paged_attention`.
 
     Pages are viewed as keys and as values inside the loop: XLA copies a view made before it whole where one of its dims
     is 1, as with small pages. Pages of two tokens, or of few and one head, and bfloat16 are copied still.
@@ -167,3 +165,6 @@ def paged_attention(
     sums = attend_blocks(lengths, BLOCK_TOKENS, grouped.shape[1:3], chains, scores, weighted)
     out = summed(chains[0] * chains[2], lambda i: sums[:, :, :, i // chains[2], :, i % chains[2]])
     return out.astype(q.dtype).reshape(q.shape)
+
+
+CACHE = PagedCache(page_shape, kv_heads, append_rows, fill_pages, paged_attention)

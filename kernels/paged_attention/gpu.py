@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from ..hopper import IN_TILES, ROWS, TILE_ROWS, is_hopper, load
+from ..backend import PagedCache
+from ..hopper import IN_TILES, ROWS, TILE_ROWS, load
 
 BLOCK_TOKENS = 64
 """Context tokens attended to at a time."""
@@ -32,13 +33,10 @@ class Tuning:
     """Blocks in shared memory: one being attended to, the others arriving."""
 
 
-def reads(device: jax.Device, page_size: int, head_dim: int, dtype: Any) -> bool:
-    """Whether the kernel is for this GPU and for pages of this kind.
-
-    It takes 16-bit numbers, heads of whole tiles, and pages that blocks consist of or that consist of blocks.
-    """
+def takes(page_size: int, head_dim: int, dtype: Any) -> bool:
+    """Tell if the kernel is for such pages: 16 bits, heads of whole tiles, page and block multiples of one another."""
     whole = page_size % TILE_ROWS == 0 and (BLOCK_TOKENS % page_size == 0 or page_size % BLOCK_TOKENS == 0)
-    return is_hopper(device) and whole and head_dim in (64, 128) and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    return whole and head_dim in (64, 128) and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
 def page_shape(page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
@@ -59,7 +57,7 @@ def append_rows(
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
 ) -> Float[Array, "L P 2 K S H"]:
-    """As the package's `append_rows`."""
+    """As `PagedCache.append_rows`."""
     return pages.at[layer, page, :, :, offset].set(jnp.stack([k, v], axis=1).astype(pages.dtype), mode="drop")
 
 
@@ -70,7 +68,7 @@ def fill_pages(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
 ) -> Float[Array, "L P 2 K S H"]:
-    """As the package's `fill_pages`."""
+    """As `PagedCache.fill_pages`."""
     both = jnp.stack([x.reshape(*page.shape, -1, *x.shape[2:]) for x in (k, v)], axis=2)
     return pages.at[layer, page].set(both.swapaxes(3, 4).astype(pages.dtype), mode="drop")
 
@@ -232,12 +230,14 @@ def tuned_attention(
 
 
 def paged_attention(
-    device: jax.Device,
     q: Float[Array, "B N H"],
     pages: Float[Array, "L P 2 K S H"],
     layer: Int[Array, ""],
     lengths: Int[Array, "B"],
     page_table: Int[Array, "B M"],
 ) -> Float[Array, "B N H"]:
-    """As the package's `paged_attention`, of queries in the pages' dtype."""
+    """As `PagedCache.paged_attention`, of queries in the pages' dtype."""
     return tuned_attention(q, pages, layer, lengths, page_table, Tuning())
+
+
+CACHE = PagedCache(page_shape, kv_heads, append_rows, fill_pages, paged_attention)

@@ -19,6 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from ..backend import PagedCache
+
 HIDDEN = -1e30
 """Score of a position past the sequence's end."""
 
@@ -58,7 +60,7 @@ def append_rows(
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
 ) -> Float[Array, "L P S W"]:
-    """As the package's `append_rows`."""
+    """As `PagedCache.append_rows`."""
     rows = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1).astype(pages.dtype)
     return pages.at[layer, page, offset].set(rows, mode="drop")
 
@@ -70,7 +72,7 @@ def fill_pages(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
 ) -> Float[Array, "L P S W"]:
-    """As the package's `fill_pages`."""
+    """As `PagedCache.fill_pages`."""
     rows = jnp.stack([k, v], axis=3).reshape(*page.shape, *pages.shape[2:]).astype(pages.dtype)
     return pages.at[layer, page].set(rows, mode="drop")
 
@@ -264,18 +266,6 @@ def kernel(shape: Shape, *args):
     refs.out[0] = (diagonal(shape, acc) / total).astype(refs.out.dtype)
 
 
-def paged_attention(
-    device: jax.Device,
-    q: Float[Array, "B N H"],
-    pages: Float[Array, "L P S W"],
-    layer: Int[Array, ""],
-    lengths: Int[Array, "B"],
-    page_table: Int[Array, "B M"],
-) -> Float[Array, "B N H"]:
-    """As the package's `paged_attention`."""
-    return tuned_attention(q, pages, layer, lengths, page_table, read_tuning(device.device_kind))
-
-
 def tuned_attention(
     q: Float[Array, "B N H"],
     pages: Float[Array, "L P S W"],
@@ -285,7 +275,7 @@ def tuned_attention(
     tuning: Tuning,
     interpret: Any = False,
 ) -> Float[Array, "B N H"]:
-    """The same with a given tuning; `interpret` as in pallas_call runs it elsewhere."""
+    """As `PagedCache.paged_attention`, with a given tuning; `interpret` as in pallas_call runs it elsewhere."""
     batch, heads, dim = q.shape
     page_size, width = pages.shape[2:]
     row_bytes = width * pages.dtype.itemsize
@@ -315,3 +305,9 @@ def tuned_attention(
         name="paged_attention",
     )
     return call(jnp.reshape(layer, 1).astype(jnp.int32), lengths, page_table.reshape(-1), q, pages)
+
+
+def cache(tuning: Tuning) -> PagedCache:
+    """Return the cache that the kernel reads with this tuning."""
+    attend = functools.partial(tuned_attention, tuning=tuning)
+    return PagedCache(page_shape, kv_heads, append_rows, fill_pages, attend)

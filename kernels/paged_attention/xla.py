@@ -1,4 +1,4 @@
-"""Paged attention in plain XLA: of GPUs where `gpu` has no kernel, and of the CPU for heads larger than `cpu` reads.
+"""Paged attention in plain XLA, for devices and head sizes without a kernel.
 
 A page is cut into pieces of at most PIECE_TOKENS tokens; in a piece a head's keys lie [H, S] and its values [S, H], as
 the two products read them, S being the piece's tokens. So a page is [R, K, W]: R the keys and values of every piece, W
@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ..backend import PagedCache
+
 PIECE_TOKENS = 64
 """A piece has the most tokens that divide this and the page."""
 
-BLOCK_TOKENS, CPU_BLOCK_TOKENS = 128, 64
+BLOCK_TOKENS = 128
 """Context tokens read per loop turn. Independent of the page size, so that results do not depend on it."""
 
 
@@ -39,7 +41,7 @@ def append_rows(
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
 ) -> Float[Array, "L P R K W"]:
-    """As the package's `append_rows`."""
+    """As `PagedCache.append_rows`."""
     layers, _, pairs, heads, width = pages.shape
     dim = k.shape[2]
     piece, token = page * (pairs // 2) + offset // (width // dim), offset % (width // dim)
@@ -56,7 +58,7 @@ def fill_pages(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
 ) -> Float[Array, "L P R K W"]:
-    """As the package's `fill_pages`."""
+    """As `PagedCache.fill_pages`."""
     lead = (*page.shape, pages.shape[2] // 2)
     keys, values = (x.reshape(*lead, -1, *x.shape[2:]).astype(pages.dtype) for x in (k, v))
     laid_out = jnp.einsum("BMCSKH->BMCKHS", keys), jnp.einsum("BMCSKH->BMCKSH", values)
@@ -100,18 +102,16 @@ def attend_blocks(
 
 
 def paged_attention(
-    device: jax.Device,
     q: Float[Array, "B N H"],
     pages: Float[Array, "L P R K W"],
     layer: Int[Array, ""],
     lengths: Int[Array, "B"],
     page_table: Int[Array, "B M"],
 ) -> Float[Array, "B N H"]:
-    """As the package's `paged_attention`."""
+    """As `PagedCache.paged_attention`."""
     (batch, heads, dim), (layers, _, pairs, kv_heads, width) = q.shape, pages.shape
-    size = CPU_BLOCK_TOKENS if device.platform == "cpu" else BLOCK_TOKENS
     grouped = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads, dim) / math.sqrt(dim)
-    piece, count = width // dim, pairs // 2
+    piece, count, size = width // dim, pairs // 2, BLOCK_TOKENS
     pieces = pages.reshape(layers, -1, 2, kv_heads, width)
 
     def wanted(index):
@@ -132,3 +132,6 @@ def paged_attention(
 
     out = attend_blocks(lengths, size, grouped.shape[1:3], (dim,), scores, weighted)
     return out.astype(q.dtype).reshape(q.shape)
+
+
+CACHE = PagedCache(page_shape, kv_heads, append_rows, fill_pages, paged_attention)

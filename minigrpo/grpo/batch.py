@@ -1,317 +1,393 @@
-"""Short sequences side by side, so that they do not pay for the longest one's length, and shared prompts once.
+"""Batches of sequences, and how they are packed into micro-batches of one fixed shape.
 
-The sequences are dealt out to devices, and each device's to rows, longest first. Rows are computed in parts of equal
-size, from the first on; parts that stay empty are not computed. On "sheets" the layers see no rows, only attention and
-the head do: the tokens of a part's rows lie there end to end, and a prompt that several of its sequences have, once.
-None of it changes a number but by the order of sums.
+Sequences are dealt to devices, and each device's to rows of `row_tokens`, several in a row, told apart by segment ids.
+A micro-batch holds a fixed number of rows per device. How many micro-batches a batch needs is a number that the update
+reads; the arrays have room for the worst case, so that their shapes never change. With shared prefixes the layers see
+packed tokens instead of rows: a prompt is there once for all of its completions, and only attention and the LM head see
+rows. Packing changes no number but by the order of sums.
 """
 
 import collections
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Array, Bool, Float, Int
 
-from minigrpo.grpo.update import Batch, Packed, bucket, pad_rows
-from minigrpo.model.attention import Rows, any_place
-from minigrpo.runtime.mesh import by_sequence, put
+from minigrpo.model.attention import SharedPrefixIndex
+from minigrpo.runtime.mesh import by_sequence, put, replicated
 
-MOST_IN_A_ROW = 8
-"""Sequences that share a row, at most."""
+SEQUENCES_PER_ROW = 8
+"""Most sequences that share a row."""
 
-MOST_LINES, LINE_MULTIPLE = 16, 16
-"""A sheet has at most so many lines, of one length, a multiple of the second: so few sizes are ever compiled."""
+SHARED_CAPACITY = 0.75
+"""Packed tokens of a prefix-shared micro-batch, as a share of its rows' positions."""
 
-ROW_COST = 0.25
-"""What a place in a row costs, in attention and in the head, of what a token of a sheet costs in the layers."""
+
+PREFIX_DIVISOR = 4
+"""Shared prompts take at most one in so many of the packed tokens, as each copy's gradient is gathered."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Completions to train on, and everything the loss reads of them. Entries of length 0 are padding.
+
+    Example of one: completions [8, 2, 0], completion_lengths 2, advantages 0.7, rollout_logprobs [-0.1, -1.2, 0].
+    """
+
+    completions: Any  # int32 [..., C], end token included, 0 past the length
+    completion_lengths: Any  # int32 [...]
+    advantages: Any  # float [...]
+    rollout_logprobs: Any = None  # float [..., C]
+    """Recorded by the sampler; None for responses on file."""
+    old_logprobs: Any = None  # float [..., C]
+    """Of the policy that sampled, recomputed by the trainer; None when this update is the first on these samples."""
+    ref_logprobs: Any = None  # float [..., C]
+    loss_excluded: Any = None  # bool [...]
+    """Completions that count in the loss's denominators but teach nothing."""
+
+    @property
+    def completion_mask(self) -> Bool[Array, "*B C"]:
+        """True for every completion token."""
+        return jnp.arange(self.completions.shape[-1]) < self.completion_lengths[..., None]
+
+    @property
+    def loss_mask(self) -> Float[Array, "*B C"]:
+        """1 for every token that is trained on."""
+        kept = True if self.loss_excluded is None else ~self.loss_excluded[..., None]
+        return (self.completion_mask & kept).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackingSpec:
+    """The fixed shape of a micro-batch."""
+
+    devices: int
+    rows: int
+    """Rows of a micro-batch on one device."""
+    prompt_tokens: int
+    """Longest prompt."""
+    completion_tokens: int
+    """Longest completion."""
+    group: int = 1
+    """Adjacent sequences with the same prompt."""
+    sequences_per_row: int = SEQUENCES_PER_ROW
+    share_prefixes: bool = False
+
+    @property
+    def row_tokens(self) -> int:
+        """Positions of a row: a prompt and a completion of full length."""
+        return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens that the layers compute in a device's micro-batch."""
+        share = SHARED_CAPACITY if self.share_prefixes else 1
+        return max(self.row_tokens, int(share * self.rows * self.row_tokens))
+
+    @property
+    def full_sequences(self) -> int:
+        """Sequences of full length that fit into a device's micro-batch."""
+        return self.packed_tokens // self.row_tokens
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Most tokens of shared prompts in a device's micro-batch."""
+        least = max(1, self.full_sequences // 2) * self.prompt_tokens
+        return max(least, self.packed_tokens // PREFIX_DIVISOR)
+
+    @property
+    def loss_tokens(self) -> int:
+        """Most completion tokens of a device's micro-batch."""
+        return self.packed_tokens * self.completion_tokens // self.row_tokens
+
+    def sequences(self, count: int) -> int:
+        """Return the most sequences of a device's micro-batch, in a batch of `count`."""
+        return min(self.sequences_per_row * self.rows, -(-count // self.devices))
+
+    def micro_batches(self, count: int) -> int:
+        """Return how many micro-batches `count` sequences of full length need."""
+        own = -(-count // self.devices)
+        return -(-own // self.full_sequences)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedBatch:
+    """A batch packed into micro-batches. Arrays lead with [devices, micro-batches], of which the first are in use.
+
+    Example, with rows of 6: prompts (5 6) and (7), completions (8 2) and (9 2) are one row: tokens 5 6 8 2 7 9 2,
+    position_ids 0 1 2 3 0 1 2, segment_ids 1 1 1 1 2 2 2, loss_positions 1 2 4 5, targets 8 2 9 2, starts 0 2.
+    """
+
+    batch: Batch  # by completion, [A, M, K, ...]
+    tokens: Any  # int32 [A, M, R, T], rows; with shared prefixes [A, M, 1, packed tokens]
+    position_ids: Any  # int32, as tokens: positions in their own sequences
+    segment_ids: Any  # int32 [A, M, R, T], a row's sequences from 1 on, 0 is padding; None with one in each row
+    loss_positions: Any  # int32 [A, M, S], positions in the rows, end to end, whose successors are scored
+    targets: Any  # int32 [A, M, S], these successors
+    starts: Any  # int32 [A, M, K], where a completion's scores start among the loss positions
+    order: Any  # int32 [A, M, K], a completion's number in the batch that was packed; that batch's size is padding
+    shared_prefix: Any  # SharedPrefixIndex of arrays [A, M, ...], or None
+    micro_batches: Any  # int32 scalar
+
+
+def micro_batch(packed: PackedBatch, index: Int[Array, ""] | int) -> PackedBatch:
+    """Take one micro-batch, the devices' rows end to end."""
+    arrays = dataclasses.replace(packed, micro_batches=None)
+    taken = jax.tree.map(lambda x: x[:, index].reshape(-1, *x.shape[3:]), arrays)
+    scored = packed.loss_positions[:, index], packed.targets[:, index]
+    taken = dataclasses.replace(taken, loss_positions=scored[0], targets=scored[1])
+    if packed.shared_prefix is None:
+        return taken
+    tables = packed.shared_prefix.first[:, index], packed.shared_prefix.copies[:, index]
+    return dataclasses.replace(taken, shared_prefix=SharedPrefixIndex(taken.shared_prefix.tokens, *tables))
+
+
+# Dealing sequences to devices and rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Tokens of every sequence's prompt and completion."""
+
+    prompts: Int[np.ndarray, " B"]
+    completions: Int[np.ndarray, " B"]
+    group: int
+
+    @property
+    def totals(self) -> Int[np.ndarray, " B"]:
+        """Tokens of whole sequences."""
+        return self.prompts + self.completions
+
+    def group_of(self, sequence: int) -> int:
+        """Return the number of the sequence's group."""
+        return sequence // self.group
 
 
 @dataclasses.dataclass
-class Row:
-    """A row being filled."""
+class MicroBatch:
+    """A device's micro-batch being filled, row by row."""
 
-    sequences: list[int] = dataclasses.field(default_factory=list)
+    rows: list[list[int]] = dataclasses.field(default_factory=list)
+    free: list[int] = dataclasses.field(default_factory=list)
+    """Positions left in each row."""
+    members: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    """Sequences by group."""
     tokens: int = 0
-    completions: int = 0
-    """Of its tokens, those of completions."""
+    """Packed tokens, shared prompts once."""
+    prefix_tokens: int = 0
+    """Of these, shared prompts'."""
+    loss_tokens: int = 0
+    """Completion tokens."""
+
+    def add(self, spec: PackingSpec, lengths: Lengths, sequence: int) -> bool:
+        """Put the sequence into the first row with room -> False if there is none."""
+        total, prompt = int(lengths.totals[sequence]), int(lengths.prompts[sequence])
+        members = self.members[lengths.group_of(sequence)] if spec.share_prefixes else 0
+        new_tokens, new_prefix = total - prompt * (members > 0), prompt * (members == 1)
+        row = self.find_row(spec, total)
+        fits = self.tokens + new_tokens <= spec.packed_tokens and self.prefix_tokens + new_prefix <= spec.prefix_tokens
+        if not fits or self.loss_tokens + total - prompt > spec.loss_tokens or row == spec.rows:
+            return False
+        if row == len(self.rows):
+            self.rows.append([])
+            self.free.append(spec.row_tokens)
+        self.rows[row].append(sequence)
+        self.free[row] -= total
+        self.members[lengths.group_of(sequence)] += 1
+        self.tokens += new_tokens
+        self.prefix_tokens += new_prefix
+        self.loss_tokens += total - prompt
+        return True
+
+    def find_row(self, spec: PackingSpec, total: int) -> int:
+        """Return the first row with `total` free positions; the number of rows if a new one is needed."""
+        rows = zip(self.free, self.rows, strict=True)
+        fits = (free >= total and len(row) < spec.sequences_per_row for free, row in rows)
+        return next((number for number, fit in enumerate(fits) if fit), len(self.rows))
 
 
-def prompt_of(batch: Batch, sequence: int) -> bytes:
-    """What sequences with the same prompt have in common."""
-    return batch.tokens[sequence, : batch.prompt_lengths[sequence]].tobytes()
+def fill_micro_batches(spec: PackingSpec, lengths: Lengths, sequences: Sequence[int]) -> list[MicroBatch]:
+    """Pack a device's sequences, in the order given: first fit, beginning where the group's prompt already is."""
+    filled: list[MicroBatch] = []
+    for sequence in sequences:
+        group = lengths.group_of(sequence)
+        candidates = sorted(filled, key=lambda one: not one.members[group]) if spec.share_prefixes else filled
+        if not any(one.add(spec, lengths, sequence) for one in candidates):
+            filled.append(MicroBatch())
+            filled[-1].add(spec, lengths, sequence)
+    return filled
 
 
-def same_prompt(batch: Batch) -> list[list[int]]:
-    """The sequences that have completions, by their prompts."""
+def pieces_of(lengths: Lengths, size: int) -> list[list[int]]:
+    """Cut every group's sequences that have completions into pieces, longest first."""
     groups = collections.defaultdict(list)
-    for sequence in np.flatnonzero(batch.completion_lengths).tolist():
-        groups[prompt_of(batch, sequence)].append(sequence)
-    return list(groups.values())
+    for sequence in np.flatnonzero(lengths.completions).tolist():
+        groups[lengths.group_of(sequence)].append(sequence)
+    ordered = [sorted(group, key=lambda i: -lengths.totals[i]) for group in groups.values()]
+    pieces = [group[start : start + size] for group in ordered for start in range(0, len(group), size)]
+    return sorted(pieces, key=lambda piece: -lengths.totals[piece].sum())
 
 
-def prompt_tokens(batch: Batch, prompts: Iterable[bytes]) -> list[int]:
-    return [len(prompt) // batch.tokens.itemsize for prompt in prompts]
+def deal(spec: PackingSpec, lengths: Lengths, size: int) -> list[list[int]]:
+    """Deal pieces of groups to devices: largest first, each to the device with fewest tokens that has room for it.
 
-
-def tokens_of(batch: Batch, sequences: list[int]) -> int:
-    """Tokens of a sheet of these sequences."""
-    prompts = {prompt_of(batch, sequence) for sequence in sequences}
-    return sum(prompt_tokens(batch, prompts)) + int(batch.completion_lengths[sequences].sum())
-
-
-def shared_prompts(batch: Batch, sequences: list[int]) -> dict[bytes, int]:
-    """Where on a sheet each prompt that several of its sequences have begins: they come first, end to end."""
-    counts = collections.Counter(prompt_of(batch, sequence) for sequence in sequences)
-    shared = [prompt for prompt, count in counts.items() if count > 1]
-    ends = np.cumsum([0, *prompt_tokens(batch, shared)]).tolist()
-    return dict(zip(shared, ends, strict=False))
-
-
-def deal_pieces(batch: Batch, devices: int, size: int) -> list[list[int]]:
-    """Each device's sequences where groups are dealt in pieces of `size`.
-
-    Largest piece first, each to the device with fewest tokens of those with room for it; one for which none has room is
-    dealt one by one.
+    A piece for which none has room is dealt sequence by sequence.
     """
-    groups = [sorted(group, key=lambda i: -batch.completion_lengths[i]) for group in same_prompt(batch)]
-    pieces = [group[start : start + size] for group in groups for start in range(0, len(group), size)]
-    queue = collections.deque(sorted(pieces, key=lambda piece: -tokens_of(batch, piece)))
-    shares: list[list[int]] = [[] for _ in range(devices)]
-    rooms, loads = np.full(devices, -(-len(batch.completion_lengths) // devices)), np.zeros(devices)
+    queue = collections.deque(pieces_of(lengths, size))
+    shares: list[list[int]] = [[] for _ in range(spec.devices)]
+    room, load = np.full(spec.devices, -(-len(lengths.completions) // spec.devices)), np.zeros(spec.devices)
     while queue:
         piece = queue.popleft()
-        if (rooms >= len(piece)).any():
-            device = int(np.argmin(np.where(rooms >= len(piece), loads, np.inf)))
+        if (room >= len(piece)).any():
+            device = int(np.argmin(np.where(room >= len(piece), load, np.inf)))
             shares[device] += piece
-            rooms[device] -= len(piece)
-            loads[device] += tokens_of(batch, piece)
+            room[device] -= len(piece)
+            load[device] += lengths.totals[piece].sum()
         else:
             queue.extend([sequence] for sequence in piece)
     return shares
 
 
-def sequences_in(rows: list[Row]) -> list[int]:
-    return [sequence for row in rows for sequence in row.sequences]
+def arrange(spec: PackingSpec, lengths: Lengths) -> list[list[MicroBatch]]:
+    """Pack every device's sequences, dealt one by one or, with shared prefixes, in the pieces that need least."""
+    sizes = [spec.group >> halvings for halvings in range(spec.group.bit_length())] if spec.share_prefixes else [1]
+    packed = [[fill_micro_batches(spec, lengths, share) for share in deal(spec, lengths, size)] for size in sizes]
+
+    def cost(devices: list[list[MicroBatch]]) -> tuple[int, int]:
+        return max(map(len, devices)), max(sum(one.tokens for one in device) for device in devices)
+
+    return min(packed, key=cost)
 
 
-def deal(batch: Batch, devices: int, share: bool) -> list[list[Row]]:
-    """Each device's rows, dealt sequence by sequence; to `share` prompts, by groups, halves ..., as costs least."""
-
-    def cost(shares):
-        tokens, rows = max(tokens_of(batch, sequences_in(rows)) for rows in shares), max(map(len, shares))
-        return tokens + ROW_COST * rows * batch.tokens.shape[1]
-
-    largest = max(map(len, same_prompt(batch)), default=1) if share else 1
-    dealt = [deal_pieces(batch, devices, largest >> halvings) for halvings in range(largest.bit_length())]
-    return min(([fill_rows(batch, sequences) for sequences in shares] for shares in dealt), key=cost)
+# Writing the arrays
 
 
-def fill_rows(batch: Batch, sequences: list[int]) -> list[Row]:
-    """First fit, longest first: each goes into the first row that has room for its tokens and for its completion."""
-    width, most = batch.tokens.shape[1], batch.completions.shape[1]
-    sizes = batch.prompt_lengths + batch.completion_lengths
-    rows: list[Row] = []
-    for sequence in sorted(sequences, key=lambda i: -sizes[i]):
-        completion = int(batch.completion_lengths[sequence])
-        tokens = int(batch.prompt_lengths[sequence]) + completion
-
-        def has_room(row, tokens=tokens, completion=completion):
-            fits = row.tokens + tokens <= width and row.completions + completion <= most
-            return fits and len(row.sequences) < MOST_IN_A_ROW
-
-        row = next(filter(has_room, rows), None)
-        if row is None:
-            row = Row()
-            rows.append(row)
-        row.sequences.append(sequence)
-        row.tokens += tokens
-        row.completions += completion
-    return rows
+def allocate(spec: PackingSpec, count: int) -> dict[str, Int[np.ndarray, "..."]]:
+    """Return blank arrays for a batch of `count` sequences, by their names in `PackedBatch`, and the rows' tokens."""
+    lead, sequences = (spec.devices, spec.micro_batches(count)), spec.sequences(count)
+    shapes = {
+        "tokens": (spec.packed_tokens,),
+        "position_ids": (spec.packed_tokens,),
+        "segment_ids": (spec.rows, spec.row_tokens),
+        "row_tokens": (spec.rows, spec.row_tokens),
+        "loss_positions": (spec.loss_tokens,),
+        "targets": (spec.loss_tokens,),
+        "starts": (sequences,),
+        "order": (sequences,),
+    }
+    return {name: np.zeros((*lead, *shape), np.int32) for name, shape in shapes.items()}
 
 
-def rows_per_part(rows: int, most: int, parts: int) -> int:
-    """`most`, halved or not: what costs least to compute `rows` in no more than `parts`, a part costing a row more."""
-    sizes = [most >> halvings for halvings in range(most.bit_length())]
-    turns = {size: -(-rows // size) for size in sizes}
-    return min((size for size in sizes if turns[size] <= parts), key=lambda size: turns[size] * (size + 1))
+def place_prefixes(prompts: list[list[int]], filled: MicroBatch) -> dict[int, int]:
+    """Return where the prompts of groups with several members begin among the packed tokens: first, end to end."""
+    shared = [one for one, count in filled.members.items() if count > 1]
+    starts = np.cumsum([0, *(len(prompts[one]) for one in shared)]).tolist()
+    return dict(zip(shared, starts, strict=False))
 
 
-@dataclasses.dataclass
-class Sheet:
-    """The arrays of one device's part, being written; see `Packed` and `Rows`."""
-
-    tokens: Int[np.ndarray, "M"]
-    positions: Int[np.ndarray, "M"]
-    scored: Int[np.ndarray, "C"]
-    targets: Int[np.ndarray, "C"]
-    segments: Int[np.ndarray, "r T"]
-    places: Int[np.ndarray, "r T"] | None
-    """The token that stands in each place; None where tokens lie as they stand."""
-
-    def write(self, batch: Batch, rows: list[Row], prompts: dict[bytes, int]) -> list[int]:
-        """Puts the rows' sequences side by side -> where each one's completion starts among the scored.
-
-        `prompts` are the shared ones, and where they begin.
-        """
-        at, done, starts = sum(prompt_tokens(batch, prompts)), 0, []
-        for number, row in enumerate(rows):
-            begin = number * self.segments.shape[1]
-            for segment, sequence in enumerate(row.sequences, 1):
-                prompt, completion = int(batch.prompt_lengths[sequence]), int(batch.completion_lengths[sequence])
-                span, scores = slice(begin, begin + prompt + completion), slice(done, done + completion)
-                own = np.arange(span.start, span.stop)
-                if self.places is not None:
-                    own, at = lay_end_to_end(prompts.get(prompt_of(batch, sequence)), prompt, completion, at)
-                    self.places.reshape(-1)[span] = own
-                self.segments.reshape(-1)[span] = segment
-                self.tokens[own], self.positions[own] = batch.tokens[sequence, : len(own)], np.arange(len(own))
-                self.scored[scores] = np.arange(span.start + prompt - 1, span.stop - 1)
-                self.targets[scores] = batch.completions[sequence, :completion]
-                starts.append(done)
-                begin, done = span.stop, scores.stop
-        return starts
-
-
-def counted(numbers: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
-    """0, 1 ... for each run of equal ones among sorted numbers."""
-    return np.arange(len(numbers)) - np.searchsorted(numbers, numbers)
-
-
-def find_places(
-    places: Int[np.ndarray, "r T"],
-    segments: Int[np.ndarray, "r T"],
-    first: Int[np.ndarray, "M"],
-    others: Int[np.ndarray, "Q E"],
+def write_micro_batch(
+    spec: PackingSpec,
+    prompts: list[list[int]],
+    batch: Batch,
+    filled: MicroBatch,
+    out: dict[str, Int[np.ndarray, "..."]],
 ) -> None:
-    """Inverts `places`: writes where each token stands."""
-    used = np.flatnonzero(segments)
-    used = used[np.argsort(places.reshape(-1)[used], kind="stable")]
-    token = places.reshape(-1)[used]
-    copy = counted(token)
-    first[token[copy == 0]] = used[copy == 0]
-    others[token[copy > 0], copy[copy > 0] - 1] = used[copy > 0]
+    """Write a device's micro-batch into its part of the arrays."""
+    prefixes = place_prefixes(prompts, filled) if spec.share_prefixes else {}
+    packed_end = sum(len(prompts[one]) for one in prefixes)
+    scored = written = 0
+    for number, row in enumerate(filled.rows):
+        at = number * spec.row_tokens
+        for segment, sequence in enumerate(row, 1):
+            prompt, length = prompts[sequence // spec.group], int(batch.completion_lengths[sequence])
+            total, completion = len(prompt) + length, batch.completions[sequence, :length]
+            if not spec.share_prefixes:
+                own = np.arange(at, at + total)
+            else:
+                prefix = prefixes.get(sequence // spec.group)
+                new = total if prefix is None else length
+                own = np.arange(packed_end, packed_end + new)
+                own = own if prefix is None else np.concatenate([np.arange(prefix, prefix + len(prompt)), own])
+                packed_end += new
+            span, scores = slice(at, at + total), slice(scored, scored + length)
+            out["row_tokens"].reshape(-1)[span], out["segment_ids"].reshape(-1)[span] = own, segment
+            out["tokens"][own], out["position_ids"][own] = [*prompt, *completion], np.arange(total)
+            out["loss_positions"][scores] = np.arange(at + len(prompt) - 1, at + total - 1)
+            out["targets"][scores] = completion
+            out["starts"][written], out["order"][written] = scored, sequence
+            at, scored, written = at + total, scored + length, written + 1
 
 
-def in_turn(rows: Rows) -> Int[np.ndarray, "S M"]:
-    """One of each token's places, of a shared one's each in turn, so that rows share the queries of their prompts."""
-    chosen, nowhere = rows.first.copy(), rows.segments.size // len(rows.first)
-    copies = 1 + (rows.others < nowhere).sum(axis=2)
-    copy = np.arange(copies.shape[1]) % copies
-    other = np.take_along_axis(rows.others, np.maximum(copy - 1, 0)[:, :, None], axis=2)[:, :, 0]
-    chosen[:, : copies.shape[1]] = np.where(copy > 0, other, chosen[:, : copies.shape[1]])
-    return chosen
+def index_shared_prefixes(
+    spec: PackingSpec, row_tokens: Int[np.ndarray, "A M R T"], segments: Int[np.ndarray, "A M R T"]
+) -> SharedPrefixIndex:
+    """Find every packed token's first position and further copies, from the token at every position of the rows."""
+    lead, nowhere = row_tokens.shape[:2], spec.rows * spec.row_tokens
+    first = np.full((*lead, spec.packed_tokens), nowhere, np.int32)
+    most = max(1, min(spec.group, spec.sequences_per_row * spec.rows) - 1)
+    copies = np.full((*lead, spec.prefix_tokens, most), nowhere, np.int32)
+    for index in np.ndindex(*lead):
+        used = np.flatnonzero(segments[index])
+        used = used[np.argsort(row_tokens[index].reshape(-1)[used], kind="stable")]
+        token = row_tokens[index].reshape(-1)[used]
+        copy = np.arange(len(token)) - np.searchsorted(token, token)
+        first[index][token[copy == 0]] = used[copy == 0]
+        copies[index][token[copy > 0], copy[copy > 0] - 1] = used[copy > 0]
+    return SharedPrefixIndex(row_tokens, first, copies)
 
 
-def with_queries(rows: Rows, anywhere: bool) -> Rows:
-    """Rows with a query for every token: in the token's first place, or `anywhere`, so that a row has few queries."""
-    (sheets, tokens), (count, width) = rows.first.shape, rows.segments.shape
-    own, stands = count // sheets, in_turn(rows) if anywhere else rows.first
-    sheet, token = np.nonzero(stands < own * width)
-    stands = sheet * own * width + stands[sheet, token]  # in all rows, end to end
-    order = np.argsort(stands)
-    sheet, token = sheet[order], token[order]
-    row, place = np.divmod(stands[order], width)
-    number = counted(row) if anywhere else place
-    most = bucket(int(number.max(initial=0)) + 1, width) if anywhere else width
-    query_tokens = np.full((count, most), tokens, np.int32)
-    query_places = np.zeros((count, most), np.int32)
-    query_numbers = np.full((sheets, tokens), own * most, np.int32)
-    query_tokens[row, number] = token
-    query_places[row, number] = place
-    query_numbers[sheet, token] = row % own * most + number
-    return dataclasses.replace(rows, query_tokens=query_tokens, query_places=query_places, query_numbers=query_numbers)
+def take_in_order(batch: Batch, order: Int[np.ndarray, "A M K"]) -> Batch:
+    """Arrange a batch's completions by micro-batch; one more entry than the batch has is padding."""
+    return jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:1])])[order], batch)
 
 
-def lay_end_to_end(shared: int | None, prompt: int, completion: int, at: int) -> tuple[Int[np.ndarray, "n"], int]:
-    """Where a sequence's tokens lie if its own begin `at`, and where the next begin; `shared` is its prompt's place."""
-    if shared is None:
-        return np.arange(at, at + prompt + completion), at + prompt + completion
-    own = np.arange(at, at + completion)
-    return np.concatenate([np.arange(shared, shared + prompt), own]), at + completion
+def pack(spec: PackingSpec, prompts: list[list[int]], batch: Batch) -> PackedBatch:
+    """Pack completions with their prompts, token ids of one prompt per group of `spec.group`, into micro-batches."""
+    count = len(batch.completion_lengths)
+    lengths = Lengths(np.repeat([len(prompt) for prompt in prompts], spec.group), batch.completion_lengths, spec.group)
+    devices = arrange(spec, lengths)
+    arrays = allocate(spec, count)
+    arrays["order"][:] = count
+    for device, filled in enumerate(devices):
+        for number, one in enumerate(filled):
+            write_micro_batch(spec, prompts, batch, one, {name: x[device, number] for name, x in arrays.items()})
+    row_tokens = arrays.pop("row_tokens")
+    shared = index_shared_prefixes(spec, row_tokens, arrays["segment_ids"]) if spec.share_prefixes else None
+    layout = (1, spec.packed_tokens) if spec.share_prefixes else (spec.rows, spec.row_tokens)
+    for name in ("tokens", "position_ids"):
+        arrays[name] = arrays[name].reshape(*arrays[name].shape[:2], *layout)
+    segments = arrays.pop("segment_ids") if spec.sequences_per_row > 1 else None
+    used = np.int32(max(1, *map(len, devices)))
+    in_order = take_in_order(batch, arrays["order"])
+    return PackedBatch(in_order, segment_ids=segments, shared_prefix=shared, micro_batches=used, **arrays)
 
 
-def in_lines(tokens: int, line: int) -> int:
-    """Tokens of as many whole lines as are needed, at least one."""
-    return max(1, -(-tokens // line)) * line
+def pad_batch(prompts: list[list[int]], batch: Batch, count: int) -> tuple[list[list[int]], Batch]:
+    """Add prompts without completions until there are `count`, so that the packed shape is that of a full batch."""
+    group, missing = len(batch.completion_lengths) // len(prompts), count - len(prompts)
+
+    def pad(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([x, np.zeros((missing * group, *x.shape[1:]), x.dtype)])
+
+    return prompts + [[0]] * missing, jax.tree.map(pad, batch)
 
 
-def in_parts(rows: list[Row], size: int, parts: int) -> list[list[Row]]:
-    """Rows in the first parts, no more than these need; long sequences and short ones in each alike."""
-    used = -(-len(rows) // size)
-    return [rows[part::used] if part < used else [] for part in range(parts)]
+def put_batch(mesh: Mesh, packed: PackedBatch) -> PackedBatch:
+    """Move a packed batch onto the mesh, each device's micro-batches to it."""
+    arrays = put(mesh, dataclasses.replace(packed, micro_batches=None), by_sequence(mesh))
+    return dataclasses.replace(arrays, micro_batches=put(mesh, packed.micro_batches, replicated(mesh)))
 
 
-def power_of_two(least: int) -> int:
-    """The first that is not below `least`."""
-    return 1 << (least - 1).bit_length()
-
-
-def sheet_sizes(
-    batch: Batch, sheets: list[list[int]], prompts: list[dict[bytes, int]], size: int
-) -> tuple[int, int, int, int]:
-    """Tokens of a line, and M, Q and E of `Rows`, for sheets of these sequences and shared prompts, of `size` rows."""
-    line = -(-size * batch.tokens.shape[1] // (MOST_LINES * LINE_MULTIPLE)) * LINE_MULTIPLE
-    held = in_lines(max(tokens_of(batch, sequences) for sequences in sheets), line)
-    copied = in_lines(max(sum(prompt_tokens(batch, shared)) for shared in prompts), line)
-    members = min(max(map(len, same_prompt(batch)), default=1), MOST_IN_A_ROW * size)
-    return line, held, min(held, line * power_of_two(copied // line)), max(1, power_of_two(members) - 1)
-
-
-def pack(batch: Batch, devices: int, parts: int, share: bool) -> Batch:
-    """A batch on the host with its sequences side by side, all in the order of devices, of parts, and of rows."""
-    shares = deal(batch, devices, share)
-    own, (width, most) = -(-len(batch.tokens) // devices), (x.shape[1] for x in (batch.tokens, batch.completions))
-    size = rows_per_part(max(map(len, shares)), -(-own // parts), parts)
-    sheets = [part for rows in shares for part in in_parts(rows, size, parts)]
-    sequences = [sequences_in(rows) for rows in sheets]
-    prompts = [shared_prompts(batch, one) if share else {} for one in sequences]
-    line, held, copied, copies = sheet_sizes(batch, sequences, prompts, size) if share else (width, size * width, 0, 0)
-
-    def blank(*shape, fill=0):
-        return np.full((len(sheets), *shape), fill, np.int32)
-
-    tokens, positions, segments = blank(held), blank(held), blank(size, width)
-    scored, targets = blank(size * most), blank(size * most)
-    order = blank(min(MOST_IN_A_ROW * size, own), fill=len(batch.tokens))
-    starts, rows = np.zeros_like(order), Rows(segments.reshape(-1, width))
-    if share:
-        nowhere = size * width
-        places, first, others = blank(size, width), blank(held, fill=nowhere), blank(copied, copies, fill=nowhere)
-        rows = Rows(rows.segments, places.reshape(-1, width), first, others)
-    for i, (in_sheet, shared) in enumerate(zip(sheets, prompts, strict=True)):
-        sheet = Sheet(tokens[i], positions[i], scored[i], targets[i], segments[i], places[i] if share else None)
-        done = sheet.write(batch, in_sheet, shared)
-        order[i, : len(done)], starts[i, : len(done)] = sequences[i], done
-        if share:
-            find_places(places[i], segments[i], first[i], others[i])
-    with_empty = pad_rows(batch, len(batch.tokens) + 1)  # the last row stands where a part has fewer sequences
-    moved = jax.tree.map(lambda x: x[order.reshape(-1)], with_empty)
-    packed = Packed(positions.reshape(-1, line), rows, scored, targets, starts.reshape(-1))
-    return dataclasses.replace(moved, tokens=tokens.reshape(-1, line), packed=packed)
-
-
-ARRANGEMENTS: dict[str, Callable[[Batch, int, int], Batch]] = {
-    "apart": lambda batch, devices, parts: pad_rows(batch, devices * parts),
-    "rows": functools.partial(pack, share=False),
-    "sheets": functools.partial(pack, share=True),
-}
-"""How an update's sequences lie: a row each, several in a row, or on sheets with shared prompts once."""
-
-
-def lay_out(mesh: Mesh, batch: Batch, parts: int, arrangement: str) -> Batch:
-    """A host's batch as the mesh computes it in `parts`."""
-    laid_out = ARRANGEMENTS[arrangement](batch, mesh.size, parts)
-    packed = laid_out.packed
-    if packed is None or packed.rows.tokens is None:
-        return laid_out
-    rows = with_queries(packed.rows, any_place(mesh.devices.flat[0].platform))
-    return dataclasses.replace(laid_out, packed=dataclasses.replace(packed, rows=rows))
-
-
-def place_batch(mesh: Mesh, batch: Batch, parts: int, arrangement: str) -> Batch:
-    """The same on the mesh."""
-    return put(mesh, lay_out(mesh, batch, parts, arrangement), by_sequence(mesh))
+def restore_order(packed: PackedBatch, scores: Float[np.ndarray, "A M K C"], count: int) -> Float[np.ndarray, "B C"]:
+    """Return scores of the `count` completions that were packed, in the order they had before."""
+    order = np.asarray(packed.order).reshape(-1)
+    restored = np.zeros((count + 1, scores.shape[-1]), scores.dtype)
+    restored[order] = scores.reshape(-1, scores.shape[-1])
+    return restored[:count]

@@ -1,234 +1,210 @@
-"""A step's completions and their rewards: sampled from the policy, or read from a file."""
+"""A step's experience: completions sampled from the policy with their rewards, and the batches made of them."""
 
 import dataclasses
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from minigrpo.build import Setup
-from minigrpo.config import DataOptions, LossOptions, RewardOptions, RolloutOptions, StepOptions
-from minigrpo.data.datasets import Prompts, batch_numbers
+from minigrpo.config import RewardOptions
+from minigrpo.data.datasets import Prompts, Row, batch_numbers
 from minigrpo.data.rewards import Reward, score_completions
-from minigrpo.grpo import update as grpo
-from minigrpo.grpo.batch import place_batch
-from minigrpo.grpo.optimizer import TrainState
-from minigrpo.model.qwen import Params, join
-from minigrpo.rollout.generator import Roller, Rollout
-from minigrpo.runtime.mesh import launch
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What a run is made of besides its state."""
-
-    setup: Setup
-    data: Prompts
-    rewards: list[Reward]
-    roller: Roller
-    trainer: grpo.Trainer
-    frozen: Params
-    """The weights that are not trained: the base under adapters, {} otherwise."""
-    reference: Params | None
-    """What is trained as it was at the start, when the loss asks for it and it never moves."""
-    total_steps: int
-
-    def options(self, section: type) -> Any:
-        return self.setup.settings[section]
-
-    @property
-    def group(self) -> int:
-        return self.options(StepOptions).num_generations
-
-    def whole(self, trained: Params) -> Params:
-        return join(trained, self.frozen)
+from minigrpo.grpo.advantages import normalised_separately, ragged_advantages
+from minigrpo.grpo.batch import Batch
+from minigrpo.model.params import Params
+from minigrpo.rollout.generator import Generator, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
-    """P prompts with a group of G completions each; row p*G+g of every [B] array is the g-th of prompt p."""
+    """P prompts with a group of G completions each; row p*G+g of every [B] array is the g-th of prompt p.
 
-    indices: list[int]
-    """Rows of the data, one per prompt."""
+    Example of one prompt with G = 2: prompts [[5, 6]], rows [{"prompt": "2 + 2?", "answer": "4"}], texts ["4", "5"],
+    rewards [1.0, 0.0], components {"answer": [1.0, 0.0]}, group_mask [True].
+    """
+
+    prompts: list[list[int]]
+    """Token ids."""
+    rows: list[Row]
+    """The dataset's row of every prompt."""
     rollout: Rollout
     texts: list[str]
-    rewards: Float[np.ndarray, "B"]
+    rewards: Float[np.ndarray, " B"]
     """NaN where there is no completion, or no function that applies."""
-    parts: dict[str, Float[np.ndarray, "B"]]
+    components: dict[str, Float[np.ndarray, " B"]]
     """Each reward function's own scores."""
-    used: Bool[np.ndarray, "P"]
+    group_mask: Bool[np.ndarray, " P"]
     """Groups that are trained on."""
     seconds: dict[str, float]
     """Of the rollout and of the reward functions, for the metrics."""
 
-
-def step_numbers(job: Job, step: int) -> list[int]:
-    """What the step trains on, by epoch * count + row."""
-    options = job.options(StepOptions)
-    return batch_numbers(len(job.data), options.batch_size, step, options.seed)
-
-
-# Sampled
+    @property
+    def group(self) -> int:
+        """Completions per prompt."""
+        return len(self.texts) // len(self.prompts)
 
 
-def sampled(job: Job, state: TrainState, step: int) -> Experience:
-    """Completions of the step's prompts and their rewards; groups without contrast kept, left out or replaced."""
-    numbers = step_numbers(job, step)
-    first = sample_groups(job, state, [number % len(job.data) for number in numbers], numbers, step)
-    return GROUP_RULES[job.options(LossOptions).zero_std_groups](job, state, step, first)
+# Sampling
 
 
-def sample_groups(job: Job, state: TrainState, indices: list[int], names: list[int], step: int) -> Experience:
-    """A rollout with its rewards; `names` are the prompts' names for the random numbers."""
-    prompts = [job.data.tokens[i] for i in indices]
-    seed = job.options(StepOptions).seed, step
+@dataclasses.dataclass(frozen=True)
+class SamplingSpec:
+    """Everything static about collecting experience by sampling."""
+
+    data: Prompts
+    generator: Generator
+    decode: Callable[[list[list[int]]], list[str]]
+    """Token ids of completions -> their texts."""
+    rewards: Sequence[Reward]
+    reward_timeout: float
+    batch_size: int
+    group: int
+    seed: int
+    zero_std_groups: str = "keep"
+    max_resamples: int = 3
+
+
+def sample_experience(spec: SamplingSpec, params: Params, step: int) -> Experience:
+    """Sample the step's completions and score them; groups without contrast are kept, skipped or resampled."""
+    uids = batch_numbers(len(spec.data), spec.batch_size, step, spec.seed)
+    first = sample_groups(spec, params, [uid % len(spec.data) for uid in uids], uids, step)
+    if spec.zero_std_groups == "keep":
+        return first
+    if spec.zero_std_groups == "resample":
+        first = resample_groups(spec, params, step, first)
+    return dataclasses.replace(first, group_mask=has_contrast(first))
+
+
+def sample_groups(spec: SamplingSpec, params: Params, indices: list[int], uids: list[int], step: int) -> Experience:
+    """Sample completions of some rows of the data with their rewards; `uids` name the prompts for random numbers."""
+    prompts, rows = [list(spec.data.tokens[i]) for i in indices], [spec.data.rows[i] for i in indices]
     started = time.perf_counter()
-    rollout = job.roller(job.whole(state.params), prompts, names, job.group, seed)
+    rollout = spec.generator(params, prompts, uids, spec.group, (spec.seed, step))
     sampled = time.perf_counter()
-    rewards, parts, texts = reward(job, rollout, indices)
+    texts = spec.decode(rollout.completions)
+    arguments = reward_arguments(rows, spec.group, texts, rollout.completions)
+    rewards, components = score_completions(list(spec.rewards), spec.reward_timeout, arguments)
     seconds = {"time/rollout": sampled - started, "time/reward": time.perf_counter() - sampled}
-    return Experience(indices, rollout, texts, rewards, parts, np.ones(len(indices), bool), seconds)
+    return Experience(prompts, rows, rollout, texts, rewards, components, np.ones(len(indices), bool), seconds)
 
 
-def reward(job: Job, rollout: Rollout, indices: list[int]) -> tuple[np.ndarray, dict[str, np.ndarray], list[str]]:
-    """Weighted rewards [B], each function's scores, and the completions as text."""
-    rows = [job.data.rows[i] for i in indices for _ in range(job.group)]
-    ids = rollout.completions
-    texts = job.setup.tokenizer.decode(ids)
-    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
-    arguments = columns | {"prompts": columns["prompt"], "completions": texts, "completion_ids": ids}
-    return *score_completions(job.rewards, job.options(RewardOptions).reward_timeout, arguments), texts
+def reward_arguments(rows: list[Row], group: int, texts: list[str], ids: list[list[int]]) -> dict[str, Any]:
+    """Return the arguments of reward functions: every column of the dataset, prompts and completions."""
+    repeated = [row for row in rows for _ in range(group)]
+    columns = {name: [row.get(name) for row in repeated] for name in dict.fromkeys(key for row in rows for key in row)}
+    return columns | {"prompts": columns["prompt"], "completions": texts, "completion_ids": ids}
 
 
-def varied(job: Job, experience: Experience) -> Bool[np.ndarray, "P"]:
-    """Groups in which the first reward function, which is to be the one for accuracy, does not score all alike."""
-    return differ(experience.parts[job.rewards[0].name].reshape(-1, job.group))
-
-
-def differ(scores: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
-    """Groups with two different scores; NaN is none."""
+def has_contrast(experience: Experience) -> Bool[np.ndarray, " P"]:
+    """Mark the groups in which the first reward function, the one for accuracy, gives two different scores."""
+    scores = next(iter(experience.components.values())).reshape(-1, experience.group)
     return np.array([len(set(group[~np.isnan(group)].tolist())) > 1 for group in scores])
 
 
-def keep_groups(job: Job, state: TrainState, step: int, experience: Experience) -> Experience:
-    return experience
-
-
-def skip_groups(job: Job, state: TrainState, step: int, experience: Experience) -> Experience:
-    return dataclasses.replace(experience, used=varied(job, experience))
-
-
-def resample_groups(job: Job, state: TrainState, step: int, experience: Experience) -> Experience:
-    """Groups without contrast are replaced by those of other prompts (DAPO, arXiv:2503.14476, section 3.2)."""
-    size = job.options(StepOptions).batch_size
-    for turn in range(job.options(LossOptions).max_resamples):
-        if varied(job, experience).sum() >= size:
+def resample_groups(spec: SamplingSpec, params: Params, step: int, experience: Experience) -> Experience:
+    """Replace groups without contrast by those of other prompts (DAPO, arXiv:2503.14476, section 3.2)."""
+    for turn in range(spec.max_resamples):
+        if has_contrast(experience).sum() >= spec.batch_size:
             break
-        rng = np.random.default_rng([job.options(StepOptions).seed, step, turn])
-        indices = rng.choice(len(job.data), size, replace=size > len(job.data)).tolist()
-        names = [-1 - turn * size - place for place in range(size)]  # below 0: never the name of an ordinary prompt
-        experience = concatenate(experience, sample_groups(job, state, indices, names, step))
-    order = np.argsort(~varied(job, experience), kind="stable")[:size]
-    return skip_groups(job, state, step, take_groups(experience, order, job.group))
+        rng = np.random.default_rng([spec.seed, step, turn])
+        indices = rng.choice(len(spec.data), spec.batch_size, replace=spec.batch_size > len(spec.data)).tolist()
+        first = -1 - turn * spec.batch_size
+        uids = [first - place for place in range(spec.batch_size)]  # below 0: never an ordinary prompt's
+        experience = concatenate(experience, sample_groups(spec, params, indices, uids, step))
+    order = np.argsort(~has_contrast(experience), kind="stable")[: spec.batch_size]
+    return take_groups(experience, order)
 
 
-GROUP_RULES = {"keep": keep_groups, "skip": skip_groups, "resample": resample_groups}
-
-
-ROWS = ("tokens", "logprobs", "lengths", "stopped")
-"""A rollout's arrays with a row per completion."""
+PER_COMPLETION = ("tokens", "logprobs", "lengths", "stopped")
+"""A rollout's arrays with an entry per completion."""
 
 
 def concatenate(first: Experience, second: Experience) -> Experience:
+    """Join two experiences, group by group."""
     one, two = first.rollout, second.rollout
     rollout = dataclasses.replace(
         one,
-        **{name: np.concatenate([getattr(one, name), getattr(two, name)]) for name in ROWS},
+        **{name: np.concatenate([getattr(one, name), getattr(two, name)]) for name in PER_COMPLETION},
         decode_steps=one.decode_steps + two.decode_steps,
-        occupancy=np.average([one.occupancy, two.occupancy], weights=[one.decode_steps, two.decode_steps]),
+        occupancy=float(np.average([one.occupancy, two.occupancy], weights=[one.decode_steps, two.decode_steps])),
+        preempted=one.preempted + two.preempted,
+        refilled=one.refilled + two.refilled,
     )
     return Experience(
-        indices=first.indices + second.indices,
+        prompts=first.prompts + second.prompts,
+        rows=first.rows + second.rows,
         rollout=rollout,
         texts=first.texts + second.texts,
         rewards=np.concatenate([first.rewards, second.rewards]),
-        parts={name: np.concatenate([scores, second.parts[name]]) for name, scores in first.parts.items()},
-        used=np.concatenate([first.used, second.used]),
+        components={name: np.concatenate([own, second.components[name]]) for name, own in first.components.items()},
+        group_mask=np.concatenate([first.group_mask, second.group_mask]),
         seconds={name: value + second.seconds[name] for name, value in first.seconds.items()},
     )
 
 
-def take_groups(experience: Experience, groups: np.ndarray, size: int) -> Experience:
-    """Some of the groups, in the order given."""
-    rows = (groups[:, None] * size + np.arange(size)).reshape(-1)
+def take_groups(experience: Experience, groups: np.ndarray) -> Experience:
+    """Take some of the groups, in the order given."""
+    rows = (groups[:, None] * experience.group + np.arange(experience.group)).reshape(-1)
     rollout = experience.rollout
-    return Experience(
-        indices=[experience.indices[group] for group in groups],
-        rollout=dataclasses.replace(rollout, **{name: getattr(rollout, name)[rows] for name in ROWS}),
+    return dataclasses.replace(
+        experience,
+        prompts=[experience.prompts[group] for group in groups],
+        rows=[experience.rows[group] for group in groups],
+        rollout=dataclasses.replace(rollout, **{name: getattr(rollout, name)[rows] for name in PER_COMPLETION}),
         texts=[experience.texts[row] for row in rows],
         rewards=experience.rewards[rows],
-        parts={name: scores[rows] for name, scores in experience.parts.items()},
-        used=experience.used[groups],
-        seconds=experience.seconds,
+        components={name: scores[rows] for name, scores in experience.components.items()},
+        group_mask=experience.group_mask[groups],
     )
 
 
-# From experience to batches
+# From experience to a batch
 
 
-def advantages(job: Job, experience: Experience) -> Float[np.ndarray, "B"]:
-    """How much better than its group every completion is."""
-    options = job.options(RewardOptions)
+def advantages_of(
+    experience: Experience, options: RewardOptions, weights: dict[str, float], lone: float = 0.0
+) -> Float[np.ndarray, " B"]:
+    """Return how much better than its group every completion is.
+
+    `weights` are the reward functions'; `lone` times its reward is the advantage of a completion without others.
+    """
     if options.normalize_rewards == "each":
-        weights = {reward.name: reward.weight for reward in job.rewards}
-        return grpo.normalised_apart(experience.parts, weights, job.group)
-    lone = 1.0 if job.options(DataOptions).offline else 0.0
-    return grpo.ragged_advantages(experience.rewards, job.group, options.scale_rewards, options.baseline, lone)
+        return normalised_separately(experience.components, weights, experience.group)
+    return ragged_advantages(experience.rewards, experience.group, options.scale_rewards, options.baseline, lone)
 
 
-def host_batch(job: Job, experience: Experience, advantages: np.ndarray) -> grpo.Batch:
-    """All of the step's sequences; those of groups that are not used have no completion."""
-    limits = job.options(DataOptions).max_prompt_length, job.options(RolloutOptions).max_completion_length
-    rollout = experience.rollout
-    lengths = rollout.lengths * np.repeat(experience.used, job.group)
-    prompts = [job.data.tokens[i] for i in experience.indices for _ in range(job.group)]
-    batch = grpo.assemble(prompts, rollout.tokens, lengths, limits)
-    recorded = None if rollout.logprobs is None else rollout.logprobs[:, : batch.completions.shape[1]]
-    left_out = ~rollout.stopped if job.options(LossOptions).mask_truncated_completions else None
-    return dataclasses.replace(batch, advantages=advantages, rollout_logprobs=recorded, left_out=left_out)
+def batch_of(
+    experience: Experience, advantages: Float[np.ndarray, " B"], limit: int, exclude_truncated: bool = False
+) -> Batch:
+    """Return the step's completions, `limit` tokens wide; those of masked groups have length 0."""
+    rollout, rows = experience.rollout, len(advantages)
+    lengths = (rollout.lengths * np.repeat(experience.group_mask, experience.group)).astype(np.int32)
+
+    def widen(x: np.ndarray) -> np.ndarray:
+        wide = np.zeros((rows, limit), x.dtype)
+        wide[:, : x.shape[1]] = x[:, :limit]
+        return wide * (np.arange(limit) < lengths[:, None])
+
+    return Batch(
+        completions=widen(rollout.tokens),
+        completion_lengths=lengths,
+        advantages=advantages,
+        rollout_logprobs=None if rollout.logprobs is None else widen(rollout.logprobs),
+        loss_excluded=~rollout.stopped if exclude_truncated else None,
+    )
 
 
-def make_batches(job: Job, experience: Experience, advantages: np.ndarray, state: TrainState) -> list[grpo.Batch]:
-    """The updates' inputs on the mesh, with old and reference log-probs where the loss needs them."""
-    whole = host_batch(job, experience, advantages)
-    shares = np.split(np.arange(len(whole.tokens)), job.options(StepOptions).num_minibatches)
-    shares = [rows for rows in shares if whole.completion_lengths[rows].any()] or shares[:1]
-    mesh, parts, how = job.setup.mesh, job.trainer.parts, job.setup.arrangement
-    batches = [place_batch(mesh, jax.tree.map(lambda x, rows=rows: x[rows], whole), parts, how) for rows in shares]
-    return jax.block_until_ready([score_batch(job, batch, state) for batch in batches])
+def split_batch(batch: Batch, prompts: list[list[int]], count: int) -> list[tuple[Batch, list[list[int]]]]:
+    """Split a batch into minibatches of equally many prompts; one without any completion is left out, but not all."""
+    group = len(batch.completion_lengths) // len(prompts)
+    shares = np.split(np.arange(len(prompts)), count)
+    rows = [(share[:, None] * group + np.arange(group)).reshape(-1) for share in shares]
+    used = [i for i, own in enumerate(rows) if batch.completion_lengths[own].any()] or [0]
 
+    def take(own: np.ndarray) -> Batch:
+        fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        return Batch(**{name: value if value is None else value[own] for name, value in fields.items()})
 
-def score_batch(job: Job, batch: grpo.Batch, state: TrainState) -> grpo.Batch:
-    again = job.options(StepOptions).updates_per_step > 1
-    old = launch(grpo.batch_logprobs, job.trainer, job.whole(state.params), batch) if again else None
-    reference = job.reference if state.reference is None else state.reference
-    ref = None if reference is None else launch(grpo.batch_logprobs, job.trainer, job.whole(reference), batch)
-    return dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref)
-
-
-@jax.jit
-def mix(reference: Params, params: Params, share: Float[jax.Array, ""]) -> Params:
-    """The reference moved towards the policy (TR-DPO, arXiv:2404.09656, eq. 3)."""
-    return jax.tree.map(lambda old, new: ((1 - share) * old + share * new).astype(old.dtype), reference, params)
-
-
-def move_reference(job: Job, state: TrainState, step: int) -> TrainState:
-    """Every --sync_ref_steps the reference follows the policy."""
-    options = job.options(LossOptions)
-    if not options.sync_ref_steps or (step + 1) % options.sync_ref_steps:
-        return state
-    moved = mix(state.reference, state.params, jnp.float32(options.ref_mixup_alpha))
-    return dataclasses.replace(state, reference=moved)
+    return [(take(rows[i]), [prompts[p] for p in shares[i]]) for i in used]

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from minigrpo.config import OptimizerOptions
-from minigrpo.model.qwen import DIMS, Params, leaf_name, shardings_of
+from minigrpo.model.params import DIMS, Params, leaf_name, shardings_of
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +28,7 @@ class TrainState:
 
 
 def learning_rate(options: OptimizerOptions, total: int) -> optax.Schedule:
-    """Schedule over `total` updates: the first warming-up update already moves, and the last one still does."""
+    """Return the schedule over `total` updates: the first update already moves, and the last still does."""
     peak, warmup = options.learning_rate, round(options.warmup_ratio * total)
     after = {
         "warmup_cosine": optax.cosine_decay_schedule(peak, max(1, total - warmup)),
@@ -40,29 +40,17 @@ def learning_rate(options: OptimizerOptions, total: int) -> optax.Schedule:
 
 
 def decayed(params: Params) -> Params:
-    """Which parameters weight decay applies to: matrices, not norms or biases."""
+    """Mark the parameters that weight decay applies to: matrices, not norms or biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(leaf_name(path)), params)
 
 
 def is_matrix(name: str) -> bool:
+    """Tell a matrix by its name."""
     return len(DIMS[name].replace("L", "")) > 1 and not name.endswith("bias")
 
 
-def clip(most: float) -> optax.GradientTransformation:
-    """Gradients times min(1, `most` / global norm): one factor, which XLA puts into what reads them.
-
-    optax's own divides, of which XLA on the CPU makes a pass over all gradients.
-    """
-
-    def scale(grads, _):
-        factor = jnp.minimum(1, most / optax.tree.norm(grads))
-        return jax.tree.map(lambda grad: factor * grad, grads)
-
-    return optax.stateless(scale)
-
-
 def make_optimizer(options: OptimizerOptions, total: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (arXiv:1711.05101)."""
+    """Return clipping by global norm, then AdamW (arXiv:1711.05101)."""
     adamw = optax.adamw(
         learning_rate(options, total),
         b1=options.adam_b1,
@@ -70,18 +58,18 @@ def make_optimizer(options: OptimizerOptions, total: int) -> optax.GradientTrans
         weight_decay=options.weight_decay,
         mask=decayed,
     )
-    return optax.chain(clip(options.max_grad_norm), adamw)
+    return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), adamw)
 
 
 def like_params(mesh: Mesh, tree: Any) -> Any:
-    """Inside jit: parameters, or what has their shapes, laid out on the mesh as these are."""
+    """Lay out a tree of the parameters' shapes on the mesh as these are, inside jit."""
     return jax.lax.with_sharding_constraint(tree, shardings_of(mesh, tree))
 
 
 def init_state(
     optimizer: optax.GradientTransformation, params: Params, mesh: Mesh, reference: Params | None = None
 ) -> TrainState:
-    """A fresh state; the moments are laid out on the mesh like the parameters, counters are replicated."""
+    """Return a fresh state; the moments are laid out on the mesh like the parameters, counters are replicated."""
 
     def start(params):
         return optimizer.init(params), jnp.int32(0)
@@ -91,14 +79,19 @@ def init_state(
     return TrainState(params, opt_state, updates, reference)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def apply_gradients(
-    optimizer: optax.GradientTransformation, state: TrainState, loss: Float[Array, ""], grads: Params
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: TrainState,
+    loss: Float[Array, ""],
+    grads: Params,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update -> new state and its metrics. A non-finite loss or gradient leaves the state unchanged, and counts."""
+    """Apply one update -> new state and its metrics. A non-finite loss or gradient changes nothing, and is counted."""
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
     updated = TrainState(optax.apply_updates(state.params, steps), opt_state, state.updates + 1, state.reference)
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
-    return kept, {"grad_norm": norm, "skipped_updates": 1 - finite.astype(jnp.int32)}
+    rate = jnp.asarray(schedule(state.updates), jnp.float32)
+    return kept, {"grad_norm": norm, "learning_rate": rate, "skipped_updates": 1 - finite.astype(jnp.int32)}

@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from minigrpo.config import DataOptions, LoraOptions, RolloutOptions, RunOptions, UsageError, read_json
 from minigrpo.model.lora import CONFIG_FILE, load_adapter, make_lora, read_adapter_config
-from minigrpo.model.qwen import Lora, ModelConfig, Params, abstract_params, is_adapter, leaf_sharding, select
+from minigrpo.model.params import Lora, ModelConfig, Params, is_adapter, leaf_sharding, select
+from minigrpo.model.qwen import abstract_params
 from minigrpo.model.weights import find_checkpoint, load_params
 
 
@@ -125,7 +126,7 @@ def load_base(source: Source, config: ModelConfig, mesh: Mesh, dtype: Any) -> Pa
     """The weights that stand in the model's own files, or in the checkpoint of a run that trained them."""
     plain = dataclasses.replace(config, lora=None, int8=False)
     if source.base_step:
-        return read_step(source.base_step, placed(mesh, abstract_params(plain, dtype)[1]))
+        return read_step(source.base_step, placed(mesh, abstract_params(plain, dtype)))
     return load_params(source.folder, plain, mesh, dtype)
 
 
@@ -134,6 +135,6 @@ def load_adapters(source: Source, config: ModelConfig, mesh: Mesh) -> Params:
     if not source.lora:
         return {}
     if source.adapter_step:
-        return read_step(source.adapter_step, placed(mesh, select(abstract_params(config)[1], is_adapter)))
+        return read_step(source.adapter_step, placed(mesh, select(abstract_params(config), is_adapter)))
     assert source.adapter
     return load_adapter(source.adapter, config, mesh)

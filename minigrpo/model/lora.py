@@ -1,38 +1,23 @@
 """Adapters (LoRA) and int8 matrices: making, merging, and PEFT's file format."""
 
-import functools
 import json
 import math
 import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from minigrpo.config import LARGEST_RANK, LoraOptions, UsageError, read_json
-from minigrpo.model.qwen import (
-    DIMS,
-    PROJECTIONS,
-    Lora,
-    ModelConfig,
-    Params,
-    abstract_params,
-    init_params,
-    is_adapter,
-    select,
-    shardings_of,
-)
+from minigrpo.model.params import PROJECTIONS, Lora, ModelConfig, Params
+from minigrpo.model.qwen import adapter_shapes
 from minigrpo.model.weights import HUB_NAMES, hub_tensors, load_tree, write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 HUB_MATRICES = {name: HUB_NAMES[name].split(".")[-2] for name in PROJECTIONS}
 """Matrix -> its module's name in PEFT: q -> q_proj."""
-
-LARGEST_INT8 = 127
 
 
 def make_lora(options: LoraOptions) -> Lora | None:
@@ -46,65 +31,6 @@ def make_lora(options: LoraOptions) -> Lora | None:
         known = ", ".join(PROJECTIONS)
         raise UsageError(f"--lora_targets={options.lora_targets}: {wrong[0]!r} is not one of {known}; all stands alone")
     return Lora(options.lora_rank, options.lora_alpha, options.lora_dropout, targets)
-
-
-def adapter_shapes(config: ModelConfig) -> Params:
-    return select(abstract_params(config)[1], is_adapter)
-
-
-def random_adapters(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
-    """Fresh float32 adapters, which change nothing yet."""
-    shardings = shardings_of(mesh, adapter_shapes(config))
-    make = jax.jit(lambda: select(init_params(config, jax.random.key(seed)), is_adapter), out_shardings=shardings)
-    return make()
-
-
-def merge(config: ModelConfig, params: Params) -> Params:
-    """Weights with every adapter added into its matrix; the sum is taken in float32."""
-    merged: Params = {}
-    for name, value in params.items():
-        if isinstance(value, dict):
-            merged[name] = merge(config, value)
-        elif config.lora and f"{name}_lora_a" in params:
-            ins, outs = PROJECTIONS[name]
-            a, b = (params[f"{name}_lora_{side}"].astype(jnp.float32) for side in "ab")
-            change = config.lora.scale * jnp.einsum(f"L{ins}R,LR{outs}->{DIMS[name]}", a, b)
-            merged[name] = (value + change).astype(value.dtype)
-        elif not is_adapter(name):
-            merged[name] = value
-    return merged
-
-
-# int8
-
-
-def absmax_int8(name: str, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Whole numbers up to 127 and the scale of every output, by its largest weight (arXiv:2208.07339, section 2.1)."""
-    inputs = PROJECTIONS[name][0] if name in PROJECTIONS else "D"
-    axes = tuple(DIMS[name].index(letter) for letter in inputs)
-    largest = jnp.abs(weights).max(axis=axes, keepdims=True).astype(jnp.float32)
-    scale = jnp.where(largest > 0, largest, 1) / LARGEST_INT8
-    return jnp.round(weights / scale).astype(jnp.int8), jnp.squeeze(scale, axes).astype(weights.dtype)
-
-
-def to_int8(config: ModelConfig, params: Params) -> Params:
-    quantized: Params = {}
-    for name, value in params.items():
-        if isinstance(value, dict):
-            quantized[name] = to_int8(config, value)
-        elif config.quantized(name):
-            quantized[name], quantized[f"{name}_scale"] = absmax_int8(name, value)
-        else:
-            quantized[name] = value
-    return quantized
-
-
-def quantize(config: ModelConfig, params: Params, mesh: Mesh) -> Params:
-    """The base's matrices as int8 with scales, laid out on the mesh."""
-    run = functools.partial(to_int8, config)
-    shapes = jax.eval_shape(run, params)
-    shardings = shardings_of(mesh, shapes)
-    return jax.jit(run, out_shardings=shardings)(params)
 
 
 # PEFT's files

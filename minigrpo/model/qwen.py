@@ -17,69 +17,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int, Num
 
 from minigrpo.config import UsageError
-from minigrpo.runtime.mesh import ONE_DEVICE, Layout, in_order, spec_of
-
-DIMS = {
-    "embed": "VD",
-    "head": "VD",
-    "final_norm": "D",
-    "attn_norm": "LD",
-    "mlp_norm": "LD",
-    "q": "LNDH",
-    "k": "LKDH",
-    "v": "LKDH",
-    "o": "LNHD",
-    "q_bias": "LNH",
-    "k_bias": "LKH",
-    "v_bias": "LKH",
-    "q_norm": "LH",
-    "k_norm": "LH",
-    "gate": "LDF",
-    "up": "LDF",
-    "down": "LFD",
-    "embed_scale": "V",
-    "head_scale": "V",
-}
-"""Parameter name -> its dims, one letter each; R is the rank of an adapter."""
-
-PROJECTIONS = {
-    "q": ("D", "NH"),
-    "k": ("D", "KH"),
-    "v": ("D", "KH"),
-    "o": ("NH", "D"),
-    "gate": ("D", "F"),
-    "up": ("D", "F"),
-    "down": ("F", "D"),
-}
-"""A layer's matrices -> dims of what goes in and of what comes out."""
+from minigrpo.kernels.backend import UNFUSED, FusedProjections
+from minigrpo.model.params import (
+    DIMS,
+    PROJECTIONS,
+    Lora,
+    ModelConfig,
+    Params,
+    is_adapter,
+    leaf_name,
+    select,
+    shardings_of,
+    to_int8,
+)
+from minigrpo.runtime.mesh import DATA, FSDP, TP, by_sequence, replicated
 
 MLP = "mlp"
-"""The name of the MLP's two inner products for rematerialisation policies."""
-
-for matrix, (ins, outs) in PROJECTIONS.items():
-    DIMS |= {f"{matrix}_lora_a": f"L{ins}R", f"{matrix}_lora_b": f"LR{outs}", f"{matrix}_scale": f"L{outs}"}
-
-Params = dict[str, Any]
-"""A nested dict of arrays, the pure form of the model's NNX state."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Fused:
-    """What computes one token of each sequence in place of products, or of these and what follows; None if nothing."""
-
-    gated: Callable[..., Array] | None = None
-    """gated(x [B,D], gate, up) -> silu(x gate) * (x up) [B,F]."""
-    heads: Callable[..., tuple[Array, Array, Array]] | None = None
-    """heads(x [B,D], (q, k, v), (q_norm, k_norm), (cos, sin) [B,H/2], eps) -> rotated q, k, and v [B,heads,H]."""
-    product: Callable[[str, Array, Array], Array] | None = None
-    """product(name, x [B,1,...], weights) -> what `product` gives, for the matrices that the kernels above leave."""
-
-
-UNFUSED = Fused()
+"""Name of the MLP's two inner projections in rematerialisation policies."""
 
 Attend = Callable[..., tuple[Array, Any]]
 """attend(layer, q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], carry) -> (out [B,T,N,H], carry)."""
@@ -87,72 +45,77 @@ Attend = Callable[..., tuple[Array, Any]]
 Angles = tuple[Array, Array]
 """cos and sin [B, T, 1, H/2] of every position's rotary angles."""
 
-EachLayer = Callable[[Callable, Any, Any], tuple[Any, Any]]
-"""each_layer(step, carry, (indices [L], stacked weights)) -> (carry, None), as jax.lax.scan."""
+
+def unchanged(x: Any) -> Any:
+    """Return x."""
+    return x
+
+
+def look_up(table: Float[Array, "v d"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Embed one device's tokens from a table sharded over both mesh axes, inside shard_map.
+
+    Tokens move to the table, not the table to the tokens: each device looks up all tokens in its own rows and columns,
+    `tp` peers add up their rows, and `fsdp` peers exchange columns for sequences.
+    """
+    everyone = jax.lax.all_gather(jax.lax.all_gather(tokens, TP), FSDP)  # [fsdp, tp, B, T]
+    local = everyone - jax.lax.axis_index(TP) * table.shape[0]
+    here = (local >= 0) & (local < table.shape[0])
+    rows = jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0)
+    rows = jax.lax.psum_scatter(rows, TP, scatter_dimension=1)
+    return jax.lax.all_to_all(rows, FSDP, split_axis=0, concat_axis=3, tiled=True)[0]
+
+
+def cast_weights(params: Params, dtype: Any) -> Params:
+    """Cast weights to the compute dtype; int8 ones keep theirs."""
+    return jax.tree.map(lambda w: w if w.dtype == jnp.int8 else w.astype(dtype), params)
 
 
 @dataclasses.dataclass(frozen=True)
-class Lora:
-    """Adapters of rank `rank` beside the `targets`: W x + alpha/rank * B A x (arXiv:2106.09685, section 4.1)."""
+class ComputeSpec:
+    """The dtype of a forward pass, and the mesh it is laid out on (None: inside one device).
 
-    rank: int
-    alpha: float
-    dropout: float
-    """Share of A's inputs that training zeroes."""
-    targets: tuple[str, ...]
+    On a mesh, activations are sharded by sequence over every device and each layer's weights are gathered for use: at
+    these model sizes that moves fewer bytes than tensor-parallel layers (BUILD_NOTES.md).
+    """
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
+    dtype: Any = jnp.float32
+    mesh: Mesh | None = None
+
+    def weights(self, layer: Params) -> Params:
+        """Cast and gather one layer's stored weights."""
+        cast = cast_weights(layer, self.dtype)
+        return cast if self.mesh is None else jax.lax.with_sharding_constraint(cast, replicated(self.mesh))
+
+    def activations(self, x: Array) -> Array:
+        """Shard activations by sequence."""
+        return x if self.mesh is None else jax.lax.with_sharding_constraint(x, by_sequence(self.mesh))
+
+    def embed(self, table: Num[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Look up tokens in the embedding."""
+        if self.mesh is None or self.mesh.size == 1:
+            return table.at[tokens].get(mode="promise_in_bounds", wrap_negative_indices=False).astype(self.dtype)
+        rows, split = PartitionSpec(DATA), PartitionSpec(TP, FSDP)
+        run = jax.shard_map(look_up, mesh=self.mesh, in_specs=(split, rows), out_specs=rows, check_vma=False)
+        return run(table.astype(self.dtype), tokens)
+
+
+ONE_DEVICE = ComputeSpec()
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a model, as its checkpoint's config.json states it, and what a run adds to it."""
+class LayerContext:
+    """Everything that a layer is given besides its weights, its input and the carry of `attend`."""
 
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rope_theta: float
-    rms_norm_eps: float
-    tie_word_embeddings: bool
-    max_position_embeddings: int
-    lora: Lora | None = None
-    int8: bool = False
-    """Matrices are held as int8 with a scale per output."""
-
-    @property
-    def qk_norm(self) -> bool:
-        return self.model_type == "qwen3"
-
-    @property
-    def qkv_bias(self) -> bool:
-        return self.model_type == "qwen2"
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Dim letter -> size."""
-        return {
-            "V": self.vocab_size,
-            "D": self.hidden_size,
-            "F": self.intermediate_size,
-            "L": self.num_hidden_layers,
-            "N": self.num_attention_heads,
-            "K": self.num_key_value_heads,
-            "H": self.head_dim,
-            "R": self.lora.rank if self.lora else 1,
-        }
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.sizes[letter] for letter in DIMS[name])
-
-    def quantized(self, name: str) -> bool:
-        return self.int8 and (name in PROJECTIONS or name in ("embed", "head"))
+    attend: Attend
+    compute: ComputeSpec = ONE_DEVICE
+    angles: Angles | None = None
+    """Rotary angles of the positions; computed from these if None."""
+    dropout: Array | None = None
+    """A key per sequence for the dropout of adapters; None is no dropout."""
+    fused: FusedProjections = UNFUSED
+    """Kernels for T = 1, where weights are neither int8 nor adapted."""
+    remat: Callable[[Callable[..., Any]], Callable[..., Any]] = unchanged
+    """Wraps the layer, as jax.checkpoint does."""
 
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -221,33 +184,40 @@ def refuse_variants(raw: dict[str, Any], source: str) -> None:
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
-    """x / rms(x) * scale over the last dim, in float32 (arXiv:1910.07467)."""
+    """Compute x / rms(x) * scale over the last dim, in float32 (arXiv:1910.07467)."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (scale.astype(jnp.float32) * normed).astype(x.dtype)
 
 
 def rope_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> Angles:
-    """cos and sin [B, T, 1, H/2] of the rotary angles at `positions`, float32 (arXiv:2104.09864)."""
+    """Return cos and sin [B, T, 1, H/2] of the rotary angles at `positions`, float32 (arXiv:2104.09864)."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def apply_rope(x: Float[Array, "B T N H"], angles: Angles) -> Float[Array, "B T N H"]:
-    """Rotates the two halves of each head by `angles`; in x's dtype, products in float32."""
+    """Rotate the two halves of each head by `angles`, computing in float32."""
     cos, sin = angles
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def fold_all(keys: Array, data: int | Array) -> Array:
+    """Fold `data` into every key."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+
+
+def drop_out(x: Float[Array, "B T *D"], keys: Array, rate: float) -> Float[Array, "B T *D"]:
+    """Zero a share of each sequence's entries and scale up the others (Srivastava et al. 2014)."""
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
 def parameter(config: ModelConfig, name: str) -> nnx.Param:
-    return nnx.Param(jnp.zeros(config.shape(name), jnp.int8 if config.quantized(name) else jnp.float32))
-
-
-def layer_dims(name: str) -> str:
-    """Dims of one layer's parameter."""
-    return DIMS[name].replace("L", "")
+    """Declare one layer's parameter."""
+    return nnx.Param(jnp.zeros(config.shape(name)[1:], jnp.int8 if config.quantized(name) else jnp.float32))
 
 
 class Projections(nnx.Module):
@@ -264,19 +234,22 @@ class Projections(nnx.Module):
                 setattr(self, f"{name}_lora_b", parameter(config, f"{name}_lora_b"))
 
     def array(self, name: str) -> Array:
+        """Return a parameter's array."""
         return getattr(self, name)[...]
 
-    def project(self, name: str, x: Array, dropout: Array | None, fused: Fused) -> Array:
-        """The matrix `name` applied to x [B,T,...], scale and adapter included; `dropout` holds a key per sequence."""
-        out = (fused.product or product)(name, x, self.array(name).astype(x.dtype))
+    def project(self, name: str, x: Array, context: LayerContext) -> Array:
+        """Apply the matrix `name` to x [B,T,...], scale and adapter included."""
+        ins, outs = PROJECTIONS[name]
+        dims = DIMS[name].replace("L", "")
+        out = jnp.einsum(f"BT{ins},{dims}->BT{outs}", x, self.array(name).astype(x.dtype))
         if self.config.int8:
             out = out * self.array(f"{name}_scale")
         if self.config.lora and name in self.config.lora.targets:
-            out = out + self.adapt(self.config.lora, name, x, dropout)
+            out = out + self.adapt(self.config.lora, name, x, context.dropout)
         return out
 
     def adapt(self, lora: Lora, name: str, x: Array, dropout: Array | None) -> Array:
-        """What the adapter of the matrix `name` adds."""
+        """Compute the adapter's share of the matrix `name`."""
         ins, outs = PROJECTIONS[name]
         if dropout is not None:
             x = drop_out(x, fold_all(dropout, list(PROJECTIONS).index(name)), lora.dropout)
@@ -284,46 +257,8 @@ class Projections(nnx.Module):
         return lora.scale * jnp.einsum(f"BTR,R{outs}->BT{outs}", inner, self.array(f"{name}_lora_b"))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(name: str, x: Array, weights: Array) -> Array:
-    """The matrix `name` applied to x [B,T,...].
-
-    Sums run in the order of x's dims; an einsum would take them by their letters, for `o` across what is stored. The
-    weights' gradient has the narrower of x and the cotangent as first operand, which XLA on the CPU lays out anew.
-    """
-    ins, _ = PROJECTIONS[name]
-    summed = [2 + place for place in range(len(ins))], [layer_dims(name).index(dim) for dim in ins]
-    return jnp.tensordot(x, weights, summed)
-
-
-def product_forward(name, x, weights):
-    return product(name, x, weights), (x, weights)
-
-
-def product_backward(name, saved, cotangent):
-    (x, weights), (ins, outs), dims = saved, PROJECTIONS[name], layer_dims(name)
-    x_grad = jnp.einsum(f"BT{outs},{dims}->BT{ins}", cotangent, weights)
-    if x.size > cotangent.size:
-        return x_grad, in_order(jnp.einsum(f"BT{outs},BT{ins}->{outs}{ins}", cotangent, x), f"{outs}{ins}", dims)
-    return x_grad, jnp.einsum(f"BT{ins},BT{outs}->{dims}", x, cotangent)
-
-
-product.defvjp(product_forward, product_backward)
-
-
-def fold_all(keys: Array, data: int | Array) -> Array:
-    """Every key with `data` folded in."""
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
-
-
-def drop_out(x: Float[Array, "B T *D"], keys: Array, rate: float) -> Float[Array, "B T *D"]:
-    """Zeroes a share of each sequence's entries and scales up the others (Srivastava et al. 2014)."""
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
-    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
-
-
 class Attention(Projections):
-    """Grouped-query attention of all layers (stacked on L), or of one once a layer is taken out."""
+    """Grouped-query attention."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config, ("q", "k", "v", "o"))
@@ -332,44 +267,29 @@ class Attention(Projections):
         if config.qk_norm:
             self.q_norm, self.k_norm = parameter(config, "q_norm"), parameter(config, "k_norm")
 
-    def heads(self, x: Array, dropout: Array | None, fused: Fused) -> tuple[Array, Array, Array]:
-        """x [B,T,D] -> q [B,T,N,H], k [B,T,K,H], v [B,T,K,H] with bias or norm, before rope."""
-        q, k, v = (self.project(name, x, dropout, fused) for name in ("q", "k", "v"))
+    def heads(self, x: Array, context: LayerContext) -> tuple[Array, Array, Array]:
+        """Project x [B,T,D] to q [B,T,N,H], k [B,T,K,H] and v [B,T,K,H], biased or normed, then rotated."""
+        q, k, v = (self.project(name, x, context) for name in ("q", "k", "v"))
         if self.config.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if self.config.qk_norm:
             q = rms_norm(q, self.q_norm[...], self.config.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], self.config.rms_norm_eps)
-        return q, k, v
+        assert context.angles
+        return apply_rope(q, context.angles), apply_rope(k, context.angles), v
 
-    def rotated_heads(
-        self, x: Array, angles: Angles, dropout: Array | None, fused: Fused
-    ) -> tuple[Array, Array, Array]:
-        """As `heads`, after rope."""
-        q, k, v = self.heads(x, dropout, fused)
-        return apply_rope(q, angles), apply_rope(k, angles), v
-
-    def fused_heads(self, run: Callable, x: Array, angles: Angles) -> tuple[Array, Array, Array]:
-        """The same by a kernel, of one token a sequence."""
+    def fused_heads(self, x: Array, context: LayerContext) -> tuple[Array, Array, Array]:
+        """Compute `heads` of one token per sequence by the fused kernel."""
+        assert context.fused.heads and context.angles
         weights, norms = (tuple(map(self.array, names)) for names in (("q", "k", "v"), ("q_norm", "k_norm")))
-        of_rows = tuple(table[:, 0, 0] for table in angles)
-        q, k, v = run(x[:, 0], weights, norms, of_rows, self.config.rms_norm_eps)
+        angles = tuple(table[:, 0, 0] for table in context.angles)
+        q, k, v = context.fused.heads(x[:, 0], weights, norms, angles, self.config.rms_norm_eps)
         return q[:, None], k[:, None], v[:, None]
 
-    def __call__(
-        self, x: Array, angles: Angles, layer: Array, attend: Attend, carry: Any, dropout: Array | None, fused: Fused
-    ):
-        if fused.heads:
-            q, k, v = self.fused_heads(fused.heads, x, angles)
-        else:
-            q, k, v = self.rotated_heads(x, angles, dropout, fused)
-        out, carry = attend(layer, q, k, v, carry)
-        return self.project("o", out, dropout, fused), carry
-
-
-def silu(x: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
-    """x * sigmoid(x), by tanh: one transcendental, which XLA on the CPU handles twice as fast as 1 / (1 + exp(-x))."""
-    return x * (0.5 + 0.5 * jnp.tanh(0.5 * x))
+    def __call__(self, x: Array, layer: Array, carry: Any, context: LayerContext) -> tuple[Array, Any]:
+        heads = self.fused_heads if context.fused.heads else self.heads
+        out, carry = context.attend(layer, *heads(x, context), carry)
+        return self.project("o", out, context), carry
 
 
 class Mlp(Projections):
@@ -378,13 +298,13 @@ class Mlp(Projections):
     def __init__(self, config: ModelConfig):
         super().__init__(config, ("gate", "up", "down"))
 
-    def __call__(self, x: Float[Array, "B T D"], dropout: Array | None, fused: Fused) -> Float[Array, "B T D"]:
-        if fused.gated:
-            gated = fused.gated(x[:, 0], self.array("gate"), self.array("up"))[:, None]
+    def __call__(self, x: Float[Array, "B T D"], context: LayerContext) -> Float[Array, "B T D"]:
+        if context.fused.gated:
+            gated = context.fused.gated(x[:, 0], self.array("gate"), self.array("up"))[:, None]
         else:
-            gate, up = (checkpoint_name(self.project(name, x, dropout, fused), MLP) for name in ("gate", "up"))
-            gated = silu(gate) * up
-        return self.project("down", gated, dropout, fused)
+            gate, up = (checkpoint_name(self.project(name, x, context), MLP) for name in ("gate", "up"))
+            gated = jax.nn.silu(gate) * up
+        return self.project("down", gated, context)
 
 
 class Block(nnx.Module):
@@ -397,139 +317,96 @@ class Block(nnx.Module):
         self.attention = Attention(config)
         self.mlp = Mlp(config)
 
-    def __call__(
-        self, x: Array, angles: Angles, layer: Array, attend: Attend, carry: Any, dropout: Array | None, fused: Fused
-    ):
+    def __call__(self, x: Array, layer: Array, carry: Any, context: LayerContext) -> tuple[Array, Any]:
         normed = rms_norm(x, self.attn_norm[...], self.config.rms_norm_eps)
-        out, carry = self.attention(normed, angles, layer, attend, carry, dropout, fused)
+        out, carry = self.attention(normed, layer, carry, context)
         x = x + out
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps), dropout, fused), carry
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps), context), carry
 
 
-def unchanged(x):
-    return x
+@functools.cache
+def abstract_block(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
+    """Return the graph of a block and the shapes of one layer's parameters."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Block(config)))
+    return graph, nnx.to_pure_dict(state)
 
 
-class Qwen(nnx.Module):
-    """Decoder-only Qwen3 or Qwen2.5; its layers are stacked on a leading dim and scanned."""
+@dataclasses.dataclass(frozen=True)
+class Qwen:
+    """Decoder-only Qwen3 or Qwen2.5, as functions of its parameters.
 
-    def __init__(self, config: ModelConfig):
-        self.config = config
-        self.embed = parameter(config, "embed")
-        self.layers = Block(config)
-        self.final_norm = parameter(config, "final_norm")
-        if not config.tie_word_embeddings:
-            self.head = parameter(config, "head")
-        if config.int8:
-            self.embed_scale = parameter(config, "embed_scale")
-        if config.int8 and not config.tie_word_embeddings:
-            self.head_scale = parameter(config, "head_scale")
+    A layer's weights enter its NNX block inside the loop over layers, which is the only place where parameters cross
+    into NNX.
+    """
+
+    config: ModelConfig
 
     def __call__(
         self,
+        params: Params,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        attend: Attend,
+        context: LayerContext,
         carry: Any = None,
-        layout: Layout = ONE_DEVICE,
-        remat: Callable[[Callable], Callable] = unchanged,
-        each_layer: EachLayer = jax.lax.scan,
-        dropout: Array | None = None,
-        angles: Angles | None = None,
-        fused: Fused = UNFUSED,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Hidden states after the final norm, and what `attend` made of `carry`.
-
-        `layout` says in which dtype and where on the mesh to compute; `remat` wraps the scanned layer, as
-        jax.checkpoint does, and `each_layer` runs it over the layers, as jax.lax.scan does. `dropout` holds a key per
-        sequence for the adapters' dropout, None being no dropout. `angles` are those of the positions, if known.
-        `fused` is what kernels do where T is 1 and weights are neither int8 nor adapted.
-        """
-        angles = angles or rope_angles(positions, self.config.head_dim, self.config.rope_theta)
-        graph, stacked = nnx.split(self.layers)
-
-        def layer(state, scanned):
-            (x, carry), (index, weights) = state, scanned
-            block = nnx.merge(graph, layout.weights(weights))
-            keys = None if dropout is None else fold_all(dropout, index)
-            x, carry = block(x, angles, index, attend, carry, keys, fused)
-            return (layout.activations(x), carry), None
-
-        x = layout.embed(self.embed[...], tokens)
+        """Return the hidden states after the final norm, and the carry that `context.attend` made of `carry`."""
+        if context.angles is None:
+            angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+            context = dataclasses.replace(context, angles=angles)
+        x = context.compute.embed(params["embed"], tokens)
         if self.config.int8:
-            x = x * self.embed_scale[...][tokens][..., None].astype(x.dtype)
-        x = layout.activations(x)
-        indices = jnp.arange(self.config.num_hidden_layers)
-        (x, carry), _ = each_layer(remat(layer), (x, carry), (indices, nnx.to_pure_dict(stacked)))
-        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), carry
+            x = x * params["embed_scale"][tokens][..., None].astype(x.dtype)
+        x, carry = self.run_layers(params["layers"], context.compute.activations(x), carry, context)
+        return rms_norm(x, params["final_norm"], self.config.rms_norm_eps), carry
 
-    def head_weights(self) -> Float[Array, "V D"]:
-        """The output head, which is the embedding itself when the two are tied."""
+    def run_layers(
+        self, layers: Params | list[Params], x: Array, carry: Any, context: LayerContext
+    ) -> tuple[Array, Any]:
+        """Scan over stacked layers, or run a list of them one after the other."""
+        graph, _ = abstract_block(self.config)
+
+        def step(state: tuple[Array, Any], scanned: tuple[Array, Params]) -> tuple[tuple[Array, Any], None]:
+            (x, carry), (layer, weights) = state, scanned
+            block = nnx.merge(graph, context.compute.weights(weights))
+            keys = None if context.dropout is None else fold_all(context.dropout, layer)
+            x, carry = block(x, layer, carry, dataclasses.replace(context, dropout=keys))
+            return (context.compute.activations(x), carry), None
+
+        step, state = context.remat(step), (x, carry)
+        if not isinstance(layers, list):
+            return jax.lax.scan(step, state, (jnp.arange(self.config.num_hidden_layers), layers))[0]
+        for layer, weights in enumerate(layers):
+            state, _ = step(state, (jnp.int32(layer), weights))
+        return state
+
+    def head(self, params: Params) -> Float[Array, "V D"]:
+        """Return the LM head, which is the embedding itself when the two are tied."""
         name = "embed" if self.config.tie_word_embeddings else "head"
-        weights = getattr(self, name)[...]
         if not self.config.int8:
-            return weights
-        scale = getattr(self, f"{name}_scale")[...]
-        return weights.astype(scale.dtype) * scale[:, None]
+            return params[name]
+        scale = params[f"{name}_scale"]
+        return params[name].astype(scale.dtype) * scale[:, None]
 
 
 def unembed(hidden: Float[Array, "*B D"], head: Float[Array, "V D"]) -> Float[Array, "*B V"]:
-    """Logits in float32."""
+    """Compute logits in float32."""
     return jnp.einsum("...D,VD->...V", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, Params]:
-    """The model's graph and the shapes of its parameters, `dtype` but for int8 ones; nothing is allocated."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Qwen(config)))
+def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
+    """Return the shapes of all parameters, `dtype` but for int8 ones; nothing is allocated."""
+    tables = ["embed"] if config.tie_word_embeddings else ["embed", "head"]
+    ends = [*tables, *(f"{name}_scale" for name in tables if config.int8), "final_norm"]
 
-    def shape(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype if x.dtype == jnp.int8 else dtype)
+    def shape(name: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(config.shape(name), jnp.int8 if config.quantized(name) else dtype)
 
-    return graph, jax.tree.map(shape, nnx.to_pure_dict(state))
-
-
-def select(params: Params, keep: Callable[[str], bool]) -> Params:
-    """The part of a tree whose leaves' own names `keep` accepts."""
-    parts = {name: select(value, keep) for name, value in params.items() if isinstance(value, dict)}
-    leaves = {name: value for name, value in params.items() if not isinstance(value, dict) and keep(name)}
-    return {name: value for name, value in parts.items() if value} | leaves
-
-
-def join(params: Params, more: Params) -> Params:
-    """Two parts of a tree as one."""
-    both = {name: join(params[name], more[name]) for name in params.keys() & more.keys()}
-    return params | more | both
-
-
-def is_adapter(name: str) -> bool:
-    return name.endswith(("lora_a", "lora_b"))
-
-
-def split_trained(config: ModelConfig, params: Params) -> tuple[Params, Params]:
-    """What training changes, and what it does not: adapters and their base, or all weights and nothing."""
-    if config.lora is None:
-        return params, {}
-    return select(params, is_adapter), select(params, lambda name: not is_adapter(name))
-
-
-def leaf_name(path: tuple) -> str:
-    """The parameter's own name, its key in DIMS, from a jax tree path."""
-    return path[-1].key
-
-
-def leaf_sharding(mesh: Mesh, path: tuple) -> NamedSharding:
-    """Where a leaf of parameters or state lives: as the parameter that its path ends in, or else on every device."""
-    name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else ""
-    return NamedSharding(mesh, spec_of(DIMS.get(name, "")))
-
-
-def shardings_of(mesh: Mesh, tree: Any) -> Any:
-    """`leaf_sharding` of every leaf."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: leaf_sharding(mesh, path), tree)
+    layers = jax.tree_util.tree_map_with_path(lambda path, _: shape(leaf_name(path)), abstract_block(config)[1])
+    return {name: shape(name) for name in ends} | {"layers": layers}
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
-    """Random float32 weights: norms 1, biases 0, the rest normal(0, 0.02), residual outputs scaled by 1/sqrt(2L).
+    """Draw random float32 weights: norms 1, biases 0, the rest normal(0, 0.02), residual outputs scaled by 1/sqrt(2L).
 
     Adapters start as PEFT's do: A uniform within 1/sqrt(inputs), B zero.
     """
@@ -547,4 +424,23 @@ def init_params(config: ModelConfig, key: Array) -> Params:
         scale = 0.02 / math.sqrt(2 * config.num_hidden_layers) if name in ("o", "down") else 0.02
         return scale * jax.random.normal(jax.random.fold_in(key, list(DIMS).index(name)), leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(init, abstract_params(config)[1])
+    return jax.tree_util.tree_map_with_path(init, abstract_params(config))
+
+
+def adapter_shapes(config: ModelConfig) -> Params:
+    """Return the shapes of the adapters alone."""
+    return select(abstract_params(config), is_adapter)
+
+
+def random_adapters(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
+    """Draw fresh float32 adapters, which change nothing yet, on the mesh."""
+    shardings = shardings_of(mesh, adapter_shapes(config))
+    make = jax.jit(lambda: select(init_params(config, jax.random.key(seed)), is_adapter), out_shardings=shardings)
+    return make()
+
+
+def quantize(config: ModelConfig, params: Params, mesh: Mesh) -> Params:
+    """Round the base's matrices to int8 with scales, laid out on the mesh."""
+    run = functools.partial(to_int8, config)
+    shardings = shardings_of(mesh, jax.eval_shape(run, params))
+    return jax.jit(run, out_shardings=shardings)(params)

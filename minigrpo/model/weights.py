@@ -21,19 +21,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from minigrpo.config import UsageError
-from minigrpo.model.qwen import (
-    ARCHITECTURES,
+from minigrpo.model.params import (
     DIMS,
     PROJECTIONS,
     ModelConfig,
     Params,
-    abstract_params,
-    init_params,
     layer_dims,
     leaf_name,
     leaf_sharding,
     shardings_of,
 )
+from minigrpo.model.qwen import ARCHITECTURES, abstract_params, init_params
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -210,7 +208,7 @@ def flat_bounds(side: str, config: ModelConfig, of_dim: dict[str, tuple[int, int
 
 def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype: Any = np.float32) -> Params:
     """The folder's weights as parameters laid out on the mesh; each device reads only its own slice."""
-    return load_tree(folder, abstract_params(config)[1], config, mesh, dtype)
+    return load_tree(folder, abstract_params(config), config, mesh, dtype)
 
 
 def load_tree(folder: Path, shapes: Params, config: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
@@ -232,7 +230,7 @@ def load_tree(folder: Path, shapes: Params, config: ModelConfig, mesh: Mesh, dty
 
 def random_params(config: ModelConfig, mesh: Mesh, seed: int, dtype: Any = np.float32) -> Params:
     """Random weights made on the mesh, in place."""
-    shapes = abstract_params(config)[1]
+    shapes = abstract_params(config)
     shardings = shardings_of(mesh, shapes)
 
     def make():

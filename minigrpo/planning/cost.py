@@ -1,12 +1,8 @@
 """Work and memory of a training step's phases, counted from shapes."""
 
 import dataclasses
-import math
-from typing import Any
 
-import jax
-
-from minigrpo.model.qwen import ModelConfig
+from minigrpo.model.params import ModelConfig
 from minigrpo.planning import hlo
 
 
@@ -39,11 +35,6 @@ class Counted:
     """Bytes besides its arguments, by arithmetic."""
     turns: int | None = None
     """Of a loop whose length is decided at run time, when all of the work is there."""
-
-
-def bytes_on_chip(tree: Any) -> int:
-    """Bytes of one chip's share of abstract arrays."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)

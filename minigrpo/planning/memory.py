@@ -1,130 +1,199 @@
-"""How many parts an update is computed in, from counted bytes and the device's memory."""
+"""Memory of a run by arithmetic: micro-batches, the page pool, and the needs of GPUs, which no compiler here counts.
 
+The TPU's own needs are the compiler's word (`minigrpo.plan`).
+"""
+
+import math
 from typing import Any
 
 import jax
 
-from minigrpo.build import Programs
-from minigrpo.config import DataOptions, OptimizerOptions, RolloutOptions, StepOptions, UsageError
-from minigrpo.model.attention import QUERY_BLOCK, fused_on_gpu
-from minigrpo.model.qwen import ModelConfig, abstract_params
+from minigrpo.config import UsageError
+from minigrpo.grpo.batch import SEQUENCES_PER_ROW, PackingSpec
+from minigrpo.kernels.causal_attention import gpu as gpu_attention
+from minigrpo.kernels.causal_attention.xla import QUERY_BLOCK
+from minigrpo.model.params import ModelConfig
+from minigrpo.model.qwen import abstract_params
+from minigrpo.planning.cost import Work
+from minigrpo.planning.run_spec import RunSpec
 from minigrpo.rollout.generator import decode_config
 from minigrpo.runtime.chips import GIB
+from minigrpo.runtime.mesh import TP
 
 CPU_BUDGET = 1 << 30
 """Bytes of activations that all virtual CPU devices may hold together."""
 
-DEVICE_SHARE = 0.2
+ACTIVATION_SHARE = 0.2
 """Share of an accelerator's memory given to activations; the rest is for weights, optimizer, gradients and the head."""
 
-FULL, HALF, POOL, SMALL_CHIP = 0.9, 0.45, 0.25, int(14.5 * GIB)
-"""What a rollout fills by itself: most of a small chip, about half of a large one, or a pool of a quarter of it."""
+ROLLOUT_SHARE = 0.9
+"""Share of an accelerator's memory that a rollout may fill, everything resident included."""
 
-SCRATCH = GIB // 4
+ROLLOUT_SCRATCH = GIB // 4
 """Bytes left for a rollout's temporaries."""
+
+SAMPLING_COPIES = 3
+"""Float32 arrays of [slots, vocabulary] that sampling works on."""
+
+GATHERED_LAYERS = 2
+"""Layers whose weights are whole on a device at once: one in use, one arriving."""
+
+
+# Activations
 
 
 def working_numbers(config: ModelConfig) -> int:
-    """Numbers per token that one layer's backward pass works on."""
+    """Count the numbers per token that one layer's backward pass works on."""
     heads = config.num_attention_heads * config.head_dim
     return 6 * config.hidden_size + 4 * heads + 4 * config.intermediate_size
 
 
-def saved_bytes(programs: Programs, length: int) -> int:
-    """Counted bytes that one sequence of `length` tokens keeps from the forward to the backward pass."""
-    config = programs.config
+def saved_bytes(spec: RunSpec, length: int) -> int:
+    """Count the bytes that one sequence of `length` tokens keeps from the forward to the backward pass."""
+    config = spec.config
     working = working_numbers(config)
     with_attention = config.hidden_size + config.num_attention_heads * config.head_dim
     with_mlp = with_attention + 2 * config.intermediate_size
     kept = {"none": working, "dots": working, "mlp": with_mlp, "attention": with_attention, "full": config.hidden_size}
-    saved = kept[programs.settings[OptimizerOptions].remat]
-    return length * programs.dtype.itemsize * config.num_hidden_layers * saved
+    return length * spec.dtype.itemsize * config.num_hidden_layers * kept[spec.settings.optimizer.remat]
 
 
-def activation_bytes(programs: Programs, length: int) -> int:
-    """Counted bytes that one sequence of `length` tokens holds during the backward pass.
+def has_fused_attention(spec: RunSpec) -> bool:
+    """Tell if attention holds no scores in memory."""
+    on_gpu = spec.platform == "gpu" and gpu_attention.takes(spec.config.head_dim, spec.dtype.itemsize)
+    return on_gpu or spec.platform == "tpu"
+
+
+def score_bytes(spec: RunSpec, length: int) -> int:
+    """Count the bytes of one sequence's attention scores, as many as are held at a time."""
+    block = min(QUERY_BLOCK, length) * length
+    return 0 if has_fused_attention(spec) else 4 * spec.config.num_attention_heads * block
+
+
+def mask_bytes(spec: RunSpec, length: int) -> int:
+    """Count the bytes of the mask by which cuDNN tells the sequences of a packed row from each other."""
+    masked = spec.platform == "gpu" and has_fused_attention(spec) and packs(spec)
+    return spec.dtype.itemsize * length**2 if masked else 0
+
+
+def activation_bytes(spec: RunSpec, length: int) -> int:
+    """Count the bytes that one sequence of `length` tokens holds during the backward pass.
 
     The TPU compiler keeps about as many bytes of a layer's numbers as if all were float32, the GPU's as many as in the
-    compute dtype (BUILD_NOTES.md); what the layers save for the backward pass is in the compute dtype.
+    compute dtype (BUILD_NOTES.md#bytes-that-the-tpu-and-gpu-compilers-keep); what the layers save for the backward pass
+    is in the compute dtype.
     """
-    width = programs.dtype.itemsize if programs.platform == "gpu" else 4
-    working = length * width * working_numbers(programs.config)
-    held = saved_bytes(programs, length) + mask_bytes(programs, length)
-    return working + held + 3 * score_bytes(programs, length)
+    width = spec.dtype.itemsize if spec.platform == "gpu" else 4
+    working = length * width * working_numbers(spec.config)
+    return working + saved_bytes(spec, length) + mask_bytes(spec, length) + 3 * score_bytes(spec, length)
 
 
-def fused_attention(programs: Programs) -> bool:
-    on_gpu = programs.platform == "gpu" and fused_on_gpu(programs.config.head_dim, programs.dtype.itemsize)
-    return on_gpu or programs.platform == "tpu"
+def activation_budget(spec: RunSpec) -> float:
+    """Return the bytes of activations that one device may hold."""
+    if spec.platform == "cpu":
+        return CPU_BUDGET / spec.mesh.size
+    return ACTIVATION_SHARE * spec.device_bytes
 
 
-def score_bytes(programs: Programs, length: int) -> int:
-    """Bytes of one sequence's attention scores, as many as are held at a time."""
-    block = min(QUERY_BLOCK, length) * length
-    return 0 if fused_attention(programs) else 4 * programs.config.num_attention_heads * block
+# Micro-batches
 
 
-def mask_bytes(programs: Programs, length: int) -> int:
-    """Bytes of the mask by which cuDNN keeps the sequences of a packed row apart."""
-    masked = programs.platform == "gpu" and fused_attention(programs) and programs.arrangement != "apart"
-    return programs.dtype.itemsize * length**2 if masked else 0
+def packs(spec: RunSpec) -> bool:
+    """Tell if sequences share rows; under dropout, which has a key per row, each has its own."""
+    return spec.settings.steps.packing and not spec.dropout
 
 
-def device_budget(programs: Programs) -> float:
-    if programs.platform == "cpu":
-        return CPU_BUDGET / programs.mesh.size
-    return DEVICE_SHARE * programs.device_memory
+def longest(spec: RunSpec) -> int:
+    """Return the tokens of the longest sequence that the flags allow."""
+    return spec.settings.data.max_prompt_length + spec.settings.rollout.max_completion_length
 
 
-def page_bytes(programs: Programs, page_size: int) -> int:
-    """Bytes of one page of the KV cache, all layers together."""
-    config = programs.config
+def fitting_rows(spec: RunSpec) -> int:
+    """Return the most rows of a micro-batch whose activations fit a device."""
+    return max(1, int(activation_budget(spec) // activation_bytes(spec, longest(spec))))
+
+
+def micro_batch_rows(spec: RunSpec, sequences: int) -> int:
+    """Return --gradient_accumulation_steps as rows of a micro-batch; auto keeps a device busy within its memory."""
+    flag, own = spec.settings.steps.gradient_accumulation_steps, -(-sequences // spec.mesh.size)
+    if flag == "auto":
+        busy = max(1, round(spec.backend.micro_batch_tokens / longest(spec)))
+        return min(own, busy, fitting_rows(spec))
+    if not flag.isdigit() or int(flag) < 1:
+        raise UsageError(f"--gradient_accumulation_steps={flag}: must be auto or a whole number of at least 1")
+    return -(-own // int(flag))
+
+
+def packing_spec(spec: RunSpec, sequences: int, group: int) -> PackingSpec:
+    """Return the fixed shape of micro-batches for updates on so many sequences."""
+    share = {"auto": spec.backend.share_prefixes, "true": True, "false": False}[spec.settings.steps.share_prompts]
+    return PackingSpec(
+        devices=spec.mesh.size,
+        rows=micro_batch_rows(spec, sequences),
+        prompt_tokens=spec.settings.data.max_prompt_length,
+        completion_tokens=spec.settings.rollout.max_completion_length,
+        group=group,
+        sequences_per_row=SEQUENCES_PER_ROW if packs(spec) else 1,
+        share_prefixes=share and packs(spec) and group > 1,
+    )
+
+
+# The rollout
+
+
+def page_bytes(spec: RunSpec) -> int:
+    """Count the bytes of one page of the KV cache, all layers together."""
+    config = spec.config
     row = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
-    return page_size * row * programs.dtype.itemsize
+    return spec.settings.rollout.page_size * row * spec.dtype.itemsize
 
 
-def pool_limit(programs: Programs, resident: int) -> int:
-    """Most pages that a pool may have on its own account: what a chip has left beside weights and `resident` bytes.
-
-    A pool below the worst case slows down only when completions get long, so it is kept small where memory is not
-    scarce: --pool_pages asks for more. 0 is no limit, on the CPU.
-    """
-    if programs.platform == "cpu":
+def pool_limit(spec: RunSpec, resident: int) -> int:
+    """Return the most pages that fit beside the decoded weights and `resident` bytes; 0 is no limit, on the CPU."""
+    if spec.platform == "cpu":
         return 0
-    whole = jax.tree.leaves(abstract_params(decode_config(programs.config), programs.dtype)[1])
-    used = resident + sum(leaf.size * leaf.dtype.itemsize for leaf in whole) + SCRATCH
-    total, page_size = programs.device_memory, programs.settings[RolloutOptions].page_size
-    modest = max(max(HALF * total, SMALL_CHIP) - used, POOL * total)
-    return max(1, int(min(modest, FULL * total - used) // page_bytes(programs, page_size)))
+    decoded = jax.tree.leaves(abstract_params(decode_config(spec.config), spec.dtype))
+    used = resident + sum(leaf.size * leaf.dtype.itemsize for leaf in decoded) + ROLLOUT_SCRATCH
+    return max(1, int(ROLLOUT_SHARE * spec.device_bytes - used) // page_bytes(spec))
 
 
-def held_bytes(tree: Any) -> int:
-    """Bytes of one device's share of arrays."""
+def device_share_bytes(tree: Any) -> int:
+    """Count the bytes of one device's share of arrays."""
     return sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards[:1])
 
 
-def longest(programs: Programs) -> int:
-    """Tokens of the longest sequence that the flags allow."""
-    return programs.settings[DataOptions].max_prompt_length + programs.settings[RolloutOptions].max_completion_length
+def abstract_share_bytes(tree: Any) -> int:
+    """Count the bytes of one device's share of abstract arrays."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def sequences_per_part(programs: Programs) -> int:
-    """Most sequences that --gradient_accumulation_steps=auto gives a device in one part of an update."""
-    return max(1, int(device_budget(programs) // activation_bytes(programs, longest(programs))))
+# Scratch memory by arithmetic, for GPUs
 
 
-def update_rows(programs: Programs) -> int:
-    """Sequences of one update: those of a step, or of one of its minibatches."""
-    steps = programs.settings[StepOptions]
-    return steps.batch_size * steps.num_generations // steps.num_minibatches
+def gathered_bytes(spec: RunSpec, work: Work) -> int:
+    """Count the bytes of gathered layers."""
+    layer = work.layer_weights // spec.config.num_hidden_layers
+    return GATHERED_LAYERS * layer * spec.dtype.itemsize
 
 
-def choose_parts(programs: Programs) -> int:
-    """--gradient_accumulation_steps, or for auto the fewest equal parts whose activations fit the device."""
-    flag = programs.settings[StepOptions].gradient_accumulation_steps
-    if flag != "auto":
-        if not flag.isdigit() or int(flag) < 1:
-            raise UsageError(f"--gradient_accumulation_steps={flag}: must be auto or a whole number of at least 1")
-        return int(flag)
-    own, fitting = -(-update_rows(programs) // programs.mesh.size), sequences_per_part(programs)
-    return next(parts for parts in range(1, own + 1) if own % parts == 0 and own // parts <= fitting)
+def update_scratch(spec: RunSpec, work: Work, packing: PackingSpec, trainable: int) -> int:
+    """Count two gradients, the sum and this micro-batch's, and the larger of the layers' and the head's pass."""
+    sizes, tp, length = spec.config.sizes, spec.mesh.shape[TP], longest(spec)
+    rows = packing.packed_tokens / length
+    chunk = min(spec.backend.head_tiles.backward_rows, packing.loss_tokens)
+    head = int(rows * saved_bytes(spec, length)) + 4 * (sizes["V"] // tp) * (sizes["D"] + 2 * chunk * tp)
+    layers = int(rows * activation_bytes(spec, length)) + trainable + gathered_bytes(spec, work)
+    return trainable + max(layers, head)
+
+
+def scoring_scratch(spec: RunSpec, work: Work, packing: PackingSpec) -> int:
+    """Count the widest of one layer's numbers in a forward pass: the MLP's, or attention's scores and weights."""
+    widest = 2 * (spec.config.intermediate_size + spec.config.hidden_size) * spec.dtype.itemsize
+    length = longest(spec)
+    row = max(length * widest, 2 * score_bytes(spec, length)) + mask_bytes(spec, length)
+    return packing.rows * row + gathered_bytes(spec, work)
+
+
+def rollout_scratch(spec: RunSpec, slots: int, pool: int) -> int:
+    """Count the page pool, and what sampling needs over the vocabulary."""
+    return pool + 4 * SAMPLING_COPIES * slots * spec.config.vocab_size

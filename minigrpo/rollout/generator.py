@@ -1,179 +1,172 @@
 """Prompts -> completions: prefill once per prompt, then one device program decodes every completion.
 
 Each device works through its own completions with no collective: weights are gathered once per rollout, prompts are
-prefilled once and their full pages shared by the group, and inside one while loop finished slots give their pages back
-and take the next waiting completion. A completion's random numbers depend on (key, prompt id, index in group,
-position) alone, so neither slots, page size, pool size nor the batch around it change it.
+prefilled once and their full pages shared by the group, and inside one while loop ended completions give their pages
+back and waiting ones take their slots. A completion's random numbers depend on (key, prompt uid, member, position)
+alone, so neither slots, page size, pool size nor the batch around it change it.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from minigrpo.config import RolloutOptions, UsageError
-from minigrpo.kernels.paged_attention import append_rows, empty_pages, fill_pages, paged_attention
-from minigrpo.model.attention import causal_attention
-from minigrpo.model.lora import merge
+from minigrpo.kernels.backend import UNFUSED, Backend, DecodeShape, FusedProjections, PagedCache
+from minigrpo.model.params import ModelConfig, Params, merge_adapters
 from minigrpo.model.qwen import (
-    PROJECTIONS,
-    UNFUSED,
     Angles,
-    EachLayer,
-    Fused,
-    ModelConfig,
-    Params,
+    ComputeSpec,
+    LayerContext,
     Qwen,
-    abstract_params,
-    layer_dims,
-    leaf_name,
+    cast_weights,
     rope_angles,
-    unchanged,
     unembed,
 )
-from minigrpo.rollout import scheduler as cache
 from minigrpo.rollout.sampling import Sampler, sample
-from minigrpo.runtime.mesh import (
-    DATA,
-    Layout,
-    by_sequence,
-    in_dtype,
-    known_options,
-    launch,
-    put,
-    replicated,
-    worker_mesh,
+from minigrpo.rollout.scheduler import (
+    COUNTS,
+    DONE,
+    WAITING,
+    PageSpec,
+    PromptBatch,
+    Slots,
+    State,
+    can_decode,
+    extend,
+    full_pool,
+    known_tokens,
+    running,
+    schedule,
+    shrink,
+    update,
 )
+from minigrpo.runtime.mesh import DATA, by_sequence, put, replicated
 
-WAITING, RUNNING, DONE = 0, 1, 2
 PREFILL_ROWS = 8
-"""Prompts prefilled at a time on one device."""
+"""Rows of prompts prefilled at a time on one device."""
+
 TAIL_SHRINK = 4
 """When no completion waits, the batch shrinks by this factor each time the running ones fit. Every size is compiled."""
-LEAST_BATCH, GPU_LEAST_BATCH = 4, 64
-"""No batch is split into fewer, or shrunk by half or less: each size is compiled, on a GPU with its layers unrolled."""
-CPU_PARTS = 8
-"""Parts that the CPU computes a matrix's outputs in, where they divide them."""
-CACHED_BYTES = 24 << 20
-"""Weights that a CPU's caches hold, measured with 32 MB of them: a device per core decodes these faster than one."""
-WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
-"""XLA on the CPU prefers vectors of 256 bits; attention's sums gain by 512 where the machine has them."""
 
 
 @dataclasses.dataclass(frozen=True)
-class RolloutPlan:
+class RolloutSpec:
     """Everything static about a rollout program."""
 
     policy: ModelConfig
     """The model that is trained."""
-    model: ModelConfig
-    """The same as it is decoded."""
-    graph: nnx.GraphDef
     mesh: Mesh
+    backend: Backend
     dtype: Any
     sampler: Sampler
     num_tokens: int
+    """Real tokens, of which the head may have more rows."""
     stop_tokens: tuple[int, ...]
-    group: int
-    """Completions per prompt row on one device."""
+    prompt_tokens: int
+    """Longest prompt."""
     max_tokens: int
+    """Longest completion."""
     page_size: int
     slots: int
-    pool_pages: int
+    pool_pages: int = 0
+    """Pages of a device's pool; 0 is enough for every slot at full length, within `pool_limit`."""
     pool_limit: int = 0
     """Most pages of a pool whose size no flag gives; 0 is no limit."""
-    watch: Callable[[Any, Any, Any], None] | None = None
+    on_token: Callable[[Any, Any, Any], None] | None = None
     """Is told, while decoding: each slot's completion, position and token."""
 
     @property
-    def device(self) -> jax.Device:
-        return self.mesh.devices.flat[0]
+    def model(self) -> ModelConfig:
+        """The policy as it is decoded: adapters are merged into their matrices, unless these are int8."""
+        return decode_config(self.policy)
 
     @property
-    def on_cpu(self) -> bool:
-        return self.device.platform == "cpu"
+    def cache(self) -> PagedCache:
+        """The KV cache of this backend for such pages."""
+        return self.backend.paged_cache(self.page_size, self.policy.head_dim, self.dtype)
 
     @property
-    def layers_apart(self) -> bool:
-        """Whether layers are unrolled over weights of their own: a scan would copy each layer's, but not on TPU."""
-        return self.device.platform != "tpu"
+    def prompt_width(self) -> int:
+        """Positions of a row of prompts: whole pages."""
+        return -(-self.prompt_tokens // self.page_size) * self.page_size
 
-    def max_pages(self, prompt_width: int) -> int:
-        """Entries of a page table: pages of the longest prompt and completion."""
-        return -(-(prompt_width + self.max_tokens) // self.page_size)
-
-    def own_pages(self) -> int:
-        """Pages one completion may need besides its prompt's shared ones."""
+    @property
+    def completion_pages(self) -> int:
+        """Pages that a completion may need besides its prompt's shared ones."""
         return -(-self.max_tokens // self.page_size) + 1
 
+    def least_pages(self, prompts: int) -> int:
+        """Return the pages that a device with so many prompts cannot do without: theirs and one completion's."""
+        return prompts * (self.prompt_width // self.page_size) + self.completion_pages
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """One device's prompts. ids name them for the random numbers; a length of 0 is padding and decodes nothing."""
+    def num_pages(self, prompts: int, group: int) -> int:
+        """Return the pages of a device's pool; UsageError when it cannot hold even one completion."""
+        least, slots = self.least_pages(prompts), min(self.slots, prompts * group)
+        wanted = least + (slots - 1) * self.completion_pages
+        given = self.pool_pages or min(wanted, self.pool_limit or wanted)
+        if given < least:
+            size = self.pool_pages or f"{given}, what memory leaves"
+            raise UsageError(
+                f"--pool_pages={size}: at least {least} pages of {self.page_size} tokens are needed per device, "
+                f"{least - self.completion_pages} for its prompts and {self.completion_pages} for one completion"
+            )
+        return given
 
-    tokens: Any  # int32 [P, T]
-    lengths: Any  # int32 [P]
-    ids: Any  # int32 [P]
-    first_in_group: Any  # int32 [P]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Slots:
-    """The completions being decoded. `completion` is the number of completions where the slot is empty."""
-
-    completion: Any  # int32 [S]
-    token: Any  # int32 [S]
-    length: Any  # int32 [S]
-    """Tokens in the cache, which is also the position of `token`."""
-    shared: Any  # int32 [S]
-    """Leading page-table entries that belong to the prompt."""
-    table: Any  # int32 [S, M]
+    def page_spec(self, prompts: int, group: int) -> PageSpec:
+        """Return the sizes of one device's page pool."""
+        entries = -(-(self.prompt_width + self.max_tokens) // self.page_size)
+        return PageSpec(self.page_size, self.num_pages(prompts, group), entries, group, self.max_tokens)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class State:
-    """One device's rollout in progress."""
+class PrefillRows:
+    """Prompts packed into rows of whole pages, on one device. The first `chunks` chunks of rows are in use."""
 
-    pages: Any  # float [L, P, ...], laid out as the platform's attention reads them
-    pool: cache.Pool
-    slots: Slots
-    status: Any  # int32 [B]
+    tokens: Any  # int32 [X, T]
+    position_ids: Any  # int32 [X, T]
+    segment_ids: Any  # int32 [X, T], 0 is padding
+    prompt: Any  # int32 [X, M], the prompt that fills each page; the number of prompts if none
+    entry: Any  # int32 [X, M], the page's number within its prompt
+    chunks: Any  # int32 [1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Tokens that completions begin with, [B, C] each: all lengths are 0 unless completions are continued."""
+
     tokens: Any  # int32 [B, C]
     logprobs: Any  # float [B, C]
     lengths: Any  # int32 [B]
-    ended: Any  # bool [S]
-    """Slots whose completion ended with the last token and has not left yet."""
-    scheduled: Any  # bool scalar
-    """Whether nothing was decoded since completions last left and took slots."""
-    steps: Any  # int32 scalar
-    busy: Any  # int32 scalar
-    """Sum over steps of slots that were decoding."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """Completions of P prompts, G each, on the host; row p*G+g is the g-th of prompt p. NumPy arrays."""
+    """Completions of P prompts, G each, on the host; row p*G+g is the g-th of prompt p. NumPy arrays.
+
+    Example of one row: tokens [8, 2, 0, 0], logprobs [-0.3, -0.1, 0, 0], lengths 2, stopped True.
+    """
 
     tokens: Int[np.ndarray, "B C"]
     logprobs: Float[np.ndarray, "B C"] | None
     """As the trainer defines them: of the temperature-scaled softmax over all real tokens; None for those on file."""
-    lengths: Int[np.ndarray, "B"]
-    stopped: Bool[np.ndarray, "B"]
-    """Whether the completion ended with a stop token (which is part of it) rather than at the length limit."""
-    decode_steps: int
-    occupancy: float
+    lengths: Int[np.ndarray, " B"]
+    stopped: Bool[np.ndarray, " B"]
+    """True where the completion ended with a stop token, which is part of it, rather than at the length limit."""
+    decode_steps: int = 0
+    occupancy: float = 0.0
     """Mean share of slots that were decoding."""
+    preempted: int = 0
+    refilled: int = 0
+    """Tokens whose keys and values were computed again after a preemption."""
 
     @property
     def completions(self) -> list[list[int]]:
@@ -181,267 +174,152 @@ class Rollout:
         return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
 
 
-def update(state: State, **fields: Any) -> State:
-    return dataclasses.replace(state, **fields)
-
-
-def running(state: State) -> Bool[Array, "S"]:
-    return state.slots.completion < state.status.shape[0]
-
-
 # Prefill
 
 
-def prompt_tables(plan: RolloutPlan, prompts: Prompts) -> tuple[Int[Array, "P M"], Int[Array, ""]]:
-    """Page table of every prompt, packed from page 0 on, and the number of pages they take.
+def prompt_pages(spec: PageSpec, prompts: PromptBatch) -> tuple[Int[Array, "P M"], Int[Array, ""]]:
+    """Return the page table of every prompt, from page 0 on, and the number of pages they take.
 
-    A prompt's last token is not prefilled: it is the first token every completion decodes.
+    A prompt's last token is not prefilled: it is the first token that every completion decodes.
     """
-    needed = (jnp.maximum(prompts.lengths - 1, 0) + plan.page_size - 1) // plan.page_size
+    needed = spec.pages(jnp.maximum(prompts.lengths - 1, 0))
     starts = jnp.cumsum(needed) - needed
-    entries = jnp.arange(plan.max_pages(prompts.tokens.shape[1]))
-    return jnp.where(entries < needed[:, None], starts[:, None] + entries, num_pages(plan, prompts)), needed.sum()
-
-
-def least_pages(plan: RolloutPlan, prompts: Prompts) -> int:
-    """Pages that one device cannot do without: those of its prompts and of one completion."""
-    rows, width = prompts.tokens.shape
-    return rows * -(-width // plan.page_size) + plan.own_pages()
-
-
-def num_pages(plan: RolloutPlan, prompts: Prompts) -> int:
-    """Pages of one device's pool; UsageError when it cannot hold even one completion."""
-    least, slots = least_pages(plan, prompts), min(plan.slots, prompts.tokens.shape[0] * plan.group)
-    wanted = least + (slots - 1) * plan.own_pages()
-    given = plan.pool_pages or min(wanted, plan.pool_limit or wanted)
-    if given < least:
-        size = plan.pool_pages or f"{given}, what memory leaves"
-        raise UsageError(
-            f"--pool_pages={size}: at least {least} pages of {plan.page_size} tokens are needed per device, "
-            f"{least - plan.own_pages()} for its prompts and {plan.own_pages()} for one completion"
-        )
-    return given
+    entries = jnp.arange(spec.table_entries)
+    return jnp.where(entries < needed[:, None], starts[:, None] + entries, spec.num_pages), needed.sum()
 
 
 def prefill(
-    plan: RolloutPlan, model: Qwen, each_layer: EachLayer, prompts: Prompts, table: Array, pages: Array
+    spec: RolloutSpec, weights: Params, rows: PrefillRows, prompt_table: Int[Array, "P M"], pages: Array
 ) -> Array:
-    """Writes keys and values of every prompt into its pages, PREFILL_ROWS prompts at a time."""
-    rows, width = prompts.tokens.shape
-    chunk = min(PREFILL_ROWS, rows)
-    entries = -(-width // plan.page_size)
-    padded = jnp.pad(prompts.tokens, ((0, -rows % chunk), (0, entries * plan.page_size - width)))
-    targets = jnp.pad(table[:, :entries], ((0, -rows % chunk), (0, 0)), constant_values=pages.shape[1])
-    positions = jnp.broadcast_to(jnp.arange(padded.shape[1]), (chunk, padded.shape[1]))
+    """Write keys and values of every prompt into its pages, PREFILL_ROWS packed rows at a time."""
+    size, num_pages = min(PREFILL_ROWS, len(rows.tokens)), pages.shape[1]
+    padded = jnp.pad(prompt_table, ((0, 1), (0, 0)), constant_values=num_pages)
 
-    def fill(pages, chunked):
-        tokens, targets = chunked
+    def fill(index: Array, pages: Array) -> Array:
+        chunk = dataclasses.replace(rows, chunks=None)
+        chunk = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size), chunk)
+        targets = padded[chunk.prompt, chunk.entry]
 
-        def attend(layer, q, k, v, pages):
-            out = causal_attention(plan.device.platform, q, k, v)
-            return out, fill_pages(plan.device, pages, layer, targets, k, v)
+        def attend(layer: Array, q: Array, k: Array, v: Array, pages: Array) -> tuple[Array, Array]:
+            out = spec.backend.causal_attention(q, k, v, chunk.segment_ids)
+            return out, spec.cache.fill_pages(pages, layer, targets, k, v)
 
-        return model(tokens, positions, attend, pages, Layout(plan.dtype), each_layer=each_layer)[1], None
+        context = LayerContext(attend, ComputeSpec(spec.dtype))
+        return Qwen(spec.model)(weights, chunk.tokens, chunk.position_ids, context, pages)[1]
 
-    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, x.shape[1]), (padded, targets))
-    return jax.lax.scan(fill, pages, chunks)[0]
-
-
-# Scheduling
-
-
-def can_admit(state: State) -> Bool[Array, ""]:
-    """A slot is empty, a completion waits, and a page is left for it beside one for every running slot."""
-    active = running(state)
-    room = (state.pool.top > active.sum()) | ~active.any()
-    return ~active.all() & (state.status == WAITING).any() & room
-
-
-def admit(plan: RolloutPlan, prompts: Prompts, table: Array, state: State) -> State:
-    """Puts the first waiting completion into an empty slot, with its own copy of the prompt's last, partial page."""
-    index = jnp.argmax(state.status == WAITING)
-    slot = jnp.argmin(running(state))
-    prompt = index // plan.group
-    cached = prompts.lengths[prompt] - 1
-    shared = cached // plan.page_size
-    pool, page = cache.take(state.pool, (cached % plan.page_size > 0)[None])
-    source = state.pages[:, jnp.minimum(table[prompt, shared], state.pages.shape[1] - 1)]
-    fresh = Slots(
-        completion=index,
-        token=prompts.tokens[prompt, cached],
-        length=cached,
-        shared=shared,
-        table=table[prompt].at[shared].set(page[0]),
-    )
-    return update(
-        state,
-        pages=state.pages.at[:, page[0]].set(source, mode="drop"),
-        pool=pool,
-        slots=jax.tree.map(lambda all_slots, one: all_slots.at[slot].set(one), state.slots, fresh),
-        status=state.status.at[index].set(RUNNING),
-    )
-
-
-def release(plan: RolloutPlan, state: State, leaving: Bool[Array, "S"], status: int) -> State:
-    """Empties the `leaving` slots, returns their own pages and sets their completions' status."""
-    slots, total = state.slots, state.status.shape[0]
-    own = cache.own_pages(slots.shared, slots.length, plan.page_size, slots.table.shape[1]) & leaving[:, None]
-    return update(
-        state,
-        pool=cache.give_back(state.pool, slots.table.reshape(-1), own.reshape(-1)),
-        slots=dataclasses.replace(slots, completion=jnp.where(leaving, total, slots.completion)),
-        status=state.status.at[jnp.where(leaving, slots.completion, total)].set(status, mode="drop"),
-    )
-
-
-def needs_page(plan: RolloutPlan, state: State) -> Bool[Array, "S"]:
-    return running(state) & (state.slots.length % plan.page_size == 0)
-
-
-def is_short(plan: RolloutPlan, state: State) -> Bool[Array, ""]:
-    """More slots are about to start a page than pages are left."""
-    return needs_page(plan, state).sum() > state.pool.top
-
-
-def evict(plan: RolloutPlan, state: State) -> State:
-    """Sends the youngest completion back, to start over later.
-
-    The oldest unfinished completion is never sent back and its pages always fit, so every completion ends.
-    """
-    youngest = jnp.where(running(state), state.slots.completion, -1)
-    return release(plan, state, jnp.arange(youngest.shape[0]) == jnp.argmax(youngest), WAITING)
-
-
-def schedule(plan: RolloutPlan, prompts: Prompts, table: Array, state: State) -> State:
-    """Completions that ended leave their slots, waiting ones take them, and while pages are short the youngest go."""
-    state = release(plan, state, state.ended, DONE)
-    state = jax.lax.while_loop(can_admit, functools.partial(admit, plan, prompts, table), state)
-    state = jax.lax.while_loop(functools.partial(is_short, plan), functools.partial(evict, plan), state)
-    return update(state, ended=jnp.zeros_like(state.ended), scheduled=jnp.bool(True))
-
-
-def can_decode(plan: RolloutPlan, state: State) -> Bool[Array, ""]:
-    """Nobody's turn has come to leave, enter or make room: the one question between two tokens."""
-    return state.scheduled | ~(state.ended.any() | can_admit(state) | is_short(plan, state))
-
-
-def extend(plan: RolloutPlan, state: State) -> State:
-    """Gives a page to every slot about to start one."""
-    wanted = needs_page(plan, state)
-    pool, page = cache.take(state.pool, wanted)
-    slots = state.slots
-    entry = jnp.where(wanted, slots.length // plan.page_size, slots.table.shape[1])
-    table = slots.table.at[jnp.arange(entry.shape[0]), entry].set(page, mode="drop")
-    return update(state, pool=pool, slots=dataclasses.replace(slots, table=table))
+    return jax.lax.fori_loop(0, rows.chunks[0], fill, pages)
 
 
 # Decoding
 
 
-def by_parts(x: Float[Array, "S D"], matrix: Float[Array, "V D"]) -> Float[Array, "S V"]:
-    """x times the matrix in float32, with the matrix as first operand, which XLA on the CPU reads faster for few rows.
+@dataclasses.dataclass(frozen=True)
+class DecodeRows:
+    """The tokens of one decode step: one of every slot or, to refill a slot, several of that one."""
 
-    Without parts it would exchange the operands.
-    """
-    parts = matrix.reshape(math.gcd(len(matrix), CPU_PARTS), -1, matrix.shape[1]).astype(x.dtype)
-    out = jnp.einsum("SD,PVD->PSV", x, parts, preferred_element_type=jnp.float32)
-    return out.swapaxes(0, 1).reshape(len(x), -1)
-
-
-def product_by_parts(name: str, x: Array, weights: Array) -> Array:
-    """As `product`, x [B,1,...] being one token a sequence."""
-    turned = jnp.einsum(f"{layer_dims(name)}->{dims_read(name)}", weights)
-    outs = turned.shape[: len(PROJECTIONS[name][1])]
-    out = by_parts(x.reshape(len(x), -1), turned.reshape(math.prod(outs), -1))
-    return out.astype(x.dtype).reshape(len(x), 1, *outs)
+    slot: Any  # int32 [S]
+    position: Any  # int32 [S]
+    token: Any  # int32 [S]
+    valid: Any  # bool [S]
+    samples: Any  # bool scalar, false while a slot is refilled
 
 
-def fused(device: Any, model: ModelConfig, dtype: Any, rows: int) -> Fused:
-    """What decodes so many rows on a device; kernels are imported where they may be, as that takes time."""
-    if device.platform == "cpu":
-        return Fused(product=product_by_parts)
-    if device.platform != "gpu" or model.int8 or model.lora:
+def choose_rows(spec: PageSpec, prompts: PromptBatch, state: State) -> DecodeRows:
+    """Choose the step's tokens: each running slot's last, or the next ones of a slot whose cache is behind."""
+    slots, own = state.slots, jnp.arange(len(state.slots.completion))
+    behind = running(state) & (slots.cached + 1 < known_tokens(spec, prompts, state))
+    refill, target = behind.any(), jnp.argmax(behind)
+    slot = jnp.where(refill, target, own)
+    position = slots.cached[slot] + jnp.where(refill, own, 0)
+    valid = running(state)[slot] & (~refill | (position + 1 < known_tokens(spec, prompts, state)[slot]))
+    completion = jnp.minimum(slots.completion[slot], len(state.status) - 1)
+    prompt = completion // spec.group
+    sampled = position - prompts.lengths[prompt]
+    last = prompts.tokens[prompt, jnp.clip(position, 0, prompts.tokens.shape[1] - 1)]
+    token = jnp.where(sampled < 0, last, state.tokens[completion, jnp.clip(sampled, 0, spec.max_tokens - 1)])
+    return DecodeRows(slot, position, token, valid, ~refill)
+
+
+def fused_projections(spec: RolloutSpec, rows: int) -> FusedProjections:
+    """Return the backend's fused kernels for plain matrices; none where these are int8 or adapted."""
+    model = spec.model
+    if model.int8 or model.lora:
         return UNFUSED
-    from minigrpo.kernels import fused_products
-
-    if not fused_products.fits(device, rows, model.hidden_size, dtype):
-        return UNFUSED
-    whole_tiles = model.intermediate_size % fused_products.COLUMNS == 0
-    halves = model.qk_norm and model.head_dim == 2 * fused_products.COLUMNS
-    return Fused(fused_products.gated if whole_tiles else None, fused_products.heads if halves else None)
+    sizes = (model.hidden_size, model.intermediate_size, model.head_dim, model.qk_norm)
+    return spec.backend.fused_projections(DecodeShape(rows, *sizes, spec.dtype))
 
 
 def next_tokens(
-    plan: RolloutPlan, model: Qwen, each_layer: EachLayer, angles: Angles, state: State, uniforms: Array
-) -> tuple[Array, Array, Array]:
-    """Feeds every slot's token through the model -> pages, sampled tokens [S] and their log-probs [S].
+    spec: RolloutSpec, weights: Params, angles: Angles, rows: DecodeRows, state: State, uniforms: Float[Array, " S"]
+) -> tuple[Array, Int[Array, " S"], Float[Array, " S"]]:
+    """Feed the step's tokens through the model -> pages, sampled tokens and their log-probs.
 
-    `angles` are those of every position: a table, as XLA on the CPU would work them out anew for every layer and head.
+    `angles` are a table of every position's: XLA would compute them anew for every layer and head.
     """
-    slots, active = state.slots, running(state)
-    rows = jnp.arange(slots.token.shape[0])
-    page = jnp.where(active, slots.table[rows, slots.length // plan.page_size], state.pages.shape[1])
-    lengths = jnp.where(active, slots.length + 1, 0)
+    page_table = state.slots.page_table[rows.slot]
+    page = jnp.take_along_axis(page_table, rows.position[:, None] // spec.page_size, axis=1)[:, 0]
+    page = jnp.where(rows.valid, page, state.pages.shape[1])
+    lengths = jnp.where(rows.valid, rows.position + 1, 0)
 
-    def attend(layer, q, k, v, pages):
-        pages = append_rows(plan.device, pages, layer, page, slots.length % plan.page_size, k[:, 0], v[:, 0])
-        return paged_attention(plan.device, q[:, 0], pages, layer, lengths, slots.table)[:, None], pages
+    def attend(layer: Array, q: Array, k: Array, v: Array, pages: Array) -> tuple[Array, Array]:
+        pages = spec.cache.append_rows(pages, layer, page, rows.position % spec.page_size, k[:, 0], v[:, 0])
+        return spec.cache.paged_attention(q[:, 0], pages, layer, lengths, page_table)[:, None], pages
 
-    hidden, pages = model(
-        slots.token[:, None],
-        slots.length[:, None],
-        attend,
-        state.pages,
-        Layout(plan.dtype),
-        each_layer=each_layer,
-        angles=jax.tree.map(lambda table: table[0, slots.length, None], angles),
-        fused=fused(plan.device, plan.model, plan.dtype, len(rows)),
+    context = LayerContext(
+        attend=attend,
+        compute=ComputeSpec(spec.dtype),
+        angles=jax.tree.map(lambda table: table[0, rows.position, None], angles),
+        fused=fused_projections(spec, len(rows.slot)),
     )
-    logits = (by_parts if plan.on_cpu else unembed)(hidden[:, 0], model.head_weights())
-    if logits.shape[1] > plan.num_tokens:
-        logits = jnp.where(jnp.arange(logits.shape[1]) < plan.num_tokens, logits, -jnp.inf)
-    return pages, *sample(plan.sampler, logits, uniforms)
+    model = Qwen(spec.model)
+    hidden, pages = model(weights, rows.token[:, None], rows.position[:, None], context, state.pages)
+    logits = unembed(hidden[:, 0], model.head(weights))
+    if logits.shape[1] > spec.num_tokens:
+        logits = jnp.where(jnp.arange(logits.shape[1]) < spec.num_tokens, logits, -jnp.inf)
+    return pages, *sample(spec.sampler, logits, uniforms)
 
 
 def decode(
-    plan: RolloutPlan,
-    model: Qwen,
-    each_layer: EachLayer,
+    spec: RolloutSpec,
+    pages: PageSpec,
+    weights: Params,
     angles: Angles,
-    prompts: Prompts,
-    uniforms: Array,
+    prompts: PromptBatch,
+    uniforms: Float[Array, "B C"],
     state: State,
 ) -> State:
-    """One token for every running slot."""
-    slots, active = state.slots, running(state)
-    index = jnp.where(active, slots.completion, 0)
-    count = slots.length + 1 - prompts.lengths[index // plan.group]
-    pages, tokens, logprobs = next_tokens(plan, model, each_layer, angles, state, uniforms[index, count])
-    if plan.watch:
-        jax.debug.callback(plan.watch, slots.completion, count, tokens)
-    at = (slots.completion, count)
+    """Decode one token of every running slot, or fill the cache of one that was preempted."""
+    state = extend(pages, state)
+    rows, slots, total = choose_rows(pages, prompts, state), state.slots, len(state.status)
+    sampling = running(state) & rows.samples
+    completion = jnp.where(sampling, slots.completion, total)
+    index = jnp.minimum(completion, total - 1)
+    count = state.lengths[index]
+    new_pages, tokens, logprobs = next_tokens(spec, weights, angles, rows, state, uniforms[index, count])
+    if spec.on_token:
+        jax.debug.callback(spec.on_token, completion, count, tokens)
+    filled = jnp.zeros_like(slots.cached).at[rows.slot].add(rows.valid.astype(jnp.int32))
+    stopped = jnp.isin(tokens, jnp.array(spec.stop_tokens)) | (count + 1 == spec.max_tokens)
+    refilled = jnp.where(rows.samples, 0, rows.valid.sum())
     return update(
         state,
-        pages=pages,
-        slots=dataclasses.replace(slots, token=tokens, length=slots.length + active),
-        tokens=state.tokens.at[at].set(tokens, mode="drop"),
-        logprobs=state.logprobs.at[at].set(logprobs, mode="drop"),
-        lengths=state.lengths.at[slots.completion].set(count + 1, mode="drop"),
-        ended=active & (jnp.isin(tokens, jnp.array(plan.stop_tokens)) | (count + 1 == plan.max_tokens)),
+        pages=new_pages,
+        slots=dataclasses.replace(slots, cached=slots.cached + filled),
+        tokens=state.tokens.at[completion, count].set(tokens, mode="drop"),
+        logprobs=state.logprobs.at[completion, count].set(logprobs, mode="drop"),
+        lengths=state.lengths.at[completion].set(count + 1, mode="drop"),
+        ended=state.ended | (sampling & stopped),
         scheduled=jnp.bool(False),
-        steps=state.steps + 1,
-        busy=state.busy + active.sum(),
+        counts=state.counts + jnp.stack([jnp.int32(1), sampling.sum(), jnp.int32(0), refilled]),
     )
 
 
-def shrink(state: State, size: int) -> State:
-    """Keeps `size` slots, the running ones first. Nobody has `ended` here: `schedule` saw to that."""
-    order = jnp.argsort(~running(state), stable=True)[:size]
-    return update(state, slots=jax.tree.map(lambda x: x[order], state.slots), ended=state.ended[order])
-
-
 def batch_sizes(slots: int, least: int) -> list[int]:
-    """64, 4 -> [64, 16, 4]: the batch's size at first and in the tail; 32, 4 -> [32, 8], as half of 8 saves little."""
+    """Return the sizes of the decoding batch, at first and in the tail; none is half of the one before or more.
+
+    >>> batch_sizes(64, 4), batch_sizes(32, 4)
+    ([64, 16, 4], [32, 8])
+    """
     sizes = [slots]
     while sizes[-1] > 2 * least:
         sizes.append(max(least, -(-sizes[-1] // TAIL_SHRINK)))
@@ -449,66 +327,30 @@ def batch_sizes(slots: int, least: int) -> list[int]:
 
 
 def more_left_than(count: int, state: State) -> Bool[Array, ""]:
+    """Tell if more completions than `count` are not done."""
     return (state.status != DONE).sum() > count
 
 
-def one_by_one(
-    restore: Callable[[Params], Params], layers: list[Params], step: Callable, carry: Any, _: Any
-) -> tuple[Any, None]:
-    """`each_layer` over weights that are apart already; the stacked ones go unused."""
-    for index, weights in enumerate(layers):
-        carry = step(carry, (jnp.int32(index), restore(weights)))[0]
-    return carry, None
-
-
-def dims_read(name: str) -> str:
-    """Dims of a layer's matrix as the CPU decodes with it: those that its product sums over last."""
-    return "".join(reversed(PROJECTIONS[name]))
-
-
-def laid_out(weights: Params, before: Callable[[str], str], after: Callable[[str], str]) -> Params:
-    """One layer's weights with each matrix's dims in the order `after` its name in place of `before`."""
-
-    def turn(path, w):
-        name = leaf_name(path)
-        return jnp.einsum(f"{before(name)}->{after(name)}", w) if name in PROJECTIONS else w
-
-    return jax.tree_util.tree_map_with_path(turn, weights)
-
-
-def decoder(plan: RolloutPlan, weights: Params) -> tuple[Qwen, EachLayer]:
-    """The model of a rollout, and how it runs its layers."""
-    if not plan.layers_apart:
-        return nnx.merge(plan.graph, weights), jax.lax.scan
-    restore = functools.partial(laid_out, before=dims_read, after=layer_dims) if plan.on_cpu else unchanged
-    shapes = abstract_params(plan.model, plan.dtype)[1]["layers"]
-    unread = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    model = nnx.merge(plan.graph, weights | {"layers": unread})
-    return model, functools.partial(one_by_one, restore, weights["layers"])
-
-
 def decode_all(
-    plan: RolloutPlan,
-    model: Qwen,
-    each_layer: EachLayer,
-    prompts: Prompts,
-    uniforms: Array,
-    table: Array,
+    spec: RolloutSpec,
+    pages: PageSpec,
+    weights: Params,
+    prompts: PromptBatch,
+    uniforms: Float[Array, "B C"],
+    prompt_table: Int[Array, "P M"],
     state: State,
 ) -> State:
-    """Decodes until every completion is done, in a batch that shrinks once fewer are left than it holds."""
-    positions = jnp.arange(plan.max_pages(prompts.tokens.shape[1]) * plan.page_size)
-    angles = rope_angles(positions[None], plan.model.head_dim, plan.model.rope_theta)
+    """Decode until every completion is done, in a batch that shrinks once fewer are left than it holds."""
+    positions = jnp.arange(pages.table_entries * spec.page_size)
+    angles = rope_angles(positions[None], spec.model.head_dim, spec.model.rope_theta)
+    sizes = batch_sizes(len(state.slots.completion), spec.backend.least_batch)
 
-    least = GPU_LEAST_BATCH if plan.device.platform == "gpu" else LEAST_BATCH
-    sizes = batch_sizes(state.slots.token.shape[0], least)
+    def step(state: State) -> State:
+        return decode(spec, pages, weights, angles, prompts, uniforms, state)
 
-    def step(state):
-        return decode(plan, model, each_layer, angles, prompts, uniforms, extend(plan, state))
-
-    def turn(more_left, state):
-        state = schedule(plan, prompts, table, state)
-        return jax.lax.while_loop(lambda s: can_decode(plan, s) & more_left(s), step, state)
+    def turn(more_left: Callable[[State], Array], state: State) -> State:
+        state = schedule(pages, prompts, prompt_table, state)
+        return jax.lax.while_loop(lambda s: can_decode(pages, prompts, s) & more_left(s), step, state)
 
     for size, following in zip(sizes, sizes[1:] + [0], strict=True):
         more_left = functools.partial(more_left_than, following)
@@ -516,191 +358,229 @@ def decode_all(
     return state
 
 
-def start(plan: RolloutPlan, model: Qwen, each_layer: EachLayer, prompts: Prompts) -> tuple[State, Array]:
-    """The state after prefill, with every slot empty, and the prompts' page tables."""
-    rows, width = prompts.tokens.shape
-    total, slots = rows * plan.group, min(plan.slots, rows * plan.group)
-    table, taken = prompt_tables(plan, prompts)
-    size = num_pages(plan, prompts)
-    layers, kv_heads, head_dim = plan.model.num_hidden_layers, plan.model.num_key_value_heads, plan.model.head_dim
-    pages = empty_pages(plan.device, layers, size, plan.page_size, kv_heads, head_dim, plan.dtype)
-    pages = prefill(plan, model, each_layer, prompts, table, pages)
+def initial_state(spec: RolloutSpec, pages: PageSpec, prompts: PromptBatch, start: Start, taken: Array) -> State:
+    """Return a state with every slot empty and `taken` pages given to prompts, which are yet to be prefilled."""
+    total = len(start.lengths)
+    slots, model = min(spec.slots, total), spec.model
     zeros = jnp.zeros(slots, jnp.int32)
-    empty = Slots(zeros + total, zeros, zeros, zeros, jnp.full((slots, plan.max_pages(width)), size, jnp.int32))
-    state = State(
-        pages=pages,
-        pool=cache.full_pool(size, taken),
-        slots=empty,
-        status=jnp.where(jnp.repeat(prompts.lengths, plan.group) > 0, WAITING, DONE),
-        tokens=jnp.zeros((total, plan.max_tokens), jnp.int32),
-        logprobs=jnp.zeros((total, plan.max_tokens), jnp.float32),
-        lengths=jnp.zeros(total, jnp.int32),
+    last = jnp.take_along_axis(start.tokens, jnp.maximum(start.lengths - 1, 0)[:, None], axis=1)[:, 0]
+    ended = jnp.isin(last, jnp.array(spec.stop_tokens)) & (start.lengths > 0) | (start.lengths == spec.max_tokens)
+    waits = (jnp.repeat(prompts.lengths, pages.group) > 0) & ~ended
+    sizes = (model.num_hidden_layers, pages.num_pages, spec.page_size, model.num_key_value_heads, model.head_dim)
+    return State(
+        pages=spec.cache.empty_pages(*sizes, spec.dtype),
+        pool=full_pool(pages.num_pages, taken),
+        slots=Slots(zeros + total, zeros, zeros, jnp.full((slots, pages.table_entries), pages.num_pages, jnp.int32)),
+        status=jnp.where(waits, WAITING, DONE),
+        tokens=start.tokens,
+        logprobs=start.logprobs,
+        lengths=start.lengths,
         ended=jnp.zeros(slots, bool),
         scheduled=jnp.bool(False),
-        steps=jnp.int32(0),
-        busy=jnp.int32(0),
+        counts=jnp.zeros(len(COUNTS), jnp.int32),
     )
-    return state, table
 
 
-def all_uniforms(plan: RolloutPlan, prompts: Prompts, key: Array) -> Float[Array, "B C"]:
-    """The random number of every token, which depends on nothing but the prompt's id, the member and the position."""
-    members = prompts.first_in_group[:, None] + jnp.arange(plan.group)
+def all_uniforms(spec: PageSpec, prompts: PromptBatch, key: Array) -> Float[Array, "B C"]:
+    """Draw the random number of every token, which depends on the prompt's uid, the member and the position alone."""
+    members = prompts.first_member[:, None] + jnp.arange(spec.group)
 
-    def one(prompt, member, position):
-        return jax.random.uniform(functools.reduce(jax.random.fold_in, (prompt, member, position), key))
+    def one(uid: Array, member: Array, position: Array) -> Array:
+        return jax.random.uniform(functools.reduce(jax.random.fold_in, (uid, member, position), key))
 
     of_positions = jax.vmap(one, in_axes=(None, None, 0))
     of_members = jax.vmap(of_positions, in_axes=(None, 0, None))
     of_prompts = jax.vmap(of_members, in_axes=(0, 0, None))
-    return of_prompts(prompts.ids, members, jnp.arange(plan.max_tokens)).reshape(-1, plan.max_tokens)
+    return of_prompts(prompts.uids, members, jnp.arange(spec.max_tokens)).reshape(-1, spec.max_tokens)
 
 
-def run_device(plan: RolloutPlan, weights: Params, prompts: Prompts, key: Array):
-    """One device's whole rollout -> tokens, log-probs, lengths, and [steps, busy] counts."""
-    model, each_layer = decoder(plan, weights)
-    state, table = start(plan, model, each_layer, prompts)
-    state = decode_all(plan, model, each_layer, prompts, all_uniforms(plan, prompts, key), table, state)
-    return state.tokens, state.logprobs, state.lengths, jnp.stack([state.steps, state.busy])[None]
+def run_device(
+    spec: RolloutSpec, weights: Params, prompts: PromptBatch, rows: PrefillRows, start: Start, key: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Run one device's whole rollout -> tokens, log-probs, lengths, and counts [1, 4]."""
+    count = len(prompts.lengths)
+    pages = spec.page_spec(count, len(start.lengths) // count)
+    prompt_table, taken = prompt_pages(pages, prompts)
+    state = initial_state(spec, pages, prompts, start, taken)
+    state = update(state, pages=prefill(spec, weights, rows, prompt_table, state.pages))
+    uniforms = all_uniforms(pages, prompts, key)
+    state = decode_all(spec, pages, weights, prompts, uniforms, prompt_table, state)
+    return state.tokens, state.logprobs, state.lengths, state.counts[None]
+
+
+def run_mesh(
+    spec: RolloutSpec, weights: Params, prompts: PromptBatch, rows: PrefillRows, start: Start, seed: Int[Array, "2"]
+) -> tuple[Array, Array, Array, Array]:
+    """Run every device's rollout of its share of the prompts."""
+    key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
+    own, whole = PartitionSpec(DATA), PartitionSpec()
+    generate = jax.shard_map(
+        functools.partial(run_device, spec),
+        mesh=spec.mesh,
+        in_specs=(whole, own, own, own, whole),
+        out_specs=own,
+        check_vma=False,
+    )
+    return jax.lax.with_sharding_constraint(generate(weights, prompts, rows, start, key), replicated(spec.mesh))
+
+
+@functools.cache
+def rollout_program(backend: Backend) -> jax.stages.Wrapped:
+    """Return the jitted `run_mesh` with the backend's compiler options."""
+    return jax.jit(run_mesh, static_argnums=0, compiler_options=dict(backend.compiler_options) or None)
+
+
+# The policy as it is decoded
 
 
 def decode_config(config: ModelConfig) -> ModelConfig:
-    """What is decoded: adapters are merged into their matrices, unless these are int8."""
+    """Return the config that is decoded: adapters are merged into their matrices, unless these are int8."""
     return config if config.int8 else dataclasses.replace(config, lora=None)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def decode_weights(plan: RolloutPlan, params: Params) -> Params:
-    """The policy laid out for decoding: in the compute dtype, whole on every device, its layers apart off the TPU."""
-    weights = in_dtype(params if plan.model == plan.policy else merge(plan.policy, params), plan.dtype)
-    if plan.layers_apart:
-        prepare = functools.partial(laid_out, before=layer_dims, after=dims_read) if plan.on_cpu else unchanged
-        layers = range(plan.model.num_hidden_layers)
-        apart = [prepare(jax.tree.map(lambda w, index=index: w[index], weights["layers"])) for index in layers]
-        weights = weights | {"layers": apart}
-    return jax.lax.with_sharding_constraint(weights, replicated(plan.mesh))
+def decode_weights(spec: RolloutSpec, params: Params) -> Params:
+    """Lay the policy out for decoding: in the compute dtype, whole on every device, its layers as the backend wants."""
+    weights = cast_weights(params if spec.model == spec.policy else merge_adapters(spec.policy, params), spec.dtype)
+    if spec.backend.unroll_layers:
+        layers = range(spec.model.num_hidden_layers)
+        unstacked = [jax.tree.map(lambda w, layer=layer: w[layer], weights["layers"]) for layer in layers]
+        weights = weights | {"layers": unstacked}
+    return jax.lax.with_sharding_constraint(weights, replicated(spec.mesh))
 
 
-def as_decoded(plan: RolloutPlan, params: Params) -> bool:
-    """Whether the policy is laid out for decoding as it is."""
-    if plan.layers_apart or plan.model != plan.policy:
+def is_decodable(spec: RolloutSpec, params: Params) -> bool:
+    """Tell if the policy is laid out for decoding as it is."""
+    if spec.backend.unroll_layers or spec.model != spec.policy:
         return False
-    return all(x.dtype == plan.dtype and x.is_fully_replicated for x in jax.tree.leaves(params))
+    return all(x.dtype == spec.dtype and x.is_fully_replicated for x in jax.tree.leaves(params))
 
 
-def shared_by_host(mesh: Mesh, weights: Params) -> Params:
-    """Replicated arrays of virtual CPU devices -> the same in one place, which caches hold once.
-
-    NumPy shows an array's own memory, and so does an array made of that.
-    """
-    return put(mesh, jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), weights), replicated(mesh))
+# The host's side
 
 
-def run_mesh(plan: RolloutPlan, weights: Params, prompts: Prompts, seed: Int[Array, "2"]):
-    """Every device's rollout of its share of the prompts."""
-    key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
-    rows, whole = PartitionSpec(DATA), PartitionSpec()
-    roll = jax.shard_map(
-        functools.partial(run_device, plan),
-        mesh=plan.mesh,
-        in_specs=(whole, rows, whole),
-        out_specs=rows,
-        check_vma=False,
-    )
-    return jax.lax.with_sharding_constraint(roll(weights, prompts, key), replicated(plan.mesh))
-
-
-@functools.cache
-def rollout_program(platform: str) -> jax.stages.Wrapped:
-    """`run_mesh` as a platform that has been started compiles it; one per process, as it keeps its programs."""
-    options = known_options(WIDE_VECTORS) if platform == "cpu" else None
-    return jax.jit(run_mesh, static_argnums=0, compiler_options=options)
-
-
-def spread(prompts: list[list[int]], ids: list[int], group: int, devices: int, width: int) -> tuple[Prompts, int]:
-    """Rows that the devices divide, by splitting groups or adding empty prompts, and the group each row then has."""
+def deal_prompts(
+    spec: RolloutSpec, prompts: list[list[int]], uids: list[int], group: int
+) -> tuple[PromptBatch, PrefillRows, int]:
+    """Deal prompts to devices by splitting groups or adding empty prompts -> prompts, their rows, a row's group."""
+    devices = spec.mesh.size
     splits = [k for k in range(1, group + 1) if group % k == 0]
     split = next((k for k in splits if len(prompts) * k % devices == 0), 1)
-    rows = len(prompts) * split + (-len(prompts) * split) % devices
-    tokens = np.zeros((rows, width), np.int32)
-    lengths, names, first = (np.zeros(rows, np.int32) for _ in range(3))
+    count = len(prompts) * split + (-len(prompts) * split) % devices
+    tokens = np.zeros((count, spec.prompt_width), np.int32)
+    lengths, names, first = (np.zeros(count, np.int32) for _ in range(3))
     for row in range(len(prompts) * split):
         prompt = prompts[row // split]
         tokens[row, : len(prompt)] = prompt
-        lengths[row], names[row], first[row] = len(prompt), ids[row // split], row % split * (group // split)
-    return Prompts(tokens, lengths, names, first), group // split
+        lengths[row], names[row], first[row] = len(prompt), uids[row // split], row % split * (group // split)
+    batch = PromptBatch(tokens, lengths, names, first)
+    rows = [
+        pack_prompts(spec, *device)
+        for device in zip(np.split(tokens, devices), np.split(lengths, devices), strict=True)
+    ]
+    return batch, jax.tree.map(lambda *parts: np.concatenate(parts), *rows), group // split
 
 
-class Roller:
-    """Generates completions with one set of settings; programs are compiled once per shape.
+def pack_prompts(spec: RolloutSpec, tokens: Int[np.ndarray, "P T"], lengths: Int[np.ndarray, " P"]) -> PrefillRows:
+    """Pack one device's prompts, without their last tokens, into rows of whole pages: first fit, longest first."""
+    page, width = spec.page_size, spec.prompt_width
+    chunk = min(PREFILL_ROWS, len(lengths))
+    count = -(-len(lengths) // chunk) * chunk
+    packed, positions, segments = (np.zeros((count, width), np.int32) for _ in range(3))
+    prompt, entry = np.full((count, width // page), len(lengths), np.int32), np.zeros((count, width // page), np.int32)
+    used = np.zeros(count, np.int64)
+    for one in np.argsort(-lengths, kind="stable"):
+        cached = max(0, int(lengths[one]) - 1)
+        pages = -(-cached // page)
+        row = int(np.argmax(used + pages * page <= width))
+        at, first = int(used[row]), int(used[row]) // page
+        packed[row, at : at + cached], positions[row, at : at + cached] = tokens[one, :cached], np.arange(cached)
+        segments[row, at : at + cached] = 1 + first
+        prompt[row, first : first + pages], entry[row, first : first + pages] = one, np.arange(pages)
+        used[row] += pages * page
+    chunks = np.array([-(-np.count_nonzero(used) // chunk)], np.int32)
+    return PrefillRows(packed, positions, segments, prompt, entry, chunks)
 
-    With `spread_cpu`, a mesh of one CPU device has completions of small models decoded on the virtual devices beside it
-    too, LEAST_BATCH or more on each, unless the pool's size is given, which is a device's.
-    """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        mesh: Mesh,
-        dtype: Any,
-        options: RolloutOptions,
-        num_tokens: int,
-        stop_tokens: tuple[int, ...],
-        watch: Callable[[Any, Any, Any], None] | None = None,
-        pool_limit: int = 0,
-        spread_cpu: bool = False,
-    ):
-        self.spread_cpu = spread_cpu
-        model = decode_config(config)
-        self.plan = RolloutPlan(
-            policy=config,
-            model=model,
-            graph=abstract_params(model)[0],
-            mesh=mesh,
-            dtype=dtype,
-            sampler=Sampler(options.temperature, options.top_k, options.top_p, options.min_p),
-            num_tokens=num_tokens,
-            stop_tokens=stop_tokens,
-            group=1,
-            max_tokens=options.max_completion_length,
-            page_size=options.page_size,
-            slots=options.slots,
-            pool_pages=options.pool_pages,
-            pool_limit=pool_limit,
-            watch=watch,
-        )
+def no_start(spec: RolloutSpec, total: int) -> Start:
+    """Return the start of completions that have no tokens yet."""
+    zeros = np.zeros((total, spec.max_tokens), np.int32)
+    return Start(zeros, zeros.astype(np.float32), np.zeros(total, np.int32))
 
-    def mesh_for(self, weight_bytes: int, completions: int) -> Mesh:
-        """Where so many completions are decoded with weights of this size."""
-        spread_out = self.spread_cpu and weight_bytes <= CACHED_BYTES and not self.plan.pool_pages
-        return worker_mesh(self.plan.mesh, completions // LEAST_BATCH) if spread_out else self.plan.mesh
+
+def make_rollout(spec: RolloutSpec, total: int, slots: int, outs: tuple[np.ndarray, ...]) -> Rollout:
+    """Collect a program's results of the first `total` completions."""
+    tokens, logprobs, lengths = (x[:total] for x in outs[:3])
+    last = np.take_along_axis(tokens, np.maximum(lengths[:, None] - 1, 0), axis=1)[:, 0]
+    counts = dict(zip(COUNTS, outs[3].T, strict=True))
+    return Rollout(
+        tokens=tokens,
+        logprobs=logprobs,
+        lengths=lengths,
+        stopped=np.isin(last, spec.stop_tokens),
+        decode_steps=int(counts["steps"].max()),
+        occupancy=float(counts["busy"].sum() / max(1, counts["steps"].sum() * slots)),
+        preempted=int(counts["preempted"].sum()),
+        refilled=int(counts["refilled"].sum()),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """Generates completions with one spec; its program is compiled once for every number of prompts."""
+
+    spec: RolloutSpec
 
     def __call__(
-        self, params: Params, prompts: list[list[int]], ids: list[int], group: int, seed: tuple[int, int]
+        self,
+        params: Params,
+        prompts: list[list[int]],
+        uids: list[int],
+        group: int,
+        seed: tuple[int, int],
+        start: Start | None = None,
     ) -> Rollout:
-        """`group` completions of each prompt (token ids, at least one each).
+        """Sample `group` completions of each prompt (token ids, at least one each).
 
-        `seed` is the run's seed and the step; `ids` name the prompts: together they fix the random numbers.
+        `seed` is the run's seed and the step; `uids` name the prompts: together they fix the random numbers. `start`
+        has tokens [P*group, C] that completions continue from.
         """
-        weights = params if as_decoded(self.plan, params) else decode_weights(self.plan, params)
-        mesh = self.mesh_for(sum(x.nbytes for x in jax.tree.leaves(weights)), len(prompts) * group)
-        weights = shared_by_host(mesh, weights) if self.plan.on_cpu and mesh.size > 1 else weights
-        width = -(-max(map(len, prompts)) // self.plan.page_size) * self.plan.page_size
-        rows, row_group = spread(prompts, ids, group, mesh.size, width)
-        plan = dataclasses.replace(self.plan, group=row_group, mesh=mesh)
-        device_rows = put(mesh, rows, by_sequence(mesh))
-        seed_rows = put(mesh, np.array(seed, np.int32), replicated(mesh))
-        outs = launch(rollout_program(plan.device.platform), plan, weights, device_rows, seed_rows)
-        tokens, logprobs, lengths, counts = map(np.asarray, outs)
-        total = len(prompts) * group
-        tokens, logprobs, lengths = tokens[:total], logprobs[:total], lengths[:total]
-        last = np.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
-        slots = min(plan.slots, rows.tokens.shape[0] * row_group // mesh.size)
-        return Rollout(
-            tokens=tokens,
-            logprobs=logprobs,
-            lengths=lengths,
-            stopped=np.isin(last, plan.stop_tokens),
-            decode_steps=int(counts[:, 0].max()),
-            occupancy=float(counts[:, 1].sum() / max(1, counts[:, 0].sum() * slots)),
-        )
+        spec, total = self.spec, len(prompts) * group
+        weights = params if is_decodable(spec, params) else decode_weights(spec, params)
+        batch, rows, row_group = deal_prompts(spec, prompts, uids, group)
+        count = len(batch.lengths) * row_group
+        given = no_start(spec, count)
+        if start is not None:
+            given = jax.tree.map(lambda blank, own: np.concatenate([own, blank[total:]]), given, start)
+        inputs = put(spec.mesh, (batch, rows, given), by_sequence(spec.mesh))
+        key = put(spec.mesh, np.array(seed, np.int32), replicated(spec.mesh))
+        outs = rollout_program(spec.backend)(spec, weights, *inputs, key)
+        slots = min(spec.slots, count // spec.mesh.size)
+        return make_rollout(spec, total, slots, tuple(map(np.asarray, outs)))
+
+
+def rollout_spec(
+    config: ModelConfig,
+    mesh: Mesh,
+    backend: Backend,
+    dtype: Any,
+    options: RolloutOptions,
+    prompt_tokens: int,
+    num_tokens: int,
+    stop_tokens: tuple[int, ...],
+) -> RolloutSpec:
+    """Return the spec of a rollout with these options."""
+    return RolloutSpec(
+        policy=config,
+        mesh=mesh,
+        backend=backend,
+        dtype=jnp.dtype(dtype),
+        sampler=Sampler(options.temperature, options.top_k, options.top_p, options.min_p),
+        num_tokens=num_tokens,
+        stop_tokens=stop_tokens,
+        prompt_tokens=prompt_tokens,
+        max_tokens=options.max_completion_length,
+        page_size=options.page_size,
+        slots=options.slots,
+        pool_pages=options.pool_pages,
+    )

@@ -22,16 +22,11 @@ class Sampler:
     top_p: float = 1.0
     min_p: float = 0.0
 
-    @property
-    def truncates(self) -> bool:
-        """Whether some tokens are never sampled, so that samples are biased against the recorded log-probs."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-
 
 def sample(
     sampler: Sampler, logits: Float[Array, "B V"], uniforms: Float[Array, "B"]
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """A token per row, and its log-prob under softmax(logits / temperature) before any truncation.
+    """Sample a token per row, with its log-prob under softmax(logits / temperature) before any truncation.
 
     `logits` hold -inf where there is no token. Greedy rows report the log-prob at temperature 1.
     """
@@ -47,7 +42,7 @@ def sample(
 
 
 def truncate(sampler: Sampler, probs: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    """Zeroes what top-k, then top-p, then min-p leave out; `probs` are relative to their row's maximum of 1.
+    """Zero what top-k, then top-p, then min-p leave out; `probs` are relative to their row's maximum of 1.
 
     Each keeps the tokens at or above a limit. Those of top-k and top-p are bisected, as sorting takes longer. Equals of
     the k-th token are all kept; top-p may count some of them only.
@@ -64,7 +59,7 @@ def truncate(sampler: Sampler, probs: Float[Array, "B V"]) -> Float[Array, "B V"
 
 
 def likeliest_blocks(probs: Float[Array, "B V"], k: int) -> Float[Array, "B N"]:
-    """The k blocks of the vocabulary with the likeliest tokens, or all: they hold k that none elsewhere exceeds."""
+    """Take the k blocks of the vocabulary with the likeliest tokens, or all: none elsewhere exceeds theirs."""
     blocks = in_blocks(probs)
     if k >= blocks.shape[1]:
         return probs
@@ -73,12 +68,12 @@ def likeliest_blocks(probs: Float[Array, "B V"], k: int) -> Float[Array, "B N"]:
 
 
 def top_k_limit(probs: Float[Array, "B N"], k: int) -> Float[Array, "B"]:
-    """The k-th largest, or 0 if there are fewer."""
+    """Return the k-th largest, or 0 if there are fewer."""
     return bisect(lambda limit: (probs >= limit).sum(axis=-1) >= k, len(probs))
 
 
 def top_p_limit(probs: Float[Array, "B N"], p: float) -> Float[Array, "B"]:
-    """The least probability in the smallest set of likeliest tokens that holds p of the mass (arXiv:1904.09751)."""
+    """Return the least probability in the smallest set of tokens that holds p of the mass (arXiv:1904.09751)."""
 
     def mass(limit):
         return jnp.where(probs >= limit, probs, 0).sum(axis=-1)
@@ -88,7 +83,7 @@ def top_p_limit(probs: Float[Array, "B N"], p: float) -> Float[Array, "B"]:
 
 
 def bisect(holds: Callable[[Float[Array, "B 1"]], Bool[Array, "B"]], rows: int) -> Float[Array, "B"]:
-    """The largest float32 in [0, 1], for each row, for which `holds`; it holds from 0 up to some number.
+    """Find the largest float32 in [0, 1], for each row, for which `holds`; it holds from 0 up to some number.
 
     Such numbers are ordered like their bits, which are found one by one, the first two of 32 being 0.
     """
@@ -102,13 +97,13 @@ def bisect(holds: Callable[[Float[Array, "B 1"]], Bool[Array, "B"]], rows: int) 
 
 
 def first_past(cumulative: Float[Array, "B N"], target: Float[Array, "B"]) -> Int[Array, "B"]:
-    """Index of the first entry greater than `target`, at most that of the first to reach the final sum."""
+    """Return the first index whose cumulative sum exceeds target, at most the last index with probability mass."""
     past = jnp.sum(cumulative <= target[:, None], axis=-1)
     return jnp.minimum(past, jnp.sum(cumulative < cumulative[:, -1:], axis=-1))
 
 
 def in_blocks(probs: Float[Array, "B V"]) -> Float[Array, "B N S"]:
-    """The vocabulary cut into blocks, the last one filled with zeros."""
+    """Cut the vocabulary into blocks, the last one filled with zeros."""
     rows, vocab = probs.shape
     divisor = math.gcd(vocab, CDF_BLOCK)
     size = divisor if divisor >= LEAST_BLOCK else CDF_BLOCK
@@ -116,12 +111,12 @@ def in_blocks(probs: Float[Array, "B V"]) -> Float[Array, "B N S"]:
 
 
 def running_sums(blocks: Float[Array, "B N S"]) -> Float[Array, "B N"]:
-    """Of all numbers up to each block's last; the pass over the vocabulary that every use of the same blocks shares."""
+    """Sum all numbers up to each block's last: the one pass over the vocabulary that uses of the same blocks share."""
     return jnp.cumsum(blocks.sum(axis=-1), axis=-1)
 
 
 def invert_cdf(probs: Float[Array, "B V"], uniforms: Float[Array, "B"]) -> Int[Array, "B"]:
-    """The token where the row's running sum of unnormalised `probs` passes uniform * total; never one of 0."""
+    """Return the token where the row's running sum of unnormalised `probs` passes uniform * total; never one of 0."""
     blocks = in_blocks(probs)
     cumulative = running_sums(blocks)
     target = uniforms * cumulative[:, -1]

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from .hopper import IN_TILES, ROWS, TILE_LANES, is_hopper, load
+from .hopper import IN_TILES, ROWS, TILE_LANES, load
 
 COLUMNS = TILE_LANES
 """Columns of one product."""
@@ -24,9 +24,9 @@ DEPTH, BUFFERS = 128, 4
 """What is summed over at a time, and how many such blocks of the operands shared memory holds: 192 KB."""
 
 
-def fits(device: Any, rows: int, depth: int, dtype: Any) -> bool:
-    """Whether the kernels are for this GPU and for products of so many rows, each a sum over `depth` numbers."""
-    return is_hopper(device) and rows <= ROWS and depth % DEPTH == 0 and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+def takes(rows: int, depth: int, dtype: Any) -> bool:
+    """Tell if the kernels are for matmuls of `rows` tokens that each sum over `depth` numbers."""
+    return rows <= ROWS and depth % DEPTH == 0 and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
 @dataclasses.dataclass(frozen=True)
