@@ -24,10 +24,6 @@ from minigrpo.runtime.mesh import by_sequence, put, replicated
 SEQUENCES_PER_ROW = 8
 """Most sequences that share a row."""
 
-SHARED_CAPACITY = 0.75
-"""Packed tokens of a prefix-shared micro-batch, as a share of its rows' positions."""
-
-
 PREFIX_DIVISOR = 4
 """Shared prompts take at most one in so many of the packed tokens, as each copy's gradient is gathered."""
 
@@ -85,10 +81,15 @@ class PackingSpec:
         return self.prompt_tokens + self.completion_tokens
 
     @property
+    def packed_share(self) -> float:
+        """Packed tokens per position of a row, at full length: less than 1 where a group shares its prompt."""
+        shared = self.prompt_tokens + self.group * self.completion_tokens
+        return shared / (self.group * self.row_tokens) if self.share_prefixes else 1.0
+
+    @property
     def packed_tokens(self) -> int:
         """Tokens that the layers compute in a device's micro-batch."""
-        share = SHARED_CAPACITY if self.share_prefixes else 1
-        return max(self.row_tokens, int(share * self.rows * self.row_tokens))
+        return max(self.row_tokens, int(self.packed_share * self.rows * self.row_tokens))
 
     @property
     def full_sequences(self) -> int:
@@ -103,8 +104,9 @@ class PackingSpec:
 
     @property
     def loss_tokens(self) -> int:
-        """Most completion tokens of a device's micro-batch."""
-        return self.packed_tokens * self.completion_tokens // self.row_tokens
+        """Most completion tokens of a device's micro-batch: as many as there are at full length."""
+        completions = self.completion_tokens * (self.group if self.share_prefixes else 1)
+        return self.packed_tokens * completions // (self.prompt_tokens + completions)
 
     def sequences(self, count: int) -> int:
         """Return the most sequences of a device's micro-batch, in a batch of `count`."""
@@ -363,9 +365,10 @@ def pack(spec: PackingSpec, prompts: list[list[int]], batch: Batch) -> PackedBat
     layout = (1, spec.packed_tokens) if spec.share_prefixes else (spec.rows, spec.row_tokens)
     for name in ("tokens", "position_ids"):
         arrays[name] = arrays[name].reshape(*arrays[name].shape[:2], *layout)
-    segments = arrays.pop("segment_ids") if spec.sequences_per_row > 1 else None
+    segments = arrays.pop("segment_ids")
     used = np.int32(max(1, *map(len, devices)))
     in_order = take_in_order(batch, arrays["order"])
+    segments = segments if spec.sequences_per_row > 1 else None
     return PackedBatch(in_order, segment_ids=segments, shared_prefix=shared, micro_batches=used, **arrays)
 
 

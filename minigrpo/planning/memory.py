@@ -3,6 +3,7 @@
 The TPU's own needs are the compiler's word (`minigrpo.plan`).
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -113,12 +114,13 @@ def fitting_rows(spec: RunSpec) -> int:
     return max(1, int(activation_budget(spec) // activation_bytes(spec, longest(spec))))
 
 
-def micro_batch_rows(spec: RunSpec, sequences: int) -> int:
+def micro_batch_rows(spec: RunSpec, packing: PackingSpec, sequences: int) -> int:
     """Return --gradient_accumulation_steps as rows of a micro-batch; auto keeps a device busy within its memory."""
     flag, own = spec.settings.steps.gradient_accumulation_steps, -(-sequences // spec.mesh.size)
     if flag == "auto":
-        busy = max(1, round(spec.backend.micro_batch_tokens / longest(spec)))
-        return min(own, busy, fitting_rows(spec))
+        row_tokens = packing.packed_share * packing.row_tokens
+        busy = max(1, round(spec.backend.micro_batch_tokens / row_tokens))
+        return min(own, busy, int(fitting_rows(spec) / packing.packed_share))
     if not flag.isdigit() or int(flag) < 1:
         raise UsageError(f"--gradient_accumulation_steps={flag}: must be auto or a whole number of at least 1")
     return -(-own // int(flag))
@@ -127,15 +129,16 @@ def micro_batch_rows(spec: RunSpec, sequences: int) -> int:
 def packing_spec(spec: RunSpec, sequences: int, group: int) -> PackingSpec:
     """Return the fixed shape of micro-batches for updates on so many sequences."""
     share = {"auto": spec.backend.share_prefixes, "true": True, "false": False}[spec.settings.steps.share_prompts]
-    return PackingSpec(
+    packing = PackingSpec(
         devices=spec.mesh.size,
-        rows=micro_batch_rows(spec, sequences),
+        rows=1,
         prompt_tokens=spec.settings.data.max_prompt_length,
         completion_tokens=spec.settings.rollout.max_completion_length,
         group=group,
         sequences_per_row=SEQUENCES_PER_ROW if packs(spec) else 1,
         share_prefixes=share and packs(spec) and group > 1,
     )
+    return dataclasses.replace(packing, rows=micro_batch_rows(spec, packing, sequences))
 
 
 # The rollout
