@@ -35,6 +35,10 @@ class PagedCache:
     """(pages, layer, page [B,M], k [B,T,K,H], v [B,T,K,H]) -> pages, T being M whole pages."""
     attend: Callable[..., Array]
     """As `paged_attention`, for pages known to fit."""
+    page_bytes: int = 0
+    """Largest page of one layer; 0 is no limit."""
+    table_bytes: int = 0
+    """Largest page table of all slots; 0 is no limit."""
 
     def empty_pages(
         self, layers: int, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: Any

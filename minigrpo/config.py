@@ -19,7 +19,7 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 LARGEST_SEED = 2**31 - 1
 LARGEST_RANK = 4096
-MOST_TOKENS, LARGEST_PAGE, MOST_PAGES = 2**20, 4096, 2**24
+MOST_TOKENS, LARGEST_PAGE, MOST_PAGES, MOST_SLOTS = 2**20, 4096, 2**24, 2**16
 """Of a prompt or a completion, beyond any model's context; of a page; and pages, a thousand million tokens in all."""
 
 
@@ -136,10 +136,22 @@ class RolloutOptions(Options):
     top_p: float = option(1.0, "keep the likeliest tokens that hold this much probability", above=0.0, high=1.0)
     min_p: float = option(0.0, "drop tokens less likely than min_p times the likeliest", low=0.0, high=1.0)
     page_size: int = option(64, "tokens per page of the KV cache", low=1, high=LARGEST_PAGE)
-    slots: int = option(64, "most completions decoded at once per device", low=1)
+    slots: str = option(
+        "auto", "most completions decoded at once per device; auto is all of a step's, where memory allows"
+    )
     pool_pages: int = option(
         0, "pages of KV cache per device; 0 is enough for every slot at full length", low=0, high=MOST_PAGES
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.slots != "auto" and not (self.slots.isdigit() and 1 <= int(self.slots) <= MOST_SLOTS):
+            raise UsageError(f"--slots={self.slots}: must be auto or a whole number from 1 to {MOST_SLOTS}")
+
+    @property
+    def slot_limit(self) -> int:
+        """Most slots; 0 is as many as memory allows."""
+        return 0 if self.slots == "auto" else int(self.slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,6 +369,8 @@ class PlanOptions(Options):
         "v6e:2x4", "TPU generation and chips: v6e:2x4, v5e:4x4, v5p:2x2x1; or each GPU's memory: gpu:80GB"
     )
     mesh: str = option("4,2", "FSDP,TP mesh")
+    eval_steps: int = option(0, "plan the evaluation of such a run too; 0 means it has none", low=0)
+    eval_size: int = option(500, "held-out prompts per evaluation", low=1)
 
 
 @dataclasses.dataclass(frozen=True)

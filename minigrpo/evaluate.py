@@ -28,8 +28,8 @@ from minigrpo.model.params import Params
 from minigrpo.planning.memory import device_share_bytes, pool_limit
 from minigrpo.runtime.run_folder import write_lines
 
-QUEUE = 2
-"""Prompts prefilled per slot."""
+QUEUE, QUEUE_SLOTS = 2, 64
+"""Prompts prefilled per slot, and the slots that are counted with where --slots is auto."""
 
 Z95 = 1.96
 """Standard errors on either side of a 95 % interval."""
@@ -52,18 +52,28 @@ def interval(share: float, count: int) -> tuple[float, float]:
     return (centre - half) / (1 + Z95**2 / count), (centre + half) / (1 + Z95**2 / count)
 
 
+def greedy_options(options: RolloutOptions) -> RolloutOptions:
+    """Return options for greedy answers, with all of the distribution and the pool that memory allows."""
+    return dataclasses.replace(options, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, pool_pages=0)
+
+
+def prompts_per_rollout(problems: int, slots: int, devices: int) -> int:
+    """Return the prompts of each of the equal rollouts that ask `problems`, QUEUE times the slots at most."""
+    rounds = -(-problems // (QUEUE * slots * devices))
+    return -(-problems // rounds)
+
+
 def ask(
-    built: Build, params: Params, problems: Prompts, decoding: RolloutOptions, samples: int, seed: int
+    built: Build, params: Params, problems: Prompts, decoding: RolloutOptions, samples: int, seed: int, resident: int
 ) -> tuple[list[str], Int[np.ndarray, " B"]]:
     """Sample `samples` answers to every problem, those of one problem adjacent -> texts and lengths in tokens.
 
-    They are asked in rollouts of equal size, the last one filled up with the first problem, so that no device holds
-    more prompts than QUEUE times its slots and one program serves all.
+    They are asked in rollouts of equal size, the last one filled up with the first problem, so that one program serves
+    all. `resident` bytes stay on each device meanwhile.
     """
     spec = built.spec
-    generator = make_generator(spec, decoding, pool_limit(spec, device_share_bytes(params)))
-    rounds = -(-len(problems) // (QUEUE * decoding.slots * spec.mesh.size))
-    size = -(-len(problems) // rounds)
+    generator = make_generator(spec, decoding, pool_limit(spec, resident))
+    size = prompts_per_rollout(len(problems), decoding.slot_limit or QUEUE_SLOTS, spec.mesh.size)
     answers: list[list[int]] = []
     for start in range(0, len(problems), size):
         own = list(range(start, min(start + size, len(problems))))
@@ -128,9 +138,11 @@ def figures(grades: Grades) -> dict[str, float]:
     return {"accuracy": float(grades.flexible.mean()), "strict_accuracy": float(grades.strict.mean())} | several
 
 
-def accuracy(built: Build, params: Params, problems: Prompts, decoding: RolloutOptions) -> dict[str, float]:
-    """Share of the problems that are answered rightly, one answer each; "dropped" counts those too long to ask."""
-    texts, lengths = ask(built, params, problems, decoding, 1, 0)
+def accuracy(
+    built: Build, params: Params, problems: Prompts, decoding: RolloutOptions, resident: int
+) -> dict[str, float]:
+    """Return the share of the problems that are answered rightly, one answer each; "dropped" were too long to ask."""
+    texts, lengths = ask(built, params, problems, decoding, 1, 0, resident)
     counts = {"problems": len(problems), "dropped": problems.dropped, "mean_length": float(lengths.mean())}
     return figures(grade(texts, problems)) | counts
 
@@ -139,7 +151,9 @@ def evaluate(built: Build, problems: Prompts, decoding: RolloutOptions) -> tuple
     """One model's figures with their interval, and a line for every answer."""
     options, name = built.settings.evaluate, built.settings.model.model
     started = time.perf_counter()
-    texts, lengths = ask(built, built.load(options.seed), problems, decoding, options.num_generations, options.seed)
+    params = built.load(options.seed)
+    resident = device_share_bytes(params)
+    texts, lengths = ask(built, params, problems, decoding, options.num_generations, options.seed, resident)
     grades = grade(texts, problems)
     result: dict[str, Any] = {"model": name, **figures(grades), "problems": len(problems)}
     result |= {"interval": interval(result["accuracy"], len(problems)), "dropped": problems.dropped}

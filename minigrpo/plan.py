@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +22,33 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from minigrpo.build import DEFAULT_MODEL, Programs, check_lora, check_loss, check_quantize
-from minigrpo.config import (
-    DataOptions,
-    LoraOptions,
-    LossOptions,
-    ModelOptions,
-    OptimizerOptions,
-    RolloutOptions,
-    Settings,
-    StepOptions,
-    UsageError,
-    parse_mesh,
-    run_command,
-)
+from minigrpo.build import DEFAULT_MODEL, TINY, check_lora, check_loss, check_quantize, grpo_update_spec, make_generator
+from minigrpo.config import RolloutOptions, Settings, UsageError, parse_mesh, run_command
 from minigrpo.data.chat import load_tokenizer
-from minigrpo.grpo import update as grpo
-from minigrpo.grpo.batch import lay_out
+from minigrpo.evaluate import QUEUE_SLOTS, greedy_options, prompts_per_rollout
+from minigrpo.grpo.batch import Batch, PackedBatch, PackingSpec, pack
 from minigrpo.grpo.optimizer import TrainState, apply_gradients
+from minigrpo.grpo.update import UpdateSpec, batch_logprobs, gradients
+from minigrpo.kernels import gpu as gpu_kernels
+from minigrpo.kernels.backend import backend_for
 from minigrpo.model.hub import placed
 from minigrpo.model.lora import make_lora
-from minigrpo.model.qwen import ModelConfig, abstract_params, join, parse_config, read_config, split_trained
-from minigrpo.planning import gpu as budget
+from minigrpo.model.params import ModelConfig, join, split_trainable
+from minigrpo.model.qwen import abstract_params, parse_config, read_config
+from minigrpo.model.weights import BUILTIN
 from minigrpo.planning import hlo, memory
-from minigrpo.planning.cost import Counted, Phase, Work, bytes_on_chip
-from minigrpo.planning.gpu import GpuPrograms, parse_card
-from minigrpo.rollout.generator import RolloutPlan, decode_weights, least_pages, num_pages, rollout_program, spread
+from minigrpo.planning.cost import Counted, Phase, Work
+from minigrpo.planning.memory import abstract_share_bytes
+from minigrpo.planning.run_spec import RunSpec
+from minigrpo.rollout.generator import RolloutSpec, deal_prompts, decode_weights, no_start, rollout_program
 from minigrpo.runtime.chips import CHIPS, GIB, Chip
 from minigrpo.runtime.mesh import arrange, by_sequence, check_divisible, replicated
 
 FAMILIES = Path(__file__).parent / "builtin" / "families.json"
 
+SECTIONS = ("model", "lora", "data", "rollout", "loss", "optimizer", "steps", "plan")
 
-SECTIONS = (
-    ModelOptions, LoraOptions, DataOptions, RolloutOptions, LossOptions, OptimizerOptions, StepOptions, PlanOptions,
-)  # fmt: skip
+GPU = "gpu"
 
 
 # The pieces of a plan
@@ -102,100 +95,142 @@ def topology_mesh(name: str, mesh_flag: str) -> Mesh:
 
 
 def known_model(name: str) -> tuple[ModelConfig, int]:
-    """Config and number of real tokens of a folder's or a published model, without network."""
-    if Path(name).is_dir():
-        config = read_config(Path(name) / "config.json")
-        return config, min(load_tokenizer(Path(name)).num_tokens, config.vocab_size)
+    """Return config and number of real tokens of a folder's, a built-in or a published model, without network."""
+    folder = BUILTIN.get(name, Path(name))
+    if folder.is_dir():
+        config = read_config(folder / "config.json")
+        return config, min(load_tokenizer(folder).num_tokens, config.vocab_size)
     families = json.loads(FAMILIES.read_text())
     base = re.sub(r"-(Base|Instruct)$", "", name)
     if base not in families:
-        raise UsageError(f"--model={name}: neither a folder nor one of {', '.join(families)}")
+        raise UsageError(f"--model={name}: neither a folder nor one of {', '.join([TINY, *families])}")
     return parse_config(families[base], str(FAMILIES)), families[base]["num_tokens"]
 
 
 def virtual_mesh(mesh_flag: str) -> Mesh:
-    """Virtual CPU devices that stand for cards."""
+    """Return a mesh of virtual CPU devices in place of cards."""
     fsdp, tp = parse_mesh(mesh_flag)
     jax.config.update("jax_num_cpu_devices", fsdp * tp)
-    return arrange(jax.devices(), fsdp, tp)
+    return arrange(jax.devices()[: fsdp * tp], fsdp, tp)
 
 
-def make_programs(settings: Settings) -> tuple[Programs, Chip]:
-    """What `train` would run on the topology, and the chip it is made of."""
-    options, wanted = settings[ModelOptions], settings[PlanOptions]
-    name = DEFAULT_MODEL if options.model == "auto" else options.model
-    dtype = "bfloat16" if options.compute_dtype == "auto" else options.compute_dtype
-    on_gpu = wanted.topology.startswith("gpu:")
-    chip = parse_card(wanted.topology) if on_gpu else find_chip(wanted.topology)
-    config, num_tokens = known_model(name)
-    config = dataclasses.replace(config, lora=make_lora(settings[LoraOptions]), int8=options.quantize == "int8")
-    mesh = virtual_mesh(wanted.mesh) if on_gpu else topology_mesh(wanted.topology, wanted.mesh)
-    check_divisible(config.sizes, mesh)
-    check_loss(settings[LossOptions], settings[RolloutOptions])
-    check_lora(settings, config)
-    check_quantize(config)
-    if dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")
-    parts = settings, config, abstract_params(config)[0], mesh, jnp.dtype(dtype), num_tokens, (num_tokens - 1,)
-    return GpuPrograms(*parts, int(chip.hbm_gib)) if on_gpu else Programs(*parts), chip
+def parse_card(topology: str) -> Chip:
+    """Parse 'gpu:80GB' into a card of 80 GiB whose speed is not known; UsageError for another form."""
+    found = re.fullmatch(r"gpu:([1-9]\d{0,3})GB", topology)
+    if not found:
+        raise UsageError(f"--topology={topology}: a GPU is written with its memory: gpu:80GB")
+    return Chip("GPU", float(found[1]), 0.0, 0.0, 0.0)
 
 
 def find_chip(topology: str) -> Chip:
-    """The table's chip; UsageError for an unknown one."""
+    """Return the chip of a topology; UsageError for an unknown one."""
     kind = topology.partition(":")[0]
+    if kind == GPU:
+        return parse_card(topology)
     if kind not in CHIPS:
-        raise UsageError(
-            f"--topology={topology}: must be one of {', '.join(CHIPS)} and its chips, such as v6e:2x4, or gpu:80GB"
-        )
+        raise UsageError(f"--topology={topology}: unknown; try v6e:2x4, another of {', '.join(CHIPS)}, or gpu:80GB")
     return CHIPS[kind]
 
 
-def placed_params(programs: Programs, dtype: Any) -> tuple[Any, Any]:
-    """What is trained, in float32, and what is not, in `dtype`."""
-    trained = split_trained(programs.config, abstract_params(programs.config)[1])[0]
-    frozen = split_trained(programs.config, abstract_params(programs.config, dtype)[1])[1]
-    return placed(programs.mesh, trained), placed(programs.mesh, frozen)
-
-
-def placed_state(programs: Programs, trainer: grpo.Trainer) -> TrainState:
-    def make(params):
-        return TrainState(params, trainer.optimizer.init(params), jnp.int32(0))
-
-    return placed(programs.mesh, jax.eval_shape(make, placed_params(programs, programs.dtype)[0]))
-
-
-def placed_reference(programs: Programs) -> Any:
-    """The reference: the model in the compute dtype, or the base with adapters that change nothing."""
-    if programs.config.lora:
-        return join(*placed_params(programs, programs.dtype))
-    return placed(programs.mesh, abstract_params(programs.config, programs.dtype)[1])
-
-
-def placed_batch(programs: Programs, trainer: grpo.Trainer, rows: int) -> grpo.Batch:
-    """A batch of `rows` sequences as training lays it out, of the shapes it has when all are of full length.
-
-    They share no prompt, so that their tokens are the most there can be.
-    """
-    prompt = programs.settings[DataOptions].max_prompt_length
-    completion = programs.settings[RolloutOptions].max_completion_length
-    full = grpo.Batch(
-        tokens=np.tile(np.arange(rows, dtype=np.int32)[:, None], prompt + completion),
-        prompt_lengths=np.full(rows, prompt, np.int32),
-        completions=np.ones((rows, completion), np.int32),
-        completion_lengths=np.full(rows, completion, np.int32),
-        advantages=np.zeros(rows, np.float32),
-        rollout_logprobs=np.zeros((rows, completion), np.float32),
+def plan_spec(settings: Settings) -> RunSpec:
+    """Return the spec of the run that `train` would make on the topology."""
+    options, wanted = settings.model, settings.plan
+    chip, name = find_chip(wanted.topology), DEFAULT_MODEL if options.model == "auto" else options.model
+    on_gpu = wanted.topology.startswith(GPU)
+    config, num_tokens = known_model(name)
+    config = dataclasses.replace(config, lora=make_lora(settings.lora), int8=options.quantize == "int8")
+    mesh = virtual_mesh(wanted.mesh) if on_gpu else topology_mesh(wanted.topology, wanted.mesh)
+    check_divisible(config.sizes, mesh)
+    check_loss(settings)
+    check_lora(settings, config)
+    check_quantize(config)
+    dtype = "bfloat16" if options.compute_dtype == "auto" else options.compute_dtype
+    if dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")
+    return RunSpec(
+        settings=settings,
+        config=config,
+        mesh=mesh,
+        backend=gpu_kernels.backend(GPU, "") if on_gpu else backend_for(mesh.devices.flat[0]),
+        platform=GPU if on_gpu else "tpu",
+        device_bytes=int(chip.hbm_gib * GIB),
+        dtype=jnp.dtype(dtype),
+        num_tokens=num_tokens,
+        stop_tokens=(num_tokens - 1,),
     )
-    batch = lay_out(programs.mesh, full, trainer.parts, programs.arrangement)
-    sharding = by_sequence(programs.mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
 
 
-def compile_phase(programs: Programs, counted: Counted, function: Any, *arguments: Any) -> Phase:
-    """Compiles a program for the mesh's chips. One that cannot fit still says how much it wanted."""
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Abstract arrays of a run, laid out as training keeps them."""
+
+    spec: RunSpec
+    update_spec: UpdateSpec
+    packing: PackingSpec
+
+    @functools.cached_property
+    def trainable(self) -> Any:
+        """Trainable parameters, in float32."""
+        return placed(self.spec.mesh, split_trainable(self.spec.config, abstract_params(self.spec.config))[0])
+
+    @functools.cached_property
+    def frozen(self) -> Any:
+        """Frozen parameters, in the compute dtype."""
+        shapes = abstract_params(self.spec.config, self.spec.dtype)
+        return placed(self.spec.mesh, split_trainable(self.spec.config, shapes)[1])
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """The state of training."""
+
+        def make(params: Any) -> TrainState:
+            return TrainState(params, self.update_spec.optimizer.init(params), jnp.int32(0))
+
+        state: TrainState = placed(self.spec.mesh, jax.eval_shape(make, self.trainable))
+        return state
+
+    @property
+    def reference(self) -> tuple[UpdateSpec, Any]:
+        """The programs and weights of the reference: another copy, or the base without adapters."""
+        config = dataclasses.replace(self.spec.config, lora=None)
+        plain = dataclasses.replace(self.update_spec, dropout_seed=None)
+        if self.spec.config.lora:
+            model = dataclasses.replace(self.update_spec.model, config=config)
+            return dataclasses.replace(plain, model=model), self.frozen
+        return plain, placed(self.spec.mesh, abstract_params(config, self.spec.dtype))
+
+    @functools.cached_property
+    def batch(self) -> PackedBatch:
+        """A batch of an update; its shapes are those of every batch."""
+        steps, data, rollout = self.spec.settings.steps, self.spec.settings.data, self.spec.settings.rollout
+        count, limit = self.spec.update_sequences, rollout.max_completion_length
+        logprobs = np.zeros((count, limit), np.float32)
+        batch = Batch(
+            np.ones((count, limit), np.int32), np.ones(count, np.int32), np.zeros(count, np.float32), logprobs
+        )
+        prompts = [[0] * data.max_prompt_length] * (count // steps.num_generations)
+        packed = pack(self.packing, prompts, batch)
+        split, whole = by_sequence(self.spec.mesh), replicated(self.spec.mesh)
+
+        def shape(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split if x.ndim else whole)
+
+        shaped: PackedBatch = jax.tree.map(shape, packed)
+        return shaped
+
+
+def make_shapes(spec: RunSpec) -> Shapes:
+    """Return the abstract arrays of a run's spec."""
+    steps = spec.settings.steps
+    packing = memory.packing_spec(spec, spec.update_sequences, steps.num_generations)
+    return Shapes(spec, grpo_update_spec(spec, max(1, steps.max_steps)), packing)
+
+
+def compile_phase(spec: RunSpec, counted: Counted, function: Any, *arguments: Any) -> Phase:
+    """Compile a program for the mesh's chips. One that cannot fit still says how much it wanted."""
     started = time.perf_counter()
     try:
-        with jax.sharding.use_abstract_mesh(programs.mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(spec.mesh.abstract_mesh):
             compiled = function.lower(*arguments).compile()
         used, traffic = hlo.memory_of(compiled), hlo.collectives(compiled.as_text(), counted.turns)
     except jax.errors.JaxRuntimeError as error:
@@ -203,16 +238,18 @@ def compile_phase(programs: Programs, counted: Counted, function: Any, *argument
     return Phase(used, counted.resident, traffic, time.perf_counter() - started, counted.flops, counted.moved)
 
 
-def count_phase(programs: Programs, counted: Counted, function: Any, *arguments: Any) -> Phase:
-    """The same by arithmetic."""
+def count_phase(counted: Counted, *arguments: Any) -> Phase:
+    """Count a program's bytes by arithmetic."""
     shapes = [leaf for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.ShapeDtypeStruct)]
-    used = hlo.Memory(bytes_on_chip(shapes), counted.scratch, 0, 0)
+    used = hlo.Memory(abstract_share_bytes(shapes), counted.scratch, 0, 0)
     return Phase(used, counted.resident, {}, 0.0, counted.flops, counted.moved)
 
 
-def measure(programs: Programs, counted: Counted, function: Any, *arguments: Any) -> Phase:
-    how = count_phase if isinstance(programs, GpuPrograms) else compile_phase
-    return how(programs, counted, function, *arguments)
+def measure(spec: RunSpec, counted: Counted, function: Any, *arguments: Any) -> Phase:
+    """Compile a phase, or count it for GPUs."""
+    if spec.platform == GPU:
+        return count_phase(counted, *arguments)
+    return compile_phase(spec, counted, function, *arguments)
 
 
 # The phases
@@ -222,7 +259,7 @@ def measure(programs: Programs, counted: Counted, function: Any, *arguments: Any
 class Resident:
     """Bytes of one chip that a run holds from step to step."""
 
-    trained: int
+    trainable: int
     moments: int
     frozen: int
     reference: int
@@ -230,153 +267,156 @@ class Resident:
 
     @property
     def total(self) -> int:
-        return self.trained + self.moments + self.frozen + self.reference
+        """All of them."""
+        return self.trainable + self.moments + self.frozen + self.reference
 
 
-def count_resident(programs: Programs, trainer: grpo.Trainer) -> Resident:
-    trained, frozen = (bytes_on_chip(tree) for tree in placed_params(programs, programs.dtype))
-    moments = bytes_on_chip(placed_state(programs, trainer)) - trained
-    has_reference = programs.settings[LossOptions].beta > 0
-    reference = bytes_on_chip(placed_reference(programs)) - frozen if has_reference else 0
-    return Resident(trained, moments, frozen, reference)
+def count_resident(shapes: Shapes) -> Resident:
+    """Count what stays on a chip."""
+    trainable, frozen = abstract_share_bytes(shapes.trainable), abstract_share_bytes(shapes.frozen)
+    moments = abstract_share_bytes(shapes.state) - trainable
+    copied = shapes.spec.settings.loss.beta > 0 and not shapes.spec.config.lora
+    reference = abstract_share_bytes(shapes.reference[1]) if copied else 0
+    return Resident(trainable, moments, frozen, reference)
 
 
-def prompt_rows(programs: Programs, resident: Resident) -> tuple[RolloutPlan, Any]:
-    """The rollout's plan and its prompts as `Roller` would make them, at full length."""
-    data, steps = programs.settings[DataOptions], programs.settings[StepOptions]
-    options = programs.settings[RolloutOptions]
-    plan = programs.roller(options, pool_limit=memory.pool_limit(programs, resident.total)).plan
-    width = -(-data.max_prompt_length // plan.page_size) * plan.page_size
-    prompts = [[0] * data.max_prompt_length] * steps.batch_size
-    rows, group = spread(prompts, list(range(len(prompts))), steps.num_generations, programs.mesh.size, width)
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_sequence(programs.mesh)), rows)
-    least = least_pages(plan, own_rows(placed))  # a plan for too little memory says so, instead of ending
-    return dataclasses.replace(plan, group=group, pool_limit=plan.pool_limit and max(plan.pool_limit, least)), placed
+def rollout_inputs(spec: RunSpec, options: RolloutOptions, prompts: int, group: int, resident: int) -> Any:
+    """Return a rollout's spec, its group on a device, and its abstract inputs, as `Generator` would make them."""
+    made = make_generator(spec, options, memory.pool_limit(spec, resident)).spec
+    tokens = [[0] * spec.settings.data.max_prompt_length] * prompts
+    batch, rows, row_group = deal_prompts(made, tokens, list(range(prompts)), group)
+    start = no_start(made, len(batch.lengths) * row_group)
+    own = len(batch.lengths) // spec.mesh.size
+    least = made.least_pages(own)  # a plan for too little memory says so, instead of ending
+    made = dataclasses.replace(made, pool_limit=made.pool_limit and max(made.pool_limit, least))
+    split = by_sequence(spec.mesh)
+    shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), (batch, rows, start))
+    return made, own, row_group, shaped
 
 
-def own_rows(prompts: Any) -> Any:
-    """One chip's share of the prompts."""
-    return jax.tree.map(lambda x: np.zeros(x.sharding.shard_shape(x.shape), x.dtype), prompts)
-
-
-def cache_bytes(programs: Programs, resident: Resident) -> int:
-    """Bytes of one chip's page pool."""
-    plan, prompts = prompt_rows(programs, resident)
-    return num_pages(plan, own_rows(prompts)) * memory.page_bytes(programs, plan.page_size)
-
-
-def pool_pages(programs: Programs, resident: Resident) -> int:
-    """Pages that training gives a chip's pool at most: --pool_pages, or what `memory.pool_limit` allows."""
-    given = programs.settings[RolloutOptions].pool_pages
-    return given or memory.pool_limit(programs, resident.total)
-
-
-def result_bytes(programs: Programs, completions: int) -> int:
-    """Bytes on a chip of what a rollout ends with: every completion's tokens and log-probs, on every chip.
+def result_bytes(spec: RunSpec, completions: int) -> int:
+    """Count the bytes on a chip of a rollout's result: every completion's tokens and log-probs, on every chip.
 
     A chip also has its own completions' during the rollout, with a random number per token.
     """
-    tokens = completions * programs.settings[RolloutOptions].max_completion_length
-    return 8 * tokens + 12 * tokens // programs.mesh.size
+    tokens = completions * spec.settings.rollout.max_completion_length
+    return 8 * tokens + 12 * tokens // spec.mesh.size
 
 
-def decoded_shapes(programs: Programs, plan: RolloutPlan) -> Any:
-    """The policy as it is decoded, whole on every chip."""
-    shapes = jax.eval_shape(functools.partial(decode_weights, plan), join(*placed_params(programs, programs.dtype)))
-    whole = replicated(programs.mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+def decoded_shapes(shapes: Shapes, made: RolloutSpec) -> Any:
+    """Return the policy as it is decoded, whole on every chip."""
+    decoded = jax.eval_shape(functools.partial(decode_weights, made), join(shapes.trainable, shapes.frozen))
+    whole = replicated(shapes.spec.mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), decoded)
 
 
-def plan_weights(programs: Programs, work: Work, resident: Resident) -> Phase:
-    """Laying the policy out for decoding."""
-    plan = prompt_rows(programs, resident)[0]
-    moved = work.weights * (programs.trained_dtype.itemsize / programs.mesh.size + programs.dtype.itemsize)
-    params = join(*placed_params(programs, programs.dtype))
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(decoded_shapes(programs, plan)))
-    counted = Counted(resident.moments + resident.reference, 0.0, moved, whole)
-    return measure(programs, counted, decode_weights, plan, params)
+def plan_weights(shapes: Shapes, work: Work, held: Resident) -> Phase:
+    """Plan laying the policy out for decoding."""
+    spec = shapes.spec
+    made = make_generator(spec, spec.settings.rollout).spec
+    moved = work.weights * (spec.base_dtype.itemsize / spec.mesh.size + spec.dtype.itemsize)
+    params = join(shapes.trainable, shapes.frozen)
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(decoded_shapes(shapes, made)))
+    counted = Counted(held.moments + held.reference, 0.0, moved, whole)
+    return measure(spec, counted, decode_weights, made, params)
 
 
-def plan_rollout(programs: Programs, work: Work, resident: Resident) -> Phase:
-    """Prefill and decoding of the step's completions."""
-    plan, prompts = prompt_rows(programs, resident)
-    seed = jax.ShapeDtypeStruct((2,), np.int32, sharding=replicated(programs.mesh))
-    chips = programs.mesh.size
-    slots = min(plan.slots, -(-work.rows // chips))
-    moved = work.rollout_bytes(chips, slots, programs.dtype.itemsize)
-    scratch = budget.rollout_scratch(programs, slots, cache_bytes(programs, resident))
-    scratch += result_bytes(programs, work.rows)
-    counted = Counted(resident.total, work.rollout_flops() / chips, moved, scratch)
-    program = rollout_program(plan.device.platform)
-    return measure(programs, counted, program, plan, decoded_shapes(programs, plan), prompts, seed)
+def plan_rollout(shapes: Shapes, work: Work, held: Resident, options: RolloutOptions) -> Phase:
+    """Plan prefill and decoding of `work`'s completions."""
+    spec, chips = shapes.spec, shapes.spec.mesh.size
+    made, prompts, group, inputs = rollout_inputs(spec, options, work.prompts, work.group, held.total)
+    seed = jax.ShapeDtypeStruct((2,), np.int32, sharding=replicated(spec.mesh))
+    slots = made.slot_count(prompts, group)
+    pool = made.num_pages(prompts, group) * memory.page_bytes(spec)
+    scratch = memory.rollout_scratch(spec, slots, pool) + result_bytes(spec, work.rows)
+    moved = work.rollout_bytes(chips, slots, spec.dtype.itemsize)
+    counted = Counted(held.total, work.rollout_flops() / chips, moved, scratch)
+    return measure(spec, counted, rollout_program(spec.backend), made, decoded_shapes(shapes, made), *inputs, seed)
 
 
-def plan_scoring(programs: Programs, trainer: grpo.Trainer, work: Work, resident: int, params: Any) -> Phase:
-    """Log-probs under `params`: of the reference, or of the policy that sampled."""
-    batch = placed_batch(programs, trainer, work.rows)
-    moved = trainer.parts * work.weights * programs.dtype.itemsize
-    flops = sum(work.score_flops()) / programs.mesh.size
-    counted = Counted(resident, flops, moved, budget.scoring_scratch(programs, work, trainer.parts), trainer.parts)
-    return measure(programs, counted, grpo.batch_logprobs, trainer, params, batch)
+def plan_scoring(shapes: Shapes, work: Work, resident: int, update_spec: UpdateSpec, params: Any) -> Phase:
+    """Plan log-probs under `params`: of the reference, or of the policy that sampled."""
+    spec, turns = shapes.spec, shapes.packing.micro_batches(work.rows)
+    moved = turns * work.weights * spec.dtype.itemsize
+    scratch = memory.scoring_scratch(spec, work, shapes.packing)
+    counted = Counted(resident, sum(work.score_flops()) / spec.mesh.size, moved, scratch, turns)
+    return measure(spec, counted, batch_logprobs, update_spec, params, shapes.batch)
 
 
-def plan_update(programs: Programs, trainer: grpo.Trainer, work: Work, resident: int) -> Phase:
-    """The gradient of an update's loss."""
-    batch = placed_batch(programs, trainer, work.rows)
-    scored = batch.rollout_logprobs
-    if programs.settings[LossOptions].beta > 0:
-        batch = dataclasses.replace(batch, ref_logprobs=scored)
-    if programs.settings[StepOptions].updates_per_step > 1:
-        batch = dataclasses.replace(batch, old_logprobs=scored)
-    state, frozen = placed_state(programs, trainer), placed_params(programs, programs.dtype)[1]
-    weights = work.weights * programs.dtype.itemsize
-    saved = work.rows / programs.mesh.size * memory.saved_bytes(programs, work.prompt + work.completion)
-    moved = 3 * trainer.parts * weights + 2 * saved + bytes_on_chip(state.params)
-    flops = work.update_flops(trainer.remat) / programs.mesh.size
-    scratch = budget.update_scratch(programs, work, trainer.parts, bytes_on_chip(state.params))
-    counted = Counted(resident, flops, moved, scratch, trainer.parts)
-    return measure(programs, counted, grpo.gradients, trainer, state.params, state.updates, batch, frozen)
+def plan_update(shapes: Shapes, work: Work, resident: int) -> Phase:
+    """Plan the gradient of an update's loss."""
+    spec, batch, turns = shapes.spec, shapes.batch.batch, shapes.packing.micro_batches(work.rows)
+    extra = {
+        "ref_logprobs": spec.settings.loss.beta > 0,
+        "old_logprobs": spec.settings.steps.updates_per_step > 1,
+    }
+    batch = dataclasses.replace(batch, **{name: batch.rollout_logprobs for name, given in extra.items() if given})
+    trainable = abstract_share_bytes(shapes.trainable)
+    saved = work.rows / spec.mesh.size * memory.saved_bytes(spec, work.prompt + work.completion)
+    moved = 3 * turns * work.weights * spec.dtype.itemsize + 2 * saved + trainable
+    flops = work.update_flops(shapes.update_spec.remat) / spec.mesh.size
+    counted = Counted(resident, flops, moved, memory.update_scratch(spec, work, shapes.packing, trainable), turns)
+    packed = dataclasses.replace(shapes.batch, batch=batch)
+    state = shapes.state
+    return measure(spec, counted, gradients, shapes.update_spec, state.params, state.updates, packed, shapes.frozen)
 
 
-def plan_optimizer(programs: Programs, trainer: grpo.Trainer, resident: int) -> Phase:
-    """What the optimizer makes of the gradient."""
-    state = placed_state(programs, trainer)
-    scalar = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(programs.mesh))
-    moved = 2 * bytes_on_chip(state) + bytes_on_chip(state.params)
+def plan_optimizer(shapes: Shapes, resident: int) -> Phase:
+    """Plan the optimizer's update of the parameters."""
+    state, update_spec = shapes.state, shapes.update_spec
+    scalar = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(shapes.spec.mesh))
+    moved = 2 * abstract_share_bytes(state) + abstract_share_bytes(state.params)
     counted = Counted(resident, 0.0, moved, 0)  # element by element, which takes next to no scratch
-    return measure(programs, counted, apply_gradients, trainer.optimizer, state, scalar, state.params)
+    arguments = update_spec.optimizer, update_spec.schedule, state, scalar, state.params
+    return measure(shapes.spec, counted, apply_gradients, *arguments)
 
 
-def make_plan(programs: Programs) -> dict[str, Phase]:
-    """Every phase of a training step, each compiled."""
-    settings = programs.settings
-    steps = settings[StepOptions]
-    prompt, completion = settings[DataOptions].max_prompt_length, settings[RolloutOptions].max_completion_length
-    work = Work(programs.config, steps.batch_size, steps.num_generations, prompt, completion)
-    trainer = programs.trainer(max(1, steps.max_steps), memory.choose_parts(programs))
-    share = dataclasses.replace(work, prompts=steps.batch_size // steps.num_minibatches)
-    held = count_resident(programs, trainer)
-    phases = {"weights": plan_weights(programs, work, held), "rollout": plan_rollout(programs, work, held)}
-    others = held.moments + held.reference
+def count_work(spec: RunSpec, prompts: int, group: int) -> Work:
+    """Count the work of so many prompts at full length."""
+    settings = spec.settings
+    return Work(spec.config, prompts, group, settings.data.max_prompt_length, settings.rollout.max_completion_length)
+
+
+def plan_evaluation(shapes: Shapes, held: Resident) -> Phase:
+    """Plan the rollout of --eval_steps, which runs beside everything that training holds."""
+    spec = shapes.spec
+    options = greedy_options(spec.settings.rollout)
+    prompts = prompts_per_rollout(spec.settings.plan.eval_size, QUEUE_SLOTS, spec.mesh.size)
+    return plan_rollout(shapes, count_work(spec, prompts, 1), held, options)
+
+
+def phases_of(shapes: Shapes) -> dict[str, Callable[[], Phase]]:
+    """Return every phase of a training step by name, to be compiled one after the other."""
+    spec, held, steps = shapes.spec, count_resident(shapes), shapes.spec.settings.steps
+    work = count_work(spec, steps.batch_size, steps.num_generations)
+    share = count_work(spec, steps.batch_size // steps.num_minibatches, steps.num_generations)
+    phases: dict[str, Callable[[], Phase]] = {
+        "weights": lambda: plan_weights(shapes, work, held),
+        "rollout": lambda: plan_rollout(shapes, work, held, spec.settings.rollout),
+    }
     if steps.updates_per_step > 1:
-        policy = join(*placed_params(programs, programs.dtype))
-        phases["old_policy"] = plan_scoring(programs, trainer, share, others, policy)
-    if held.reference or (programs.config.lora and settings[LossOptions].beta):
-        others = held.trained + held.moments
-        phases["reference"] = plan_scoring(programs, trainer, share, others, placed_reference(programs))
-    phases["update"] = plan_update(programs, trainer, share, held.moments + held.reference)
-    return phases | {"optimizer": plan_optimizer(programs, trainer, held.frozen + held.reference)}
+        policy, others = join(shapes.trainable, shapes.frozen), held.moments + held.reference
+        phases["old_policy"] = lambda: plan_scoring(shapes, share, others, shapes.update_spec, policy)
+    if spec.settings.loss.beta:
+        others = held.trainable + held.moments
+        phases["reference"] = lambda: plan_scoring(shapes, share, others, *shapes.reference)
+    phases["update"] = lambda: plan_update(shapes, share, held.moments + held.reference)
+    phases["optimizer"] = lambda: plan_optimizer(shapes, held.frozen + held.reference)
+    if spec.settings.plan.eval_steps:
+        phases["evaluation"] = lambda: plan_evaluation(shapes, held)
+    return phases
 
 
-# What is said of it
+# The verdict
 
 
 def roofline_seconds(phase: Phase, chip: Chip) -> float:
-    """0 for a card whose speed is not known."""
+    """Return the seconds at the chip's limits; 0 for a card whose speed is not known."""
     return 0.0 if not chip.tflops else max(phase.flops / chip.tflops / 1e12, phase.bytes / chip.bandwidth / 1e9)
 
 
 def describe(name: str, phase: Phase, chip: Chip) -> str:
+    """Return what a person reads of a phase."""
     parts = phase.memory
     if not parts.arguments:
         return f"{name:<10} {phase.total / GIB:6.2f} GiB of {chip.hbm_gib:g}: the compiler refuses it\n"
@@ -397,6 +437,7 @@ def describe(name: str, phase: Phase, chip: Chip) -> str:
 
 
 def figures(phase: Phase, chip: Chip) -> dict[str, Any]:
+    """Return what the last line says of a phase."""
     return {
         "hbm_gib": round(phase.total / GIB, 3),
         "resident_gib": round(phase.resident / GIB, 3),
@@ -418,94 +459,114 @@ GPU_NOTE = (
 
 
 def usable(chip: Chip) -> float:
-    """GiB that programs may fill: the table's TPUs state usable memory already."""
-    return chip.hbm_gib if chip.tflops else memory.FULL * chip.hbm_gib
+    """Return the GiB that programs may fill: the table's TPUs state usable memory already."""
+    return chip.hbm_gib if chip.tflops else memory.ROLLOUT_SHARE * chip.hbm_gib
 
 
-def most_in_one_part(programs: Programs, update: Phase, chip: Chip) -> int:
-    """Sequences per chip whose update would fit in one part, extrapolated from the compiled one."""
-    own = -(-memory.update_rows(programs) // (programs.mesh.size * memory.choose_parts(programs)))
-    spare = usable(chip) * GIB - update.total
-    return max(0, own + int(spare // memory.activation_bytes(programs, memory.longest(programs))))
+def fits(phase: Phase, chip: Chip) -> bool:
+    """Tell if a phase fits a chip."""
+    return phase.total <= usable(chip) * GIB
 
 
-def most_in_rollout(programs: Programs, resident: Resident, rollout: Phase, chip: Chip) -> int:
-    """Prompts that the pool holds once, beside one completion per chip, extrapolated from the compiled rollout."""
-    plan, prompts = prompt_rows(programs, resident)
-    steps = programs.settings[StepOptions]
-    pages = pool_pages(programs, resident)
-    each = -(-prompts.tokens.shape[1] // plan.page_size)
-    by_pool = (pages - plan.own_pages()) // each * programs.mesh.size
-    grown = pages * memory.page_bytes(programs, plan.page_size) - cache_bytes(programs, resident)
-    spare = usable(chip) * GIB - rollout.total - grown
-    by_results = steps.batch_size + int(spare // result_bytes(programs, steps.num_generations))
-    return max(0, min(by_pool, by_results))
+def is_served(spec: RunSpec, shapes: Shapes) -> bool:
+    """Tell if the page pool that memory leaves holds a step's prompts and one completion."""
+    steps = spec.settings.steps
+    made, prompts, _, _ = rollout_inputs(spec, spec.settings.rollout, steps.batch_size, steps.num_generations, 0)
+    given = spec.settings.rollout.pool_pages or memory.pool_limit(spec, count_resident(shapes).total)
+    return not given or given >= made.least_pages(prompts)
 
 
-def largest_batch(programs: Programs, in_rollout: int, in_one_part: int) -> int:
-    """Prompts per step that fit, a multiple of the chips and minibatches where it is as many.
+def largest_batch(shapes: Shapes, phases: dict[str, Phase], chip: Chip) -> int:
+    """Estimate the most prompts per step that fit, extrapolated from the compiled phases.
 
-    Fewer to a chip are spread unevenly, and minibatches are equal.
-
-    An update in as many parts as --gradient_accumulation_steps=auto chooses fits if the largest part it chooses does.
+    The update takes as many micro-batches as needed, so the pool and the rollout's results are the bound.
     """
-    steps, chips = programs.settings[StepOptions], programs.mesh.size
-    auto = steps.gradient_accumulation_steps == "auto"
-    parts = 1 if auto else memory.choose_parts(programs)
-    in_update = in_one_part * parts * chips // steps.num_generations * steps.num_minibatches
-    if auto and in_one_part >= memory.sequences_per_part(programs):
-        in_update = in_rollout
-    largest = min(in_rollout, in_update)
-    even = math.lcm(chips, steps.num_minibatches)
-    return largest - largest % even if largest >= even else largest
+    spec, steps = shapes.spec, shapes.spec.settings.steps
+    if not all(fits(phases[name], chip) for name in ("weights", "update", "optimizer")):
+        return 0
+    held = count_resident(shapes).total
+    made, _, _, _ = rollout_inputs(spec, spec.settings.rollout, steps.batch_size, steps.num_generations, held)
+    pages = spec.settings.rollout.pool_pages or memory.pool_limit(spec, held)
+    by_pool = (pages - made.completion_pages) // (made.prompt_width // made.page_size) * spec.mesh.size
+    spare = usable(chip) * GIB - held - pages * memory.page_bytes(spec)
+    by_results = int(spare // result_bytes(spec, steps.num_generations))
+    largest = max(0, min(by_pool, by_results))
+    even = math.lcm(spec.mesh.size, steps.num_minibatches)
+    largest = largest - largest % even if largest >= even else largest
+    return max(largest, steps.batch_size) if all(fits(phase, chip) for phase in phases.values()) else largest
 
 
-def verdict(programs: Programs, phases: dict[str, Phase], resident: Resident, chip: Chip) -> dict[str, Any]:
-    """Whether the step fits, and the most prompts that would: at all, and in one part of the update."""
-    plan, prompts = prompt_rows(programs, resident)
-    served = pool_pages(programs, resident) >= least_pages(plan, own_rows(prompts))
-    fitting = {name: phase.total <= usable(chip) * GIB for name, phase in phases.items()}
-    in_one_part = most_in_one_part(programs, phases["update"], chip)
-    in_rollout = most_in_rollout(programs, resident, phases["rollout"], chip)
-    steps, fits = programs.settings[StepOptions], served and all(fitting.values())
-    largest = largest_batch(programs, in_rollout, in_one_part) if fitting["weights"] else 0
-    largest = max(largest, steps.batch_size) if fits else largest
-    together = in_one_part * programs.mesh.size // steps.num_generations * steps.num_minibatches
-    return {
-        "fits": fits,
-        "largest_batch": largest,
-        "largest_batch_in_one_part": min(largest, together),
-    }
+CHANGES: tuple[dict[str, Any], ...] = (
+    {"slots": "16"},
+    {"beta": 0.0},
+    {"lora_rank": 16},
+    {"lora_rank": 16, "quantize": "int8"},
+)
+"""Changes that are tried, the smallest first, when a run does not fit."""
+
+
+def advice(settings: Settings, chip: Chip, failed: set[str]) -> str:
+    """Return the smallest change that makes a run fit, each tried by a plan of its own."""
+    for change in CHANGES:
+        changed = settings.with_values(change)
+        if changed == settings or ("slots" in change and failed - {"rollout", "evaluation"}):
+            continue
+        flags = " ".join(f"--{name}={value}" for name, value in change.items())
+        sys.stderr.write(f"trying {flags}\n")
+        try:
+            shapes = make_shapes(plan_spec(changed))
+            if is_served(shapes.spec, shapes) and all(fits(run(), chip) for run in phases_of(shapes).values()):
+                return f"it fits with {flags}"
+        except UsageError as error:
+            sys.stderr.write(f"{flags}: {error}\n")
+    return "nothing of --slots, --beta=0, --lora_rank=16 and --quantize=int8 is enough: take more chips"
+
+
+def announce(shapes: Shapes, chip: Chip) -> None:
+    """Print what is planned, before anything is compiled."""
+    spec, steps, packing = shapes.spec, shapes.spec.settings.steps, shapes.packing
+    made, prompts, group, _ = rollout_inputs(
+        spec, spec.settings.rollout, steps.batch_size, steps.num_generations, count_resident(shapes).total
+    )
+    pages = made.num_pages(prompts, group)
+    slots = made.slot_count(prompts, group)
+    worst = made.least_pages(prompts) + (prompts * group - 1) * made.completion_pages
+    most = packing.micro_batches(spec.update_sequences)
+    sys.stderr.write(
+        f"{spec.settings.plan.topology} as fsdp,tp={spec.settings.plan.mesh}: {spec.mesh.size} chips of "
+        f"{chip.hbm_gib:g} GiB; {steps.batch_size} prompts x {steps.num_generations}; update in at most {most} "
+        f"micro-batches of {packing.rows} x {packing.row_tokens} tokens; {slots} slots and a page pool of "
+        f"{pages * memory.page_bytes(spec) / GIB:.2f} GiB per chip"
+        f"{'' if pages >= worst else f', {pages / worst:.0%} of the worst case: long completions wait their turn'}\n"
+    )
 
 
 def main(settings: Settings) -> int:
+    """Plan as the settings say."""
     jax.config.update("jax_platforms", "cpu")
-    programs, chip = make_programs(settings)
-    options, steps = settings[PlanOptions], settings[StepOptions]
-    parts = memory.choose_parts(programs)
-    held = count_resident(programs, programs.trainer(1, parts))
-    sys.stderr.write(
-        f"{options.topology} as fsdp,tp={options.mesh}: {programs.mesh.size} chips of {chip.hbm_gib:g} GiB; "
-        f"{steps.batch_size} prompts x {steps.num_generations}, update in {parts} part{'s' * (parts > 1)}; "
-        f"page pool {cache_bytes(programs, held) / GIB:.2f} GiB per chip\n"
-    )
-    phases = make_plan(programs)
-    for name, phase in phases.items():
-        sys.stderr.write(describe(name, phase, chip))
-    found = verdict(programs, phases, held, chip)
+    spec, chip = plan_spec(settings), find_chip(settings.plan.topology)
+    shapes = make_shapes(spec)
+    announce(shapes, chip)
+    phases = {}
+    for name, run in phases_of(shapes).items():
+        phases[name] = run()
+        sys.stderr.write(describe(name, phases[name], chip))
+    failed = {name for name, phase in phases.items() if not fits(phase, chip)}
+    fitting, largest = is_served(spec, shapes) and not failed, largest_batch(shapes, phases, chip)
     if not chip.tflops:
         sys.stderr.write(GPU_NOTE)
-    sys.stderr.write(
-        f"it {'fits' if found['fits'] else 'does NOT fit'}; about {found['largest_batch']} prompts would at most, "
-        f"{found['largest_batch_in_one_part']} with the update in one part\n"
-    )
+    found = f"it fits; about {largest} prompts a step would at most" if fitting else "it does not fit"
+    suggestion = "" if fitting else advice(settings, chip, failed)
+    sys.stderr.write(f"{found}{'; ' if suggestion else ''}{suggestion}\n")
     report = {
-        "topology": options.topology,
-        "mesh": options.mesh,
+        "topology": settings.plan.topology,
+        "mesh": settings.plan.mesh,
         "jax": jax.__version__,
-        "counted_by": "arithmetic" if isinstance(programs, GpuPrograms) else "compiler",
-        **found,
-        "gradient_accumulation_steps": parts,
+        "counted_by": "arithmetic" if spec.platform == GPU else "compiler",
+        "fits": fitting,
+        "largest_batch": largest,
+        "advice": suggestion,
+        "micro_batches": shapes.packing.micro_batches(spec.update_sequences),
         "phases": {name: figures(phase, chip) for name, phase in phases.items()},
     }
     sys.stdout.write(json.dumps(report) + "\n")

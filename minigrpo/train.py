@@ -27,7 +27,7 @@ from minigrpo.build import (
 from minigrpo.config import DataOptions, Settings, UsageError, run_command
 from minigrpo.data.datasets import Prompts, is_file, load_dataset, tokenize
 from minigrpo.data.rewards import Reward, check_names, overlong_rewards, parse_rewards
-from minigrpo.evaluate import accuracy, held_out
+from minigrpo.evaluate import accuracy, greedy_options, held_out
 from minigrpo.grpo.batch import Batch, PackedBatch, PackingSpec, pack, pad_batch, put_batch
 from minigrpo.grpo.experience import (
     Experience,
@@ -403,9 +403,9 @@ def make_evaluation(run: Run, held: Prompts | None, state: TrainState) -> Evalua
         return None
     if run.settings.data.offline:
         return make_validation(run, held, state)
-    whole = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "pool_pages": 0}
-    greedy = dataclasses.replace(run.settings.rollout, temperature=0.0, **whole)
-    return lambda state: accuracy(run.build, run.policy(state), held, greedy)
+    greedy = greedy_options(run.settings.rollout)
+    resident = device_share_bytes((state, run.frozen, run.reference.params if run.reference else None))
+    return lambda state: accuracy(run.build, run.policy(state), held, greedy, resident)
 
 
 def make_validation(run: Run, held: Prompts, state: TrainState) -> Evaluation:
@@ -454,7 +454,7 @@ def announce(run: Run, state: TrainState, folder: Path) -> None:
     most = packing.micro_batches(run.build.spec.update_sequences)
     sys.stderr.write(
         f"mesh: fsdp={devices.shape[0]} tp={devices.shape[1]} of {devices.flat[0].device_kind} devices; "
-        f"update in at most {most} micro-batch{'es' * (most > 1)} of {packing.rows} x {packing.row_tokens} tokens each; "
+        f"update in at most {most} micro-batch{"es" * (most > 1)} of {packing.rows} x {packing.row_tokens} tokens; "
         f"run folder {folder}\n"
     )
     counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, run.frozen)]

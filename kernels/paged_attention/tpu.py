@@ -26,6 +26,9 @@ HIDDEN = -1e30
 
 LANES = 128
 
+VMEM_BYTES, TABLE_BYTES = 32 << 20, (1 << 20) - (1 << 14)
+"""Bytes of vector memory for buffers, and of scalar memory for page tables, that calls may take."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
@@ -310,4 +313,5 @@ def tuned_attention(
 def cache(tuning: Tuning) -> PagedCache:
     """Return the cache that the kernel reads with this tuning."""
     attend = functools.partial(tuned_attention, tuning=tuning)
-    return PagedCache(page_shape, kv_heads, append_rows, fill_pages, attend)
+    page_bytes = VMEM_BYTES // tuning.buffers
+    return PagedCache(page_shape, kv_heads, append_rows, fill_pages, attend, page_bytes, TABLE_BYTES)

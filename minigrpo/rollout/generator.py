@@ -8,6 +8,7 @@ alone, so neither slots, page size, pool size nor the batch around it change it.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +75,8 @@ class RolloutSpec:
     max_tokens: int
     """Longest completion."""
     page_size: int
-    slots: int
+    slots: int = 0
+    """Most completions decoded at once per device; 0 is as many as memory allows."""
     pool_pages: int = 0
     """Pages of a device's pool; 0 is enough for every slot at full length, within `pool_limit`."""
     pool_limit: int = 0
@@ -106,10 +108,26 @@ class RolloutSpec:
         """Return the pages that a device with so many prompts cannot do without: theirs and one completion's."""
         return prompts * (self.prompt_width // self.page_size) + self.completion_pages
 
+    @property
+    def table_entries(self) -> int:
+        """Pages of the longest prompt and completion."""
+        return -(-(self.prompt_width + self.max_tokens) // self.page_size)
+
+    def slot_count(self, prompts: int, group: int) -> int:
+        """Return the slots of a device: as asked, or for all its completions as far as pool and page tables allow."""
+        total, asked = prompts * group, self.slots
+        if asked:
+            return min(asked, total)
+        pages = self.pool_pages or self.pool_limit
+        half_full = -(-self.completion_pages // 2)
+        by_pool = (pages - prompts * (self.prompt_width // self.page_size)) // half_full if pages else total
+        by_table = self.cache.table_bytes // (4 * self.table_entries) if self.cache.table_bytes else total
+        return max(1, min(total, by_pool, by_table))
+
     def num_pages(self, prompts: int, group: int) -> int:
         """Return the pages of a device's pool; UsageError when it cannot hold even one completion."""
-        least, slots = self.least_pages(prompts), min(self.slots, prompts * group)
-        wanted = least + (slots - 1) * self.completion_pages
+        least = self.least_pages(prompts)
+        wanted = least + (self.slot_count(prompts, group) - 1) * self.completion_pages
         given = self.pool_pages or min(wanted, self.pool_limit or wanted)
         if given < least:
             size = self.pool_pages or f"{given}, what memory leaves"
@@ -119,10 +137,25 @@ class RolloutSpec:
             )
         return given
 
+    def check_cache(self, slots: int) -> None:
+        """Raise UsageError for pages and page tables that the backend's attention cannot take."""
+        cache, model = self.cache, self.model
+        page = math.prod(cache.page_shape(self.page_size, model.num_key_value_heads, model.head_dim))
+        if cache.page_bytes and page * self.dtype.itemsize > cache.page_bytes:
+            most = self.page_size * cache.page_bytes // (page * self.dtype.itemsize)
+            raise UsageError(f"--page_size={self.page_size}: a page is too large for the kernel; use at most {most}")
+        if cache.table_bytes and 4 * slots * self.table_entries > cache.table_bytes:
+            tokens = self.prompt_width + self.max_tokens
+            fitting = 1 << math.ceil(math.log2(4 * slots * tokens / cache.table_bytes))
+            raise UsageError(
+                f"--page_size={self.page_size}: the page table of {slots} slots x {self.table_entries} pages is more "
+                f"than the {cache.table_bytes >> 10} KiB of scalar memory; use --page_size={fitting} or fewer --slots"
+            )
+
     def page_spec(self, prompts: int, group: int) -> PageSpec:
         """Return the sizes of one device's page pool."""
-        entries = -(-(self.prompt_width + self.max_tokens) // self.page_size)
-        return PageSpec(self.page_size, self.num_pages(prompts, group), entries, group, self.max_tokens)
+        self.check_cache(self.slot_count(prompts, group))
+        return PageSpec(self.page_size, self.num_pages(prompts, group), self.table_entries, group, self.max_tokens)
 
 
 @jax.tree_util.register_dataclass
@@ -361,7 +394,7 @@ def decode_all(
 def initial_state(spec: RolloutSpec, pages: PageSpec, prompts: PromptBatch, start: Start, taken: Array) -> State:
     """Return a state with every slot empty and `taken` pages given to prompts, which are yet to be prefilled."""
     total = len(start.lengths)
-    slots, model = min(spec.slots, total), spec.model
+    slots, model = spec.slot_count(total // pages.group, pages.group), spec.model
     zeros = jnp.zeros(slots, jnp.int32)
     last = jnp.take_along_axis(start.tokens, jnp.maximum(start.lengths - 1, 0)[:, None], axis=1)[:, 0]
     ended = jnp.isin(last, jnp.array(spec.stop_tokens)) & (start.lengths > 0) | (start.lengths == spec.max_tokens)
@@ -555,7 +588,7 @@ class Generator:
         inputs = put(spec.mesh, (batch, rows, given), by_sequence(spec.mesh))
         key = put(spec.mesh, np.array(seed, np.int32), replicated(spec.mesh))
         outs = rollout_program(spec.backend)(spec, weights, *inputs, key)
-        slots = min(spec.slots, count // spec.mesh.size)
+        slots = spec.slot_count(len(batch.lengths) // spec.mesh.size, row_group)
         return make_rollout(spec, total, slots, tuple(map(np.asarray, outs)))
 
 
@@ -581,6 +614,6 @@ def rollout_spec(
         prompt_tokens=prompt_tokens,
         max_tokens=options.max_completion_length,
         page_size=options.page_size,
-        slots=options.slots,
+        slots=options.slot_limit,
         pool_pages=options.pool_pages,
     )
