@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from absl import flags
 
@@ -407,6 +407,9 @@ DEFINE: dict[type, Callable[..., Any]] = {
 }
 
 
+AnySettings = TypeVar("AnySettings", bound="Settings")
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Every setting there is, as `settings.rollout.temperature`; a command has flags for some of the sections."""
@@ -431,11 +434,11 @@ class Settings:
     explicit: frozenset[str] = frozenset()
     """Names of the flags that were given."""
 
-    def with_defaults(self, recipe: Mapping[str, Any]) -> Self:
+    def with_defaults(self: AnySettings, recipe: Mapping[str, Any]) -> AnySettings:
         """Return these settings with the recipe's values for every flag that was not given explicitly."""
         return self.with_values({name: value for name, value in recipe.items() if name not in self.explicit})
 
-    def with_values(self, values: Mapping[str, Any]) -> Self:
+    def with_values(self: AnySettings, values: Mapping[str, Any]) -> AnySettings:
         """Return these settings with other values for some flags of the command."""
         changed = {}
         for name in self.sections:
@@ -457,9 +460,6 @@ class Settings:
         given = {name: str(value) for name, value in values.items() if value is not None and name != "resume"}
         lines = ["--" + name + "=" + value.replace("\n", "\\n") for name, value in given.items()]
         (folder / "flags.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def section_types(sections: tuple[str, ...], kind: type[Settings]) -> dict[str, type[Options]]:

@@ -454,7 +454,7 @@ def announce(run: Run, state: TrainState, folder: Path) -> None:
     most = packing.micro_batches(run.build.spec.update_sequences)
     sys.stderr.write(
         f"mesh: fsdp={devices.shape[0]} tp={devices.shape[1]} of {devices.flat[0].device_kind} devices; "
-        f"update in at most {most} micro-batch{"es" * (most > 1)} of {packing.rows} x {packing.row_tokens} tokens; "
+        f"update in at most {most} micro-batch{'es' * (most > 1)} of {packing.rows} x {packing.row_tokens} tokens; "
         f"run folder {folder}\n"
     )
     counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, run.frozen)]

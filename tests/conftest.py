@@ -61,7 +61,7 @@ def shared():
 @pytest.fixture(scope="session")
 def tiny_config():
     """Grouped heads 8/4, a vocabulary with padding rows, sizes that 8,1 and 2,4 divide."""
-    from minigrpo.model.qwen import ModelConfig
+    from minigrpo.model.params import ModelConfig
 
     return ModelConfig(
         model_type="qwen3",
@@ -90,10 +90,69 @@ def tiny_params(tiny_config):
 
 def place(params, mesh):
     """Parameters laid out on the mesh as training has them."""
-    from minigrpo.model.qwen import DIMS, leaf_name
+    from minigrpo.model.params import DIMS, leaf_name
     from minigrpo.runtime.mesh import spec_of
 
     def put(path, leaf):
         return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec_of(DIMS[leaf_name(path)])))
 
     return jax.tree_util.tree_map_with_path(put, params)
+
+
+def make_update_spec(config, mesh, optimizer=None, remat="full", loss=None, temperature=0.9, num_tokens=250, **more):
+    """Scoring and updating of a small model; plain SGD unless told otherwise."""
+    import functools
+
+    import optax
+
+    from minigrpo.config import LossOptions
+    from minigrpo.grpo import losses
+    from minigrpo.grpo.logprobs import LMHead
+    from minigrpo.grpo.update import UpdateSpec
+    from minigrpo.kernels.backend import backend_for
+    from minigrpo.model.qwen import ComputeSpec, Qwen
+
+    loss, backend = loss or LossOptions(), backend_for(jax.devices()[0])
+    return UpdateSpec(
+        model=Qwen(config),
+        head=LMHead(mesh, num_tokens, temperature, backend.head_tiles),
+        compute=ComputeSpec(jax.numpy.dtype("float32"), mesh),
+        causal_attention=backend.causal_attention,
+        optimizer=optimizer or optax.sgd(1.0),
+        schedule=optax.constant_schedule(1.0),
+        objective=functools.partial(losses.policy_loss, loss),
+        token_weights=functools.partial(losses.token_weights, loss.loss_type, max_tokens=16),
+        remat=remat,
+        **more,
+    )
+
+
+def make_generator(
+    config, options, mesh=(1, 1), stops=(5, 9), prompt_tokens=32, num_tokens=250, dtype="float32", **more
+):
+    """A generator of a small model."""
+    import dataclasses
+
+    from minigrpo.kernels.backend import backend_for
+    from minigrpo.rollout.generator import Generator, rollout_spec
+
+    backend = backend_for(jax.devices()[0])
+    spec = rollout_spec(config, mesh_of(*mesh), backend, dtype, options, prompt_tokens, 250, stops)
+    return Generator(dataclasses.replace(spec, **more))
+
+
+def forward(config, params, tokens, mesh=(1, 1), **more):
+    """Logits [B, T, V] of whole sequences."""
+    import jax.numpy as jnp
+
+    from minigrpo.kernels.backend import backend_for
+    from minigrpo.model.attention import attend_on
+    from minigrpo.model.qwen import ComputeSpec, LayerContext, Qwen, unembed
+
+    device_mesh, params = mesh_of(*mesh), jax.tree.map(jnp.asarray, params)
+    attend = attend_on(device_mesh, backend_for(jax.devices()[0]).causal_attention)
+    context = LayerContext(attend, ComputeSpec(jnp.dtype("float32"), device_mesh), **more)
+    tokens = jnp.asarray(tokens)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = Qwen(config)(params, tokens, positions, context)
+    return unembed(hidden, Qwen(config).head(params))

@@ -293,6 +293,8 @@ def next_tokens(
     page = jnp.take_along_axis(page_table, rows.position[:, None] // spec.page_size, axis=1)[:, 0]
     page = jnp.where(rows.valid, page, state.pages.shape[1])
     lengths = jnp.where(rows.valid, rows.position + 1, 0)
+    # Every layer reads these; without the barrier XLA computes them again inside each layer's kernels.
+    page_table, page, lengths = jax.lax.optimization_barrier((page_table, page, lengths))
 
     def attend(layer: Array, q: Array, k: Array, v: Array, pages: Array) -> tuple[Array, Array]:
         pages = spec.cache.append_rows(pages, layer, page, rows.position % spec.page_size, k[:, 0], v[:, 0])
