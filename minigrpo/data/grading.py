@@ -3,7 +3,6 @@
 Work is bounded by the size of the text. A verdict depends on the two texts alone, never on time or load.
 """
 
-import collections
 import re
 import threading
 from collections.abc import Callable
@@ -32,7 +31,9 @@ LAST_NUMBER = re.compile(
     r"|\d{1,3}(?:,\d{3}){1,13}(?!\d)(?:\.\d{1,40})?|\d{1,40}(?:\.\d{1,40})?|\.\d{1,40})"
     rf"(?:\s?%|\s(?:{SCALE})s?\b)?"
 )
-LAST_MATHS = re.compile(r"(?<!\\)\$(?=\S)([^$\n]{1,200})(?<![\s\\-])\$(?!\d)|\\\((.{1,200}?)\\\)|\\\[([^\[\]]{1,200})\\\]")
+LAST_MATHS = re.compile(
+    r"(?<!\\)\$(?=\S)([^$\n]{1,200})(?<![\s\\-])\$(?!\d)|\\\((.{1,200}?)\\\)|\\\[([^\[\]]{1,200})\\\]"
+)
 
 
 def tail(text: str) -> str:
@@ -109,11 +110,13 @@ Extract = Callable[[str], str | None]
 
 # Cleaning it
 
-SIGNS = dict.fromkeys("−–‐‑‒﹣－", "-") | dict.fromkeys("\u00a0\u2007\u2009\u200a\u202f\u3000", " ")
-SIGNS |= {"＋": "+", "＄": "$", "％": "%", "，": ",", "⁄": "/", "∕": "/", "’": "'", "\u200b": "", "\ufeff": ""}
+SIGNS = dict.fromkeys("\u2212\u2013\u2010\u2011\u2012\ufe63\uff0d", "-")
+SIGNS |= dict.fromkeys("\u00a0\u2007\u2009\u200a\u202f\u3000", " ") | dict.fromkeys("\u200b\ufeff", "")
+SIGNS |= {"\uff0b": "+", "\uff04": "$", "\uff05": "%", "\uff0c": ",", "\u2044": "/", "\u2215": "/", "\u2019": "'"}
 SIGNS |= {chr(0xFF10 + digit): str(digit) for digit in range(10)}
 SIGNS |= {"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "⅛": " 1/8", "⅕": " 1/5"}
-SIGNS |= {"²": "^2", "³": "^3", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "°": " degrees ", "π": r"\pi ", "√": r"\sqrt "}
+SIGNS |= {"²": "^2", "³": "^3", "\u00d7": r"\times ", "÷": r"\div ", "·": r"\cdot ", "°": " degrees "}
+SIGNS |= {"π": r"\pi ", "√": r"\sqrt ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∞": r"\infty "}
 SPELLINGS = str.maketrans(SIGNS)
 
 WRAPPED = r"(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|mbox|operatorname|boldsymbol|bm|emph)"
@@ -121,6 +124,7 @@ CLEANING = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"<\|\w+\|>|</?(?:s|b|i|u|em|strong)>", ""),  # end tokens and HTML
+        (r"^#+\s*", ""),
         (r"(?<!\\)\\[()\[\]]", " "),
         (r"(?<!\\)\$\$([^$]+)\$\$", r"\1"),
         (r"(?<!\\)\$(?=\S)([^$]+?)(?<![\s\\-])\$(?!\d)", r"\1"),
@@ -145,8 +149,8 @@ def plain_signs(text: str) -> str:
 def clean(text: str) -> str:
     r"""Remove Markdown, LaTeX text commands and spacing, typographic signs and final points.
 
-    >>> clean(r"**\(18\text{ dollars}\)**."), clean("−3"), clean(r"\boxed{1{,}000}")
-    ('18 dollars', '-3', '1,000')
+    >>> clean(r"**\(18\text{ dollars}\)**."), clean(r"\boxed{1{,}000}")
+    ('18 dollars', '1,000')
     """
     if len(text) > LONGEST_ANSWER:
         return text.strip()
@@ -163,21 +167,23 @@ def clean(text: str) -> str:
 
 CHANGES = frozenset(
     "not no never cannot isn't aren't wasn't can't neither nor or and wrong incorrect false than least most half halves "
-    "thirds fifths tenths hundredths thousandths double twice squared cubed root sqrt factorial pi log ln sin cos tan exp "
-    "mod modulo choose divided multiplied plus minus except but unless without abs almost nearly between".split()
+    "halved doubled tripled thirds fifths tenths hundredths thousandths ths double twice squared cubed root sqrt "
+    "factorial pi log ln sin cos tan exp abs mod modulo choose divided multiplied plus minus except but unless without "
+    "almost nearly between unequal".split()
 )
 """Words that make of a number beside them another value, several or none."""
 
 STATES = (
     r"(?:is|are|was|were|be|equals?|equal|have|has|had|makes?|made|gets?|earns?|earned|costs?|pays?|paid|needs?|spends?|"
-    r"spent|sold|left|answer|total|result|approximately|about|around|roughly|exactly|only|just|to|of exactly)"
+    r"spent|sold|left|answer|total|result|approximately|about|around|roughly|exactly|only|just|"
+    r"(?:equal|comes?|amounts?|adds(?: up)?|rounds?|works out|simplifies|reduces) to)"
 )
 LEAD = re.compile(rf"(?:[A-Za-z][A-Za-z']*[\s,]+){{0,15}}?(?:{STATES}\b(?!\s*[-+*/^=(_])|[A-Za-z']+\s*:)\s*:?\s*(?=\S)")
 APPROXIMATE = re.compile(r"^(?:≈|~|\\approx|=|:)\s*")
 SIDE = re.compile(
     r"(?!\\?(?:log|ln|sin|cos|tan|exp|sqrt|abs|min|max)\b)"
     r"(?:[A-Za-z][a-z]*\s+){0,8}\\?[A-Za-z]+'*(?:\s*_\{?\w+\}?)?(?:\s?\([\w,+\s-]*\))?|"
-    r"(?:\\times|\\cdot|\\div|[\d\s+*/().,$-])+|\\(?:angle|triangle|overline)\s?\{?\s?[A-Z]+\}?"
+    r"(?:\\times|\\cdot|\\div|[\d\s+*/().,$-])+|m?\s?\\(?:angle|triangle|overline)\s?\{?\s?[A-Z]+\}?|\|[A-Z]+\|"
 )
 """A side of an equation that only names the other: x, f(2), Total cost, 6*7; not 2x."""
 
@@ -228,8 +234,8 @@ REST = re.compile(
 SHORT_SCALES = {"k": 10**3, "K": 10**3, "M": 10**6, "bn": 10**9}
 LETTERS = frozenset("m g s h l L N J W V A C F K Ω µ".split())
 SHORT = frozenset(
-    "kg mg lb lbs oz km cm mm nm ft in yd mi ml mL kL dL cL cc hr hrs min mins sec secs ms am pm mph kph rpm kW kJ Hz Pa "
-    "kPa kcal cal mol deg rad sq pts pt gal cents cups GB MB TB kB KB ha kmh cts bit bits px ppm".split()
+    "kg mg lb lbs oz km cm mm nm ft in yd mi ml mL kL dL cL cc hr hrs min mins sec secs ms am pm mph kph rpm kW kJ Hz "
+    "Pa kPa kcal cal mol deg rad sq pts pt gal cups GB MB TB kB KB ha kmh cts bit px ppm st nd rd th".split()
 )
 LITTLE = frozenset("of in is as a an on at by to we it he my so per for pm am i".split())
 
@@ -254,7 +260,7 @@ def is_unit(text: str) -> bool:
 
 def is_word(name: str, power: bool, place: int, start: str) -> bool:
     known = name in LETTERS or name in SHORT or len(name) >= 4
-    if known or power or (place == 0 and not start.isspace()):
+    if known or power or (place == 0 and start != "/" and not start.isspace()):
         return known
     return name.lower() in LITTLE or len(name) == 3
 
@@ -320,21 +326,26 @@ def plain_text(text: str) -> str:
 
 
 FUNCTIONS = frozenset(
-    "sqrt sinh cosh tanh arcsin arccos arctan frac log exp abs infty matrix pmatrix bmatrix vmatrix cases array begin end "
-    "and or sin cos tan cot sec csc ln pi gcd lcm mod".split()
+    "sqrt sinh cosh tanh arcsin arccos arctan frac log exp abs infty matrix pmatrix bmatrix vmatrix cases array begin "
+    "end and or sin cos tan cot sec csc ln pi gcd lcm mod".split()
 )
 UNITS_AFTER = re.compile(r"(?<=\S)(?:\s+[A-Za-z]{3,})+(?:\s*\^\s*\{?\d\}?)?$")
 
 
 def as_expression(text: str) -> str | None:
-    """Return the answer as mathematics for the library, None for prose, which it would read as products of letters."""
+    """Return the answer as mathematics for the library; None for prose, which it would read as products of letters."""
     plain = stated(text)
     unit = UNITS_AFTER.search(plain)
     if unit and is_unit(unit[0]) and re.search(r"\\|\d", plain[: unit.start()]):
         plain = plain[: unit.start()]
-    found = re.findall(r"[A-Za-z]+", re.sub(r"\\[A-Za-z]+", " ", plain))
-    prose = any(word.lower() not in FUNCTIONS and (len(word) > 3 or word.lower() in CHANGES) for word in found)
-    return None if prose or not plain else plain
+    prose = any(len(word) > 3 or word.lower() in CHANGES for word in variables(plain))
+    return None if prose or re.search(r"\d[' ]\d", plain) else re.sub(r"(?<=[\w)])\*\*(?=[\w(])", "^", plain)
+
+
+def variables(text: str) -> list[str]:
+    """Return the runs of letters that are no LaTeX command or name of a function."""
+    found = re.findall(r"[A-Za-z]+", re.sub(r"\\[A-Za-z]+", " ", text))
+    return [word for word in found if word.lower() not in FUNCTIONS]
 
 
 class Undecided:
@@ -369,6 +380,17 @@ def math_equal(given: str, wanted: str) -> bool:
     return answer == "true"
 
 
+def comparable(given: str, wanted: str, number: bool) -> bool:
+    """Whether the library can be trusted with two expressions, of which one is a `number` or not.
+
+    It would take 10 for equal to the equation 2x = 10, and 5 to 5 ab, of which it takes the letters for a unit.
+    """
+    if number:
+        return set(variables(given) + variables(wanted)) <= {"e", "i"} and "=" not in given + wanted
+    single = [("=" in text and not re.search(r",|\b(?:or|and)\b|[<>!]=", text)) for text in (given, wanted)]
+    return single[0] == single[1]
+
+
 def equal_answers(given: str, wanted: str) -> bool:
     """Whether two answers are equal as numbers if both are, else as text, else as mathematics."""
     numbers = read_number(given), read_number(wanted)
@@ -377,9 +399,10 @@ def equal_answers(given: str, wanted: str) -> bool:
     if plain_text(given) == plain_text(wanted):
         return True
     expressions = as_expression(given), as_expression(wanted)
-    if expressions[0] is None or expressions[1] is None:
+    given, wanted = expressions[0] or "", expressions[1] or ""
+    if not given or not wanted or not comparable(given, wanted, any(numbers)):
         return False
-    return math_equal(expressions[0], expressions[1])
+    return math_equal(given, wanted)
 
 
 def reference_answer(reference: str) -> str:
@@ -393,18 +416,17 @@ def same_answer(completion: str, reference: str, extract: Extract = extract_answ
     return given is not None and given != "" and equal_answers(given, reference_answer(reference))
 
 
-def most_common_answer(texts: list[str]) -> int:
-    """Return the place of the first completion with the answer that most of them give, 0 when none gives one."""
+def most_common(texts: list[str]) -> str:
+    """Return a completion with the answer that most of them give: the first of several, the first text if none does."""
     answers = [extract_answer(text) for text in texts]
-    classes: list[str] = []
-    counts: collections.Counter[int] = collections.Counter()
-    first: dict[int, int] = {}
-    for place, answer in enumerate(answers):
-        if answer is None:
-            continue
-        number = next((i for i, known in enumerate(classes) if equal_answers(answer, known)), len(classes))
-        if number == len(classes):
-            classes.append(answer)
-            first[number] = place
-        counts[number] += 1
-    return first[max(counts, key=lambda number: counts[number])] if counts else 0
+    known: list[str] = []
+    groups = [None if answer is None else group_of(answer, known) for answer in answers]
+    return texts[max(range(len(texts)), key=lambda i: (groups[i] is not None, groups.count(groups[i]), -i))]
+
+
+def group_of(answer: str, known: list[str]) -> int:
+    """Return the place in `known` of an equal answer, appending this one where there is none."""
+    place = next((place for place, other in enumerate(known) if equal_answers(answer, other)), len(known))
+    if place == len(known):
+        known.append(answer)
+    return place

@@ -1,7 +1,7 @@
 """Symbolic equality by the math-verify library, in a process of its own.
 
-`python -m minigrpo.data.symbolic` answers each line [given, wanted] of stdin with true, false or undecided. Work is
-bounded by the size of expressions and the count of Python calls, never by a clock, so a verdict does not depend on load.
+`python -m minigrpo.data.symbolic` answers each line [given, wanted] of stdin with true, false or undecided.
+Work is bounded by the size of expressions and the count of Python calls, so a verdict does not depend on load.
 """
 
 import functools
@@ -32,8 +32,8 @@ CPU_SECONDS, MEMORY = 20, 4 << 30
 
 WARM_UP = (
     r"\frac{1}{2}x^{2}+3", r"\sqrt{2}\pi-4", r"(x+1)^2", r"2x+1=y", r"\{1,2\}", r"(1,2]", r"\sin(x)\cdot\log_{2}{8}",
-    r"x^2-2x", r"50\%", r"\begin{pmatrix}1\\2\end{pmatrix}", r"\binom{4}{2}", r"5!", r"3+4i", r"x\le 5", r"1,2,3", "2/3",
-    r"x \in (1,2)\cup[3,\infty)", r"\sqrt[3]{4}", r"a_{1}", r"|x|", r"e^{i\pi}", r"1\frac{1}{2}", "0.5", "-7",
+    r"x^2-2x", r"50\%", r"\begin{pmatrix}1\\2\end{pmatrix}", r"\binom{4}{2}", r"5!", r"3+4i", r"x\le 5", r"1,2,3",
+    r"x \in (1,2)\cup[3,\infty)", r"\sqrt[3]{4}", r"a_{1}", r"|x|", r"e^{i\pi}", r"1\frac{1}{2}", "0.5", "-7", "2/3",
 )  # fmt: skip
 """Expressions parsed before the first comparison, so that the parser's tables are built once."""
 
@@ -156,7 +156,9 @@ class Process:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         if read_line(child) != "ready":
-            raise UsageError("math-verify cannot be started, which compares answers; pip install 'math-verify[antlr4_13_2]'")
+            raise UsageError(
+                "math-verify cannot be started, which compares answers; pip install 'math-verify[antlr4_13_2]'"
+            )
         return child
 
     def ask(self, given: str, wanted: str) -> str:
