@@ -20,6 +20,7 @@ LONGEST_ANSWER = 400
 
 # Finding the answer
 
+BOXES = (r"\boxed", r"\fbox")
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 FRACTION = r"\\[dtc]?frac\s*(?:\{\s*(-?\d{1,40})\s*\}|(\d))\s*(?:\{\s*(-?\d{1,40})\s*\}|(\d))"
 QUALIFIER = r"(?:(?:\bnot|n't|\bhalf of|\btwice|\b(?:less|more|fewer|greater|other) than|\bat (?:least|most))\s+)?"
@@ -64,9 +65,10 @@ def boxed(text: str) -> str | None:
     '\\frac{1}{2}'
     """
     text = tail(text)
-    start = max((found.end() for found in BOX.finditer(text)), default=None)
-    end = -1 if start is None else closing_brace(text[start:])
-    return None if end < 0 else text[start:][:end].strip()
+    found = BOX.match(text, max(0, *map(text.rfind, BOXES)))
+    inside = text[found.end() :] if found else ""
+    end = closing_brace(inside)
+    return inside[:end].strip() if end >= 0 else None
 
 
 def after_hashes(text: str) -> str | None:
@@ -86,7 +88,9 @@ def marked_answer(text: str) -> str | None:
 
 def last_expression(text: str) -> str | None:
     """Return the text's last number or fraction, or the last $...$ or \\(...\\) with a digit that ends after it."""
-    text = plain_signs(tail(text)).replace("{,}", ",")
+    text = tail(text)
+    last_digit = max(map(text.rfind, "0123456789"))
+    text = plain_signs(text[max(0, last_digit - LONGEST_ANSWER) : last_digit + LONGEST_ANSWER // 4]).replace("{,}", ",")
     number = max(LAST_NUMBER.finditer(text), key=re.Match.end, default=None)
     maths = max(LAST_MATHS.finditer(text), key=re.Match.end, default=None)
     if maths and number and maths.start() <= number.start() < number.end() <= maths.end():
@@ -125,7 +129,7 @@ CLEANING = [
     for pattern, replacement in (
         (r"<\|\w+\|>|</?(?:s|b|i|u|em|strong)>", ""),  # end tokens and HTML
         (r"^#+\s*", ""),
-        (r"(?<!\\)\\[()\[\]]", " "),
+        (r"(?<!\\)\\[()\[\]]", ""),
         (r"(?<!\\)\$\$([^$]+)\$\$", r"\1"),
         (r"(?<!\\)\$(?=\S)([^$]+?)(?<![\s\\-])\$(?!\d)", r"\1"),
         (r"(?<![\w*)])(\*{1,3}|__|`{1,3})(?=\S)([^*`]+?)(?<=\S)\1(?![\w*(])", r"\2"),
@@ -166,10 +170,10 @@ def clean(text: str) -> str:
 # Reading what it states
 
 CHANGES = frozenset(
-    "not no never cannot isn't aren't wasn't can't neither nor or and wrong incorrect false than least most half halves "
-    "halved doubled tripled thirds fifths tenths hundredths thousandths ths double twice squared cubed root sqrt "
-    "factorial pi log ln sin cos tan exp abs mod modulo choose divided multiplied plus minus except but unless without "
-    "almost nearly between unequal".split()
+    "not no never cannot isn't aren't wasn't can't neither nor or and wrong incorrect false than least most "
+    "half halves halved doubled tripled thirds fifths tenths hundredths thousandths ths double twice squared cubed "
+    "root sqrt factorial pi log ln sin cos tan exp abs mod modulo choose divided multiplied plus minus except but unless "
+    "without almost nearly between unequal".split()
 )
 """Words that make of a number beside them another value, several or none."""
 
@@ -182,7 +186,7 @@ LEAD = re.compile(rf"(?:[A-Za-z][A-Za-z']*[\s,]+){{0,15}}?(?:{STATES}\b(?!\s*[-+
 APPROXIMATE = re.compile(r"^(?:≈|~|\\approx|=|:)\s*")
 SIDE = re.compile(
     r"(?!\\?(?:log|ln|sin|cos|tan|exp|sqrt|abs|min|max)\b)"
-    r"(?:[A-Za-z][a-z]*\s+){0,8}\\?[A-Za-z]+'*(?:\s*_\{?\w+\}?)?(?:\s?\([\w,+\s-]*\))?|"
+    r"(?:[A-Za-z][a-z]*\s+){0,8}\\?[A-Za-z]+'*(?:\s*_(?:\w+|\{\w+\}))?(?:\s?\([\w,+\s-]*\))?|"
     r"(?:\\times|\\cdot|\\div|[\d\s+*/().,$-])+|m?\s?\\(?:angle|triangle|overline)\s?\{?\s?[A-Z]+\}?|\|[A-Z]+\|"
 )
 """A side of an equation that only names the other: x, f(2), Total cost, 6*7; not 2x."""
@@ -226,10 +230,10 @@ NUMBER = re.compile(
     rf"(?P<whole>{DIGITS})(?P<decimals>\.\d*)?|(?P<part>\.\d+))(?!\d)"
     r"(?:[eE](?P<power>[+-]?\d{1,3})(?![\d.])|\s*(?:\\times|\\cdot|\*|x)\s*10\s?\^\s?\{?\s?(?P<tens>[+-]?\d{1,3})\s?\}?)?"
 )
-UNIT = r"[A-Za-zµΩ][A-Za-zµΩ.'-]*(?:\s?\^\s?\{?-?\d\}?)?"
+UNIT = r"\s*/?\s*[A-Za-zµΩ](?:[A-Za-zµΩ.'/*,\s-]|\^\s?\{?-?\d\}?|\\cdot)*+"
 REST = re.compile(
     rf"(?P<scale>\s(?:{SCALE})s?\b|[kKM](?![\w/^])|\s?bn\b)?\s*(?P<percent>%|percent\b|per\s?cent\b)?\s*(?:{MONEY}|¢)?"
-    rf"(?P<unit>\s*/?\s*{UNIT}(?:(?:\s*(?:/|\\cdot|\*|,)\s*|\s+|){UNIT})*)?\s*(?:\((?P<gloss>[A-Za-z\s.,'-]*)\))?[\s.,;]*"
+    rf"(?P<unit>{UNIT})?\s*(?:\((?P<gloss>[A-Za-z\s.,'-]*)\))?[\s.,;]*"
 )
 SHORT_SCALES = {"k": 10**3, "K": 10**3, "M": 10**6, "bn": 10**9}
 LETTERS = frozenset("m g s h l L N J W V A C F K Ω µ".split())
@@ -387,7 +391,8 @@ def comparable(given: str, wanted: str, number: bool) -> bool:
     """
     if number:
         return set(variables(given) + variables(wanted)) <= {"e", "i"} and "=" not in given + wanted
-    single = [("=" in text and not re.search(r",|\b(?:or|and)\b|[<>!]=", text)) for text in (given, wanted)]
+    sides = [re.sub(r"_\{[^{}]*\}", "", text) for text in (given, wanted)]  # without the k=1 of a sum
+    single = ["=" in side and not re.search(r",|\b(?:or|and)\b|[<>!]=", side) for side in sides]
     return single[0] == single[1]
 
 

@@ -77,7 +77,7 @@ def think_format(completions: Sequence[Any], **_: Any) -> list[float]:
 
 
 def correctness(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
-    """Return 2.0 for the reference as written inside <answer> tags, 1.5 for a right answer otherwise, 0 for a wrong one.
+    """Return 2.0 for the reference as written inside <answer> tags, 1.5 for a right answer otherwise, else 0.
 
     <answer>18</answer> earns 2.0 for 18; <answer>18.0</answer>, <answer>$18</answer> and "#### 18" earn 1.5.
     """

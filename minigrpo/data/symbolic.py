@@ -4,6 +4,7 @@
 Work is bounded by the size of expressions and the count of Python calls, so a verdict does not depend on load.
 """
 
+import contextlib
 import functools
 import gc
 import json
@@ -156,25 +157,40 @@ class Process:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         if read_line(child) != "ready":
+            child.kill()
+            child.communicate()
             raise UsageError(
                 "math-verify cannot be started, which compares answers; pip install 'math-verify[antlr4_13_2]'"
             )
         return child
 
     def ask(self, given: str, wanted: str) -> str:
-        """One of VERDICTS; undecided when the process died over it."""
+        """Return one of VERDICTS; a process that something else ended is asked again once."""
         with self.lock:
-            if self.child is None or self.child.poll() is not None:
-                self.child = self.start()
-            assert self.child.stdin
-            self.child.stdin.write(json.dumps([given, wanted]) + "\n")
-            self.child.stdin.flush()
-            verdict = read_line(self.child)
-            if verdict not in VERDICTS:
-                self.child.kill()
-                self.child.wait()
-                return "undecided"
-            return verdict
+            verdict = self.exchange([given, wanted]) or self.exchange([given, wanted])
+        return verdict if verdict in VERDICTS else "undecided"
+
+    def exchange(self, pair: list[str]) -> str:
+        """Send one pair and return the answer, "" when the process died over it."""
+        child = self.child = self.child or self.start()
+        assert child.stdin
+        try:
+            child.stdin.write(json.dumps(pair) + "\n")
+            child.stdin.flush()
+            verdict = read_line(child)
+        except OSError:  # it died before
+            verdict = ""
+        if not verdict:
+            self.stop()
+        return verdict
+
+    def stop(self) -> None:
+        if self.child is None:
+            return
+        self.child.kill()
+        with contextlib.suppress(OSError):  # of what was still to be written
+            self.child.communicate()
+        self.child = None
 
 
 def read_line(child: subprocess.Popen[str]) -> str:
