@@ -171,9 +171,9 @@ def clean(text: str) -> str:
 
 CHANGES = frozenset(
     "not no never cannot isn't aren't wasn't can't neither nor or and wrong incorrect false than least most "
-    "half halves halved doubled tripled thirds fifths tenths hundredths thousandths ths double twice squared cubed "
-    "root sqrt factorial pi log ln sin cos tan exp abs mod modulo choose divided multiplied plus minus except but unless "
-    "without almost nearly between unequal".split()
+    "half halves halved doubled tripled thirds fifths tenths hundredths thousandths ths double twice squared "
+    "cubed root sqrt factorial pi log ln sin cos tan exp abs mod modulo choose divided multiplied plus minus except "
+    "but unless without almost nearly between unequal".split()
 )
 """Words that make of a number beside them another value, several or none."""
 
