@@ -65,7 +65,7 @@ def test_hostile_completions_cost_bounded_time():
 
 def hostile_text(rng):
     """One of many kinds of text meant to hurt a parser."""
-    size = int(10 ** rng.uniform(1, 6))
+    size = int(10 ** rng.uniform(1, 5))
     kinds = (
         lambda: "9" * size,
         lambda: "{" * size + "}" * size,
@@ -258,7 +258,7 @@ def test_functions_receive_what_trl_hands_them(prompt, columns, monkeypatch):
     trainer = Recorded([mine])
     completions = [[{"role": "assistant", "content": t}] for t in texts] if isinstance(prompt, list) else texts
     inputs = [{"prompt": prompt} | columns] * 2
-    theirs = grpo_trainer.GRPOTrainer._calculate_rewards(trainer, inputs, [prompt] * 2, completions, ids)
+    theirs = grpo_trainer.GRPOTrainer._calculate_rewards.__wrapped__(trainer, inputs, [prompt] * 2, completions, ids)
     arguments = {name: [value] * 2 for name, value in columns.items()} | {"prompt": [prompt] * 2}
     arguments |= {"prompts": [prompt] * 2, "completions": texts, "completion_ids": ids}
     ours = score_completions([Reward("mine", mine)], 5.0, arguments, trainer.state)

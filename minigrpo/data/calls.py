@@ -9,6 +9,7 @@ import itertools
 import math
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class Log:
     metrics: dict[str, list[float]] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
 
-    def log_metric(self, name: str, value: float) -> None:
+    def log_metric(self, name: str, value: Any) -> None:
         """Log a number, averaged over the calls of a step."""
         self.metrics.setdefault(str(name), []).append(float(value))
 
@@ -203,27 +204,28 @@ def in_thread(work: Callable[[], Any], seconds: float = math.inf) -> Any:
 
 @contextlib.contextmanager
 def interrupted_after(seconds: float) -> Iterator[None]:
-    """Raise Overtime in the main thread after so many seconds, out of sleeps and regular expressions too."""
+    """Raise Overtime in the main thread after so many seconds: a thread ends sleeps, a timer regular expressions."""
     done = threading.Event()
-    main = threading.main_thread().ident or 0
+    main, end = threading.main_thread().ident or 0, time.monotonic() + seconds
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if not done.is_set():
+        if not done.is_set() and time.monotonic() >= end:
             raise Overtime
 
     def watch() -> None:
-        wait = seconds
-        while not done.wait(wait):
+        while not done.wait(max(0.1, end - time.monotonic())):  # again, should the function have swallowed it
             signal.pthread_kill(main, signal.SIGURG)
-            wait = 1.0  # again, should the function have swallowed it
 
-    before = signal.signal(signal.SIGURG, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGURG, signal.SIGVTALRM)}
+    signal.setitimer(signal.ITIMER_VIRTUAL, min(seconds, 0.5) or 0.01, 0.5)
     threading.Thread(target=watch, daemon=True, name="reward timeout").start()
     try:
         yield
     finally:
         done.set()
-        signal.signal(signal.SIGURG, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def within(seconds: float, work: Callable[[], Any]) -> Any:
@@ -286,7 +288,7 @@ def call_reward(reward: Reward, timeout: float, arguments: dict[str, Any]) -> Fl
 
     if reward.builtin:
         return np.array(work(), np.float64)
-    taken = {name: fresh(value) for name, value in taken.items()}
+    taken = {name: fresh(value) if isinstance(value, list) else value for name, value in taken.items()}
     try:
         return np.array(within(timeout, work), np.float64)
     except Overtime:
