@@ -41,7 +41,7 @@ SOFT = re.compile(r"\s*<reasoning>.*</reasoning>\s*<answer>.*</answer>\s*", re.D
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
 
-def bounded_match(pattern: re.Pattern, text: str) -> bool:
+def bounded_match(pattern: re.Pattern[str], text: str) -> bool:
     return len(text) <= LONGEST and pattern.fullmatch(text) is not None
 
 
@@ -207,8 +207,8 @@ def load_function(source: str, name: str, modules: dict[str, ModuleType]) -> Rew
     """Return the function `name` of a Python file or of a module, each of which is executed once per flag."""
     if source not in modules:
         modules[source] = load_module(source, name)
-    function = getattr(modules[source], name, None)
-    if not callable(function):
+    function: RewardFunction | None = getattr(modules[source], name, None)
+    if function is None or not callable(function):
         known = [key for key, value in vars(modules[source]).items() if callable(value)]
         raise UsageError(f"--reward={source}:{name}: {source} has no function {name}{near(name, known)}")
     return function

@@ -46,7 +46,8 @@ def parse(text: str) -> list[Any]:
     """Parse LaTeX, by a grammar and not by eval; [] for what is no expression."""
     import math_verify  # slow to import, and only wanted in this process
 
-    return math_verify.parse(f"${text}$", [math_verify.LatexExtractionConfig()], parsing_timeout=None)
+    parsed: list[Any] = math_verify.parse(f"${text}$", [math_verify.LatexExtractionConfig()], parsing_timeout=None)
+    return parsed
 
 
 def digits(expression: Any) -> float:
