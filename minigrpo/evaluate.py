@@ -22,7 +22,7 @@ from minigrpo.config import (
 )
 from minigrpo.data.chat import Tokenizer
 from minigrpo.data.datasets import Prompts, load_dataset, tokenize
-from minigrpo.data.rewards import Extract, as_number, extract_answer, marked_answer, plain_text, same_answer
+from minigrpo.data.grading import Extract, extract_answer, marked_answer, most_common, same_answer
 from minigrpo.model.hub import run_defaults
 from minigrpo.model.params import Params
 from minigrpo.planning.memory import device_share_bytes, pool_limit
@@ -96,6 +96,7 @@ class Grades:
 
 
 def grade(texts: list[str], problems: Prompts) -> Grades:
+    """Grade K answers to each of P problems, those of one problem adjacent, as the rewards do."""
     samples = len(texts) // len(problems)
     groups = [texts[i * samples : (i + 1) * samples] for i in range(len(problems))]
     wanted = [row["answer"] for row in problems.rows]
@@ -106,20 +107,6 @@ def grade(texts: list[str], problems: Prompts) -> Grades:
 
     majority = [same_answer(most_common(group), answer) for group, answer in zip(groups, wanted, strict=True)]
     return Grades(marks(extract_answer), marks(marked_answer), np.array(majority))
-
-
-def most_common(texts: list[str]) -> str:
-    """A completion with the answer that most completions give, if they give one; numbers are compared as numbers."""
-    keys = [answer_key(extract_answer(text)) for text in texts]
-    return texts[max(range(len(texts)), key=lambda i: (keys[i] is not None, keys.count(keys[i]), -i))]
-
-
-def answer_key(answer: str | None) -> Any:
-    """Equal for answers that are the same, as `same_answer` has it."""
-    if answer is None:
-        return None
-    number = as_number(answer)
-    return plain_text(answer) if number is None else number
 
 
 def pass_at(right: Bool[np.ndarray, "P K"], k: int) -> float:

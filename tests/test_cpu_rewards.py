@@ -1,64 +1,28 @@
 """Rewards: answers as people write them, hostile completions, and functions that misbehave."""
 
 import asyncio
+import contextlib
+import copy
+import decimal
 import functools
-import json
+import itertools
+import re
+import signal
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from minigrpo.config import UsageError
 from minigrpo.data import rewards
-from minigrpo.data.rewards import Reward, call_reward, extract_answer, parse_rewards, same_answer, score_completions
+from minigrpo.data.calls import Reward, TrainerState, call_reward
+from minigrpo.data.grading import same_answer
+from minigrpo.data.rewards import check_columns, parse_rewards, score_completions
 
 GOOD = "<reasoning>\n6 * 7 = 42\n</reasoning>\n<answer>\n42\n</answer>"
-
-
-@pytest.mark.parametrize(
-    ("completion", "reference"),
-    [
-        (GOOD, "42"),
-        ("The total is $1,234.50.", "1234.5"),
-        ("#### 72 clips", "work\n#### 72"),
-        (r"so we get \boxed{18}.", "18"),
-        (r"\boxed{\$1,000}", "1000"),
-        ("<answer>50%</answer>", "50"),
-        ("<answer>-3.0</answer>", "-3"),
-        ("it is 7.00 dollars", "7"),
-        ("<answer>.5</answer>", "0.50"),
-        ("<answer> Paris </answer>", "paris"),
-        ("<answer>1/2</answer>", "1/2"),
-        ("<answer>x^2+1</answer>", "x^2+1"),
-        ("<answer>10:30</answer>", "10:30"),
-        ("<answer>1.5e3 meters</answer>", "1500"),
-        ("<answer>-$5</answer>", "-5"),
-        ("<answer>x = 12kg</answer>", "12"),
-    ],
-)
-def test_right_answers(completion, reference):
-    assert same_answer(completion, reference)
-
-
-@pytest.mark.parametrize(
-    ("completion", "reference"),
-    [
-        ("<answer>43</answer>", "42"),
-        ("", "42"),
-        ("no number at all", "42"),
-        ("<answer>42", "43"),
-        ("#### 7\n#### 8", "7"),
-        ("<answer>4.2</answer>", "42"),
-        ("<answer>-42</answer>", "42"),
-        ("<answer></answer> 42", "42"),
-        ("<answer>2</answer>", "1/2"),
-        ("<answer>1/3</answer>", "#### 1/2"),
-        ("<answer>3x</answer>", "3y"),
-        ("<answer>4 or 42</answer>", "42"),
-    ],
-)
-def test_wrong_answers(completion, reference):
-    assert not same_answer(completion, reference)
 
 
 def test_built_in_rewards_score_as_documented():
@@ -77,23 +41,6 @@ def test_built_in_rewards_score_as_documented():
         np.testing.assert_allclose(got, scores, err_msg=name)
     thinking = ["<think>\nhm\n</think>\n#### 4", "#### 4 <think></think>", "<think> #### 4"]
     assert rewards.think_format(completions=thinking) == [1.0, 0.0, 0.0]
-
-
-def test_real_graded_solutions(shared):
-    """Solutions of a real model with marks made elsewhere: at least 99 % agreement."""
-    rows = [json.loads(line) for line in (shared / "scored" / "gsm8k_scored.jsonl").read_text().splitlines()]
-    references = {
-        json.loads(line)["question"]: json.loads(line)["answer"]
-        for line in (shared / "gsm8k" / "test.jsonl").read_text().splitlines()
-    }
-    pairs = [
-        (same_answer(response, references[row["prompt"]]), score > 0.5)
-        for row in rows
-        if row["prompt"] in references
-        for response, score in zip(row["responses"], row["scores"], strict=True)
-    ]
-    assert len(pairs) > 2000
-    assert np.mean([ours == marked for ours, marked in pairs]) >= 0.99
 
 
 def test_hostile_completions_cost_bounded_time():
@@ -118,7 +65,7 @@ def test_hostile_completions_cost_bounded_time():
 
 def hostile_text(rng):
     """One of many kinds of text meant to hurt a parser."""
-    size = int(10 ** rng.uniform(1, 6))
+    size = int(10 ** rng.uniform(1, 4.5))
     kinds = (
         lambda: "9" * size,
         lambda: "{" * size + "}" * size,
@@ -159,11 +106,21 @@ def test_math_answers_are_compared_symbolically():
     assert rewards.math_answer(completions=texts, answer=wanted) == list(scores)
 
 
-def test_an_expression_that_cannot_be_compared_in_time_is_not_equal():
-    bomb = r"\boxed{9^{9^{9^{9}}}}"
-    started = time.perf_counter()
-    assert rewards.math_answer(completions=[bomb, r"\boxed{\frac{2}{4}}"], answer=["x", "1/2"]) == [0.0, 1.0]
-    assert time.perf_counter() - started < 20
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
+        ("<answer>18</answer>", 2.0),
+        ("<answer>\n18\n</answer>", 2.0),
+        ("<answer>18.0</answer>", 1.5),
+        ("<answer>$18</answer>", 1.5),
+        ("#### 18", 1.5),
+        (r"\boxed{18}", 1.5),
+        ("it is 18", 1.5),
+        ("<answer>19</answer>", 0.0),
+    ],
+)
+def test_correctness_tells_the_reference_itself_from_other_forms_of_it(completion, score):
+    assert rewards.correctness(completions=[completion], answer=["work\n#### 18"]) == [score]
 
 
 def test_scores_of_none_do_not_apply():
@@ -171,9 +128,9 @@ def test_scores_of_none_do_not_apply():
         Reward("some", lambda completions: [None, 1.0, None]),
         Reward("other", lambda completions: [2.0, 3.0, None]),
     ]
-    total, parts = score_completions(parsed, 5.0, {"completions": ["a", "b", "c"]})
-    np.testing.assert_array_equal(parts["some"], [np.nan, 1.0, np.nan])
-    np.testing.assert_array_equal(total, [2.0, 4.0, np.nan])
+    scores = score_completions(parsed, 5.0, {"completions": ["a", "b", "c"]})
+    np.testing.assert_array_equal(scores.by_function["some"], [np.nan, 1.0, np.nan])
+    np.testing.assert_array_equal(scores.rewards, [2.0, 4.0, np.nan])
 
 
 def test_coroutines_are_awaited_and_timed():
@@ -207,9 +164,9 @@ def test_rewards_are_parsed_with_weights_and_files(tmp_path):
     parsed = parse_rewards(f"correctness*0.5, {path}:brevity")
     assert [(reward.name, reward.weight) for reward in parsed] == [("correctness", 0.5), ("brevity", 1.0)]
     arguments = {"completions": [GOOD, "x"], "answer": ["42", "1"], "level": [10, 20], "prompts": ["", ""]}
-    total, parts = score_completions(parsed, 5.0, arguments)
-    np.testing.assert_allclose(parts["brevity"], [len(GOOD) + 10, 21])
-    np.testing.assert_allclose(total, [1.0 + len(GOOD) + 10, 21])
+    scores = score_completions(parsed, 5.0, arguments)
+    np.testing.assert_allclose(scores.by_function["brevity"], [len(GOOD) + 10, 21])
+    np.testing.assert_allclose(scores.rewards, [1.0 + len(GOOD) + 10, 21])
 
 
 @pytest.mark.parametrize(
@@ -262,7 +219,274 @@ def test_misbehaving_functions_are_named(function, message):
         call_reward(Reward("bad", function), 0.2, {"completions": ["a", "b"]})
 
 
-def test_extract_answer_prefers_tags_then_marks_then_boxes():
-    assert extract_answer("#### 1 <answer>2</answer> 3") == "2"
-    assert extract_answer(r"\boxed{5} then #### 6") == "6"
-    assert extract_answer(r"7 \boxed{8} 9") == "8"
+# TRL's own calls
+
+
+class Recorded:
+    """What TRL's trainer, without its model, hands to reward functions."""
+
+    def __init__(self, functions):
+        self.accelerator = SimpleNamespace(device="cpu")
+        self.reward_funcs, self.reward_processing_classes = functions, [None] * len(functions)
+        self.reward_func_names = [function.__name__ for function in functions]
+        self.state, self.environments = TrainerState(global_step=3, max_steps=9, epoch=0.5), None
+        self.metrics, self.extra = {}, {}
+        self._log_metric = lambda name, value: self.metrics.setdefault(name, []).append(value)
+        self._log_completion_extra = lambda name, values: self.extra.setdefault(name, []).extend(values)
+
+
+ROWS = [
+    ("What is 2?", {"answer": "2", "level": 1, "meta": {"tags": ["a"]}}),
+    ([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], {"answer": "2", "level": 1}),
+    ([{"role": "user", "content": "u"}], {"answer": "2", "completion": "of the dataset", "solution": None}),
+]
+
+
+@pytest.mark.parametrize(("prompt", "columns"), ROWS)
+def test_functions_receive_what_trl_hands_them(prompt, columns, monkeypatch):
+    grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
+    monkeypatch.setattr(grpo_trainer, "gather", lambda tensor: tensor)
+    monkeypatch.setattr(grpo_trainer, "profiling_context", lambda *_: contextlib.nullcontext())
+    received, texts, ids = [], ["a", "bc"], [[1], [2, 3]]
+
+    def mine(completions, **given):
+        given["log_metric"]("length", 1.5)
+        given["log_extra"]("seen", ["x", "y"])
+        received.append({"completions": completions} | given)
+        return [0.75, 0.25]
+
+    trainer = Recorded([mine])
+    completions = [[{"role": "assistant", "content": t}] for t in texts] if isinstance(prompt, list) else texts
+    inputs = [{"prompt": prompt} | columns] * 2
+    theirs = grpo_trainer.GRPOTrainer._calculate_rewards.__wrapped__(trainer, inputs, [prompt] * 2, completions, ids)
+    arguments = {name: [value] * 2 for name, value in columns.items()} | {"prompt": [prompt] * 2}
+    arguments |= {"prompts": [prompt] * 2, "completions": texts, "completion_ids": ids}
+    ours = score_completions([Reward("mine", mine)], 5.0, arguments, trainer.state)
+    for name in ("log_metric", "log_extra"):
+        assert callable(received[0].pop(name)) and callable(received[1].pop(name))
+    assert received[0] == received[1]
+    np.testing.assert_array_equal(ours.by_function["mine"], theirs[:, 0].numpy())
+    assert ours.metrics == {name: np.mean(values) for name, values in trainer.metrics.items()}
+    assert ours.extra == trainer.extra
+
+
+def test_the_rewards_that_trl_ships_run_as_they_are():
+    shipped = pytest.importorskip("trl.rewards")
+    prompt = [{"role": "user", "content": "u"}]
+    texts = ["<think>\nx\n</think>\n" + r"\boxed{\frac{1}{3}}", r"\boxed{\frac{1}{2}}"]
+    arguments = {"prompts": [prompt] * 2, "completions": texts, "solution": [r"\frac{1}{3}"] * 2}
+    parsed = [Reward("accuracy", shipped.accuracy_reward), Reward("format", shipped.think_format_reward)]
+    scores = score_completions(parsed, 60.0, arguments)
+    np.testing.assert_array_equal(scores.rewards, [2.0, 0.0])
+    assert list(scores.extra) == ["solution", "gold_parsed", "answer_parsed"]
+
+
+def test_libraries_that_need_the_main_thread_have_it_and_other_threads_work_too():
+    def alarmed(completions):
+        signal.alarm(1)
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        signal.alarm(0)
+        return [1.0] * len(completions)
+
+    arguments = {"completions": ["a"]}
+    assert call_reward(Reward("alarmed", alarmed), 5.0, arguments).tolist() == [1.0]
+    lengths = Reward("lengths", lambda completions: map(len, completions))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(call_reward, lengths, 5.0, arguments).result().tolist() == [1.0]
+        slow = Reward("slow", lambda completions: time.sleep(2))
+        with pytest.raises(UsageError, match=r"reward slow: no result after 0.2 s"):
+            pool.submit(call_reward, slow, 0.2, arguments).result()
+
+
+def test_built_in_rewards_read_messages_and_take_any_time():
+    message = [{"role": "assistant", "content": GOOD}]
+    for name, function in rewards.BUILTIN.items():
+        assert function(completions=[message], answer=["42"]) == function(completions=[GOOD], answer=["42"]), name
+    (reward,) = parse_rewards("answer")
+    assert call_reward(reward, 0.0, {"completions": [GOOD], "answer": ["42"]}).tolist() == [3.0]
+
+
+def test_changes_that_a_function_makes_are_seen_by_nobody_else():
+    def vandal(prompts, completions, completion_ids, meta, **_):
+        completions[0] = prompts[0][0]["content"] = meta[0]["tags"][0] = "changed"
+        completion_ids[0].append(7)
+        meta[1]["tags"].clear()
+        return [0.0, 0.0]
+
+    def witness(prompts, completions, completion_ids, meta, **_):
+        assert "changed" not in repr((prompts, completions, meta)) and completion_ids == [[1], [2]]
+        return [1.0, len(meta[1]["tags"])]
+
+    shared_row = {"tags": ["a"]}
+    arguments = {"prompts": [[{"role": "user", "content": "u"}]] * 2, "completions": ["x", "y"]}
+    arguments |= {"completion_ids": [[1], [2]], "meta": [shared_row, shared_row]}
+    before = copy.deepcopy(arguments)
+    scores = score_completions([Reward("vandal", vandal), Reward("witness", witness)], 5.0, arguments)
+    np.testing.assert_array_equal(scores.by_function["witness"], [1.0, 1.0])
+    assert arguments == before
+
+
+class Broken(Exception):
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+    __str__ = __repr__
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda completions: fail(Broken()), r"raised Broken \(its repr fails\) at .*test_cpu_rewards.py:\d+$"),
+        (lambda completions: fail(ValueError("x" * 10**6)), r"raised ValueError\('x+\.\.\. at .*test_cpu_rewards"),
+        (lambda completions: fail(SystemExit(3)), r"raised SystemExit\(3\) at"),
+        (lambda completions: fail(GeneratorExit()), r"raised GeneratorExit\(\) at"),
+        (lambda completions, level: [1.0], "needs 'level', which no column of the dataset gives; has completions"),
+        (lambda completions: [Broken(), 1.0], r"Broken \(its repr fails\) for completion 0, not a list of floats"),
+        (lambda completions: [1.0] * 10**6, r"returned shape \[1000000\] for 2 completions"),
+        (lambda completions: itertools.count(), r"returned shape \[3\] for 2 completions"),
+        (lambda completions: (fail(KeyError(c)) for c in completions), r"raised KeyError\('a'\) at"),
+        (lambda completions: 1.0, "returned 1.0, not a list of floats"),
+        (lambda completions: None, "returned None, not a list of floats"),
+        (lambda completions: "ab", "returned 'ab', not a list of floats"),
+        (lambda completions: {"a": 1.0, "b": 2.0}, "not a list of floats"),
+        (lambda completions: ["1", "2"], "returned '1' for completion 0, not a list of floats"),
+        (lambda completions: [1j, 2j], "returned 1j for completion 0"),
+        (lambda completions: [[1.0], [2.0]], r"returned \[1.0\] for completion 0"),
+        (lambda completions: np.ones((2, 1)), r"returned \[1.0\] for completion 0"),
+        (lambda completions: [10**400, 1], "for completion 0, not a list of floats"),
+        (lambda completions: [1.0, float("inf")], "returned inf for completion 1; scores must be finite"),
+        (lambda completions, log_extra: log_extra("c", [1]), r"ValueError\(\"log_extra\('c'\) needs 2 values"),
+        (lambda completions, log_metric: log_metric("c", "x"), r"raised ValueError\("),
+    ],
+)
+def test_whatever_a_function_does_is_one_line(function, message):
+    arguments = {"completions": ["a", "b"]}
+    with pytest.raises(UsageError, match=message) as raised:
+        score_completions([Reward("bad", function)], 5.0, arguments)
+    assert str(raised.value).startswith("reward bad: ")
+    assert len(str(raised.value)) < 600 and "\n" not in str(raised.value)
+
+
+def test_numbers_of_every_library_are_scores():
+    torch = pytest.importorskip("torch")
+    grown = torch.tensor([1.0, 2.0], requires_grad=True)
+    for scores in (
+        *(grown, list(grown), grown.to(torch.bfloat16), np.float32([1, 2]), iter([1, 2]), (n for n in (1, 2))),
+        *([True, 2], [np.float64(1), np.int8(2)], [decimal.Decimal(1), 2], (1, 2), [np.array(1.0), torch.tensor(2)]),
+    ):
+        values = call_reward(Reward("r", lambda completions, scores=scores: scores), 5.0, {"completions": ["a", "b"]})
+        assert values.tolist() == [1.0, 2.0] or values.tolist() == [1.0, 2]
+
+
+def test_a_function_that_swallows_its_interruption_ends_all_the_same():
+    def stubborn(completions):
+        with contextlib.suppress(BaseException):
+            time.sleep(5)
+        time.sleep(5)
+
+    with pytest.raises(UsageError, match="no result after 0.1 s"):
+        call_reward(Reward("stubborn", stubborn), 0.1, {"completions": ["a"]})
+
+
+def test_a_regular_expression_without_end_is_interrupted():
+    hopeless = Reward("hopeless", lambda completions: [bool(re.match(r"(a|a)*b", "a" * 60))])
+    with pytest.raises(UsageError, match="no result after 0.3 s"):
+        call_reward(hopeless, 0.3, {"completions": ["a"]})
+
+
+# Files and modules
+
+
+def write_package(folder):
+    (folder / "rewards").mkdir()
+    (folder / "rewards" / "helper_mod.py").write_text("def score(text):\n    return len(text) / 1\n")
+    (folder / "rewards" / "mine.py").write_text(
+        "from helper_mod import score\n\n\ndef r(completions, **_):\n    return [score(t) for t in completions]\n\n\n"
+        "def late(completions, **_):\n    import late_helper\n\n    return [late_helper.ONE] * len(completions)\n\n\n"
+        "def bad(completions, **_):\n    return [score(None)]\n"
+    )
+    (folder / "rewards" / "late_helper.py").write_text("ONE = 1.0\n")
+
+
+@pytest.fixture
+def clean_path(monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    yield
+    for name in [name for name in sys.modules if name.startswith(("helper_mod", "late_helper", "rewards", "reward_"))]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("source", ["rewards/mine.py", "{}/rewards/mine.py"])
+def test_a_reward_file_imports_its_neighbours_from_any_folder(tmp_path, monkeypatch, clean_path, source):
+    write_package(tmp_path)
+    (tmp_path / "helper_mod.py").write_text("raise RuntimeError('the wrong one')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = source.format(tmp_path)
+    parsed = parse_rewards(f"{path}:r, {path}:late*2")
+    assert score_completions(parsed, 5.0, {"completions": ["abc", ""]}).rewards.tolist() == [5.0, 2.0]
+    with pytest.raises(UsageError, match=r"raised TypeError\(.*\) at .*rewards/helper_mod.py:2$"):
+        call_reward(parse_rewards(f"{path}:bad")[0], 5.0, {"completions": ["a"]})
+
+
+def test_a_module_is_named_by_dots(tmp_path, monkeypatch, clean_path):
+    write_package(tmp_path)
+    (tmp_path / "rewards" / "__init__.py").write_text("")
+    (tmp_path / "rewards" / "more.py").write_text("def two(completions, **_):\n    return [2.0] * len(completions)\n")
+    monkeypatch.chdir(tmp_path)
+    (reward,) = parse_rewards("rewards.more:two*0.5")
+    assert (reward.name, reward.weight) == ("two", 0.5)
+    assert call_reward(reward, 5.0, {"completions": ["a"]}).tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("corectness", "did you mean correctness[?]"),
+        ("acuracy", "did you mean answer[?]"),
+        ("accuracy_reward", "did you mean math_answer[?]"),
+        ("xmlcount_reward_func", "did you mean tag_count[?]"),
+        ("", "--reward=: no such reward"),
+        ("answer,", "--reward=: no such reward"),
+        ("answer*", "the weight '' is not a number"),
+        ("answer*nan", "the weight must be finite"),
+        ("answer*1*2", "the weight '1[*]2' is not a number"),
+        ("no.such.module:f", "no module no.such.module; a file is named PATH.py:f"),
+        ("json:lods", "json has no function lods; did you mean loads[?]"),
+        ("a/b:f", "there is no Python file a/b"),
+        ("tests:", "has no function"),
+    ],
+)
+def test_flags_that_name_no_reward_say_what_is_near(flag, message):
+    with pytest.raises(UsageError, match=message) as raised:
+        parse_rewards(flag)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(:\n", r"SyntaxError\(.*'.*r.py', 1"),
+        ("\n\nraise KeyError('x' * 10**6)\n", r"KeyError\('x+\.\.\. at .*r.py:3$"),
+        ("import sys\nsys.exit(3)\n", r"SystemExit\(3\) at .*r.py:2$"),
+        ("import no_such_neighbour\n", r"ModuleNotFoundError\(.*no_such_neighbour.*\) at .*r.py:1$"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_named_with_its_line(tmp_path, clean_path, text, message):
+    (tmp_path / "r.py").write_text(text)
+    with pytest.raises(UsageError, match=message) as raised:
+        parse_rewards(f"{tmp_path}/r.py:f")
+    assert len(str(raised.value)) < 700
+
+
+def test_columns_that_a_reward_needs_are_known_before_anything_is_sampled():
+    own = Reward("own", lambda completions, trainer_state, log_metric, level, hint="": [])
+    check_columns([own, *parse_rewards("think_format")], ["prompt", "level"])
+    with pytest.raises(UsageError, match="reward own: needs 'level'"):
+        check_columns([own], ["prompt"])
+    with pytest.raises(UsageError, match="reward answer: needs 'answer'"):
+        check_columns(parse_rewards("answer"), ["prompt", "level"])
