@@ -77,7 +77,7 @@ def column_names(row: Row) -> str:
     names = [
         name for key, value in row.items() for name in ([f"{key}.{k}" for k in value] if is_struct(value) else [key])
     ]
-    return ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
+    return (", ".join(names[:40]) or "none") + (f" and {len(names) - 40} more" if len(names) > 40 else "")
 
 
 def is_struct(value: Any) -> bool:

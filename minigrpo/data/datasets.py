@@ -139,7 +139,7 @@ def held_out_options(data: DataOptions, run: RunOptions) -> DataOptions:
 class PromptSet:
     """Rows whose prompt is short enough, with the prompt's tokens: `rows[i]` is a dict, `tokens[i]` a list of ids."""
 
-    rows: Rows
+    rows: Rows | list[Row]
     tokens: Ragged
     dropped: int
 

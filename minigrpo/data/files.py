@@ -1,14 +1,16 @@
 """Datasets as people have them: JSON Lines, JSON, CSV, Parquet, Arrow, saved folders and the Hub."""
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
 import json
 import lzma
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from minigrpo.config import UsageError
 from minigrpo.data.rows import JsonLines, Rows, Table
@@ -22,6 +24,9 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
     ".arrow": ("arrow", {}),
 }
 """Suffix -> loader of the datasets library, and its arguments."""
+
+CSV_TEXT = {"keep_default_na": False, "na_filter": False, "encoding": "utf-8-sig"}
+"""Arguments with which cells stay text."""
 
 PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 """Suffix of a compressed file -> how to open it."""
@@ -91,9 +96,9 @@ def magic(path: Path) -> str:
     return next((kind for begin, kind in MAGIC.items() if start.startswith(begin)), "")
 
 
-def open_bytes(path: Path) -> IO[bytes]:
+def open_bytes(path: Path) -> io.BufferedIOBase:
     """Open a file, through its decompressor when it is compressed."""
-    opener: Callable[[Path, str], IO[bytes]] = PACKED.get(magic(path), open)
+    opener: Callable[[Path, str], io.BufferedIOBase] = PACKED.get(magic(path), open)
     return opener(path, "rb")
 
 
@@ -111,7 +116,7 @@ def read_json_file(path: Path, flag: str) -> JsonLines:
         raise UsageError(f"--{flag}={path}: cannot be read ({error})") from error
 
 
-def is_document(file: IO[bytes]) -> bool:
+def is_document(file: io.BufferedIOBase) -> bool:
     """Tell whether a file is one JSON value rather than a line per row: an array, or an object over several lines."""
     first = next((line for line in bounded_lines(file) if line.strip()), b"").removeprefix(BYTE_ORDER_MARK).strip()
     if not first.startswith(b"{"):
@@ -134,7 +139,7 @@ def is_json(text: bytes) -> bool:
     return True
 
 
-def document_rows(path: Path, file: IO[bytes]) -> JsonLines:
+def document_rows(path: Path, file: io.BufferedIOBase) -> JsonLines:
     """Rows of a file that is one JSON value, read whole."""
     value = parse(f"{path}", file.read())
     value = value["data"] if isinstance(value, dict) and isinstance(value.get("data"), list) else value
@@ -145,7 +150,7 @@ def document_rows(path: Path, file: IO[bytes]) -> JsonLines:
     return rows
 
 
-def line_rows(path: Path, file: IO[bytes]) -> JsonLines:
+def line_rows(path: Path, file: io.BufferedIOBase) -> JsonLines:
     """Rows of a file of one JSON object per line; blank lines are skipped."""
     rows = JsonLines()
     for number, line in enumerate(bounded_lines(file), 1):
@@ -158,7 +163,7 @@ def line_rows(path: Path, file: IO[bytes]) -> JsonLines:
     return rows
 
 
-def bounded_lines(file: IO[bytes]) -> Iterator[bytes]:
+def bounded_lines(file: io.BufferedIOBase) -> Iterator[bytes]:
     """Yield the lines of a file, those beyond LONGEST_LINE in pieces that are one byte longer."""
     while line := file.readline(LONGEST_LINE + 1):
         yield line
@@ -219,12 +224,13 @@ def csv_arguments(path: Path, label: str, separator: str) -> dict[str, Any]:
     import datasets
 
     try:
-        with open_bytes(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
-            names = next(csv.reader(text, delimiter=separator), [])
+        with open_bytes(path) as file:
+            names = next(csv.reader(codecs.getreader("utf-8-sig")(file), delimiter=separator), [])
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, csv.Error) as error:
         raise UsageError(f"{label}: cannot be read ({error})") from error
-    features = datasets.Features({name: datasets.Value("string") for name in names})
-    return {"features": features, "keep_default_na": False, "na_filter": False, "encoding": "utf-8-sig"}
+    columns = [name or f"Unnamed: {place}" for place, name in enumerate(names)]
+    features = datasets.Features({name: datasets.Value("string") for name in columns})
+    return {"features": features, "index_col": False, **CSV_TEXT}
 
 
 def read_library(name: str, config: str, split: str) -> Table:
@@ -252,7 +258,9 @@ def load(label: str, function: str, *arguments: Any, **named: Any) -> Any:
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are in ours
     try:
-        return getattr(datasets, function)(*arguments, **named)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*loss of data.*")  # of a line of CSV with more cells than the header
+            return getattr(datasets, function)(*arguments, **named)
     except Exception as error:  # the library raises many kinds for a missing dataset, split, network or bad file
         raise UsageError(f"{label}: cannot be loaded ({reason(error)})") from error
 

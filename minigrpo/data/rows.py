@@ -4,7 +4,7 @@ import array
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
 
@@ -35,10 +35,10 @@ class Rows:
         raise NotImplementedError
 
     @overload
-    def __getitem__(self, place: int) -> Row: ...
+    def __getitem__(self, place: SupportsIndex) -> Row: ...
     @overload
     def __getitem__(self, place: slice) -> "Rows": ...
-    def __getitem__(self, place: int | slice) -> "Row | Rows":
+    def __getitem__(self, place: SupportsIndex | slice) -> "Row | Rows":
         places = range(len(self))
         return Selected(self, places[place]) if isinstance(place, slice) else self.row(places[place])
 
@@ -149,10 +149,10 @@ class Ragged(Sequence[list[int]]):
         return len(self.ends)
 
     @overload
-    def __getitem__(self, place: int) -> list[int]: ...
+    def __getitem__(self, place: SupportsIndex) -> list[int]: ...
     @overload
     def __getitem__(self, place: slice) -> list[list[int]]: ...
-    def __getitem__(self, place: int | slice) -> list[int] | list[list[int]]:
+    def __getitem__(self, place: SupportsIndex | slice) -> list[int] | list[list[int]]:
         if isinstance(place, slice):
             return [self[i] for i in range(len(self))[place]]
         index = range(len(self))[place]
