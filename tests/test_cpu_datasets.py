@@ -1,6 +1,7 @@
 """Every kind of file and every shape of row, with the datasets library and json as oracles."""
 
 import bz2
+import doctest
 import gzip
 import json
 import lzma
@@ -11,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 from minigrpo.config import DataOptions, RunOptions, UsageError
+from minigrpo.data import columns, files
 from minigrpo.data import datasets as data
 from minigrpo.data.chat import Tokenizer, load_tokenizer
 from minigrpo.data.datasets import (
@@ -92,6 +94,11 @@ WRITERS = {
     "rows.jsonl.bz2": lambda path, rows, _: path.write_bytes(bz2.compress(LINES(map(json.dumps, rows)).encode())),
     "rows.jsonl.xz": lambda path, rows, _: path.write_bytes(lzma.compress(LINES(map(json.dumps, rows)).encode())),
     "array.json": lambda path, rows, _: path.write_text(json.dumps(rows)),
+    "bom.json": lambda path, rows, _: path.write_text(json.dumps(rows), encoding="utf-8-sig"),
+    "bom_data.json": lambda path, rows, _: path.write_text(json.dumps({"data": rows}), encoding="utf-8-sig"),
+    "joined.jsonl": lambda path, rows, _: path.write_text(
+        LINES("\ufeff" * (i % 7 == 0) + json.dumps(row) for i, row in enumerate(rows)), encoding="utf-8"
+    ),
     "pretty.json": lambda path, rows, _: path.write_text("\n" + json.dumps(rows, indent=2)),
     "data.json": lambda path, rows, _: path.write_text(json.dumps({"data": rows})),
     "pretty_data.json": lambda path, rows, _: path.write_text(json.dumps({"version": 1, "data": rows}, indent=1)),
@@ -229,11 +236,24 @@ def test_what_is_not_there_is_named(tmp_path, name):
         read(str(tmp_path / name))
 
 
-def test_one_file_has_no_splits_or_configs(tmp_path):
-    path = write(tmp_path, {"prompt": "a", "answer": "1"})
-    for flag in ("dataset_split", "dataset_config"):
-        with pytest.raises(UsageError, match=f"--{flag}=x: .* is one file, which has no {flag[8:]}s"):
-            read(path, **{flag: "x"})
+@pytest.mark.parametrize("flag", ["dataset_split", "dataset_config"])
+def test_configs_and_splits_of_what_has_none_are_refused(tmp_path, flag):
+    table = hf.Dataset.from_list([{"prompt": "a", "answer": "1"}])
+    table.save_to_disk(tmp_path / "saved")
+    for name in (write(tmp_path, {"prompt": "a", "answer": "1"}), str(tmp_path / "saved"), "builtin:arithmetic"):
+        with pytest.raises(UsageError, match=f"--{flag}=x: .* has no {flag[8:]}s; leave it out"):
+            read(name, **{flag: "x"})
+
+
+def test_rows_and_files_of_json_have_a_largest_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LONGEST_LINE", 2**20)
+    monkeypatch.setattr(files, "LONGEST_DOCUMENT", 2**20)
+    row = {"prompt": "x" * 2**20, "answer": "1"}
+    with pytest.raises(UsageError, match=r"rows.jsonl:2: the line is longer than 1 MiB"):
+        read(write(tmp_path, {"prompt": "a", "answer": "1"}, row))
+    (tmp_path / "array.json").write_text(json.dumps([row]))
+    with pytest.raises(UsageError, match=r"array.json: is longer than 1 MiB; save it as JSON Lines"):
+        read(str(tmp_path / "array.json"))
 
 
 def test_columns_of_images_are_refused_by_name(tmp_path):
@@ -388,6 +408,7 @@ def test_named_prompts_of_responses_on_file_are_sampled_anew(tmp_path):
         ({"prompt": [USER], "completion": [ANSWER]}, {}, ([USER], "4")),
         ({"messages": [USER, ANSWER]}, {}, ([USER], "4")),
         ({"prompt": "2 + 2?", "prompt_id": 1, "messages": [USER, ANSWER]}, {}, ([USER], "4")),
+        ({"prompt": "a", "completion": "b", "messages": [USER, ANSWER]}, {}, ("a", "b")),
         ({"messages": [USER, ANSWER, USER, ANSWER]}, {}, ([USER, ANSWER, USER], "4")),
         ({"instruction": "Add.", "input": "2 + 2", "output": "4"}, {}, ("Add.\n2 + 2", "4")),
         ({"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]}, {}, ([USER], "4")),
@@ -491,8 +512,9 @@ def test_flat_rows_are_grouped_by_prompt(tmp_path, name):
 
 
 def test_the_named_prompt_column_holds_for_responses_on_file(tmp_path):
-    row = {"prompt": "a", "ask": {"text": "b"}, "chosen": [USER, ANSWER], "rejected": "y"}
-    assert recorded(tmp_path, row, prompt_column="ask.text")[0][0] == "b"
+    row = {"ask": {"text": "b"}, "chosen": [USER, ANSWER], "rejected": "y"}
+    for other in ({}, {"prompt": "a"}):
+        assert recorded(tmp_path, row | other, prompt_column="ask.text")[0][0] == "b"
 
 
 @pytest.mark.parametrize(
@@ -623,3 +645,8 @@ def test_ragged_lists_of_tokens():
     assert ragged[:] == lists == list(ragged) and ragged.only(np.array([0, 2]))[:] == [[1, 2], [3]]
     kept = PromptSet([{"prompt": str(number)} for number in range(3)], ragged, 5).only(np.array([1, 2]))
     assert kept.dropped == 6 and len(kept) == 2 and list(kept.rows) == [{"prompt": "1"}, {"prompt": "2"}]
+
+
+def test_worked_examples_of_columns():
+    result = doctest.testmod(columns)
+    assert result.attempted > 0 and result.failed == 0

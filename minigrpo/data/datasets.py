@@ -13,7 +13,7 @@ from minigrpo.config import DataOptions, RunOptions, UsageError
 from minigrpo.data import arithmetic
 from minigrpo.data.chat import Tokenizer
 from minigrpo.data.columns import Prompt, Reader, answer_reader, chat, completion_readers, prompt_reader, refuse_unused
-from minigrpo.data.files import JSON_FILES, TABLES, is_file, read_file, read_rows, suffix
+from minigrpo.data.files import JSON_FILES, TABLES, is_file, read_file, read_rows, refuse_choice, suffix
 from minigrpo.data.rows import Mapped, Ragged, Row, Rows, Selected
 
 XML_PROMPT = (
@@ -53,6 +53,7 @@ def load_dataset(options: DataOptions, split: str, answer_required: bool = True)
     """
     name = options.dataset
     if name == "builtin:arithmetic":
+        refuse_choice(name, options.dataset_config, options.dataset_split)
         count = {"train": 10_000, "test": 1_000}[split]
         return Dataset(name, arithmetic.problems(split, count), arithmetic.SYSTEM_PROMPT)
     rows = named_rows(options, split)
@@ -97,6 +98,7 @@ def load_completions(options: DataOptions, problems: int) -> Dataset:
     """
     name = options.dataset
     if name == "builtin:arithmetic":
+        refuse_choice(name, options.dataset_config, options.dataset_split)
         rows = arithmetic.problems("train", problems, arithmetic.SFT_START)
         return Dataset(name, rows, arithmetic.SYSTEM_PROMPT)
     raw = named_rows(options, "train")

@@ -39,7 +39,7 @@ LONGEST_LINE = 2**28
 """Bytes of one row of JSON."""
 
 LONGEST_DOCUMENT = 2**31
-"""Bytes of a JSON object that is looked at as a whole because its first line is no row."""
+"""Bytes of a file that is one JSON value."""
 
 DEEPEST = 100
 """Nesting of one row of JSON."""
@@ -64,13 +64,21 @@ def read_rows(name: str, config: str, split: str, fallback: str) -> Rows:
     UsageError naming --dataset when there are none.
     """
     if is_file(name):
-        given = {"dataset_config": config, "dataset_split": split}
-        extra = next((flag for flag, value in given.items() if value != "auto"), None)
-        if extra:
-            raise UsageError(f"--{extra}={given[extra]}: {name} is one file, which has no {extra[8:]}s; leave it out")
+        refuse_choice(name, config, split)
         return read_file(Path(name), "dataset")
-    rows = read_library(name, config, fallback if split == "auto" else split)
+    folder = Path(name)
+    if folder.is_dir() and any((folder / file).exists() for file in ("state.json", "dataset_dict.json")):
+        rows = read_saved(name, config, split, fallback)
+    else:
+        rows = read_library(name, config, fallback if split == "auto" else split)
     return refuse_empty("dataset", name, rows)
+
+
+def refuse_choice(name: str, config: str, split: str = "auto") -> None:
+    """UsageError for a config or split of a dataset that has none."""
+    for flag, value in (("dataset_config", config), ("dataset_split", split)):
+        if value != "auto":
+            raise UsageError(f"--{flag}={value}: {name} has no {flag.removeprefix('dataset_')}s; leave it out")
 
 
 def read_file(path: Path, flag: str) -> Rows:
@@ -141,7 +149,10 @@ def is_json(text: bytes) -> bool:
 
 def document_rows(path: Path, file: io.BufferedIOBase) -> JsonLines:
     """Rows of a file that is one JSON value, read whole."""
-    value = parse(f"{path}", file.read())
+    text = file.read(LONGEST_DOCUMENT + 1)
+    if len(text) > LONGEST_DOCUMENT:
+        raise UsageError(f"{path}: is longer than {LONGEST_DOCUMENT >> 20} MiB; save it as JSON Lines, one row a line")
+    value = parse(f"{path}", text)
     value = value["data"] if isinstance(value, dict) and isinstance(value.get("data"), list) else value
     rows = JsonLines()
     for number, row in enumerate(value if isinstance(value, list) else [value], 1):
@@ -154,7 +165,6 @@ def line_rows(path: Path, file: io.BufferedIOBase) -> JsonLines:
     """Rows of a file of one JSON object per line; blank lines are skipped."""
     rows = JsonLines()
     for number, line in enumerate(bounded_lines(file), 1):
-        line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
         if len(line) > LONGEST_LINE:
             raise UsageError(f"{path}:{number}: the line is longer than {LONGEST_LINE >> 20} MiB")
         if line.strip():
@@ -234,22 +244,24 @@ def csv_arguments(path: Path, label: str, separator: str) -> dict[str, Any]:
 
 
 def read_library(name: str, config: str, split: str) -> Table:
-    """A split of a folder or Hub dataset; "gsm8k" is short for openai/gsm8k, whose usual config is main."""
-    label, path = f"--dataset={name}", Path(name)
-    if path.is_dir() and any((path / file).exists() for file in ("state.json", "dataset_dict.json")):
-        return as_rows(label, saved_split(label, load(label, "load_from_disk", name), split))
-    hub_id = GSM8K if name == "gsm8k" else name
+    """Rows of a split of a folder or Hub dataset; "gsm8k" is short for openai/gsm8k, whose usual config is main."""
+    label, hub_id = f"--dataset={name}", GSM8K if name == "gsm8k" else name
     usual = "main" if hub_id == GSM8K else None
     return as_rows(label, load(label, "load_dataset", hub_id, usual if config == "auto" else config, split=split))
 
 
-def saved_split(label: str, saved: Any, split: str) -> Any:
-    """Return the table that `save_to_disk` wrote, or the named one of several."""
+def read_saved(name: str, config: str, split: str, fallback: str) -> Table:
+    """Rows of the table in a folder that `save_to_disk` wrote, or a split of several."""
+    label = f"--dataset={name}"
+    saved = load(label, "load_from_disk", name)
     if not isinstance(saved, dict):
-        return saved
-    if split not in saved:
-        raise UsageError(f"{label}: has no split {split!r}, only {', '.join(saved)}; see --dataset_split")
-    return saved[split]
+        refuse_choice(name, config, split)
+        return as_rows(label, saved)
+    refuse_choice(name, config)
+    chosen = fallback if split == "auto" else split
+    if chosen not in saved:
+        raise UsageError(f"{label}: has no split {chosen!r}, only {', '.join(saved)}; see --dataset_split")
+    return as_rows(label, saved[chosen])
 
 
 def load(label: str, function: str, *arguments: Any, **named: Any) -> Any:
