@@ -304,7 +304,9 @@ class RunOptions(Options):
     eval_steps: int = option(0, "steps between greedy evaluations on held-out prompts; 0 means never", low=0)
     eval_size: int = option(500, "held-out prompts per evaluation", low=1)
     eval_dataset: str = option("auto", "dataset of those prompts; auto is the test split of --dataset, if it has one")
-    eval_config: str = option("auto", "config of that dataset; auto is its only one, or --dataset_config")
+    eval_config: str = option(
+        "auto", "config of that dataset; auto is its only one, or --dataset_config for the same dataset"
+    )
     eval_split: str = option("auto", "split of that dataset; auto is test")
     log_completions: int = option(4, "sample completions written per step", low=0)
     report_to: str = option(

@@ -315,6 +315,11 @@ VERL = {"data_source": "x", "prompt": [USER], "reward_model": {"style": "rule", 
             ),
         ),
         ({"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]}, {}, ([USER], "4")),
+        (
+            {"conversations": [{"from": "human", "value": "2 + 2?", "role": None, "content": None}], "answer": 4},
+            {},
+            ([USER], "4"),
+        ),
         ({"conversations": [USER, ANSWER], "system": "s"}, {}, ([{"role": "system", "content": "s"}, USER], "4")),
     ],
 )
@@ -387,10 +392,11 @@ def test_prompts_alone_are_enough_where_no_reward_asks_for_answers(tmp_path):
         read(path)
     with pytest.raises(UsageError, match="--answer_column=gold: the dataset has no column gold"):
         read(path, answer_required=False, answer_column="gold")
-    own = read(
-        write(tmp_path, {"prompt": "a", "gold": [1, 2]}, {"prompt": "b", "gold": 3}), False, answer_column="gold"
-    )
-    assert [row["answer"] for row in own.rows] == [[1, 2], "3"]
+    rows = [{"prompt": "a", "gold": [1, 2]}, {"prompt": "b", "gold": 3}, {"prompt": "c"}]
+    own = read(write(tmp_path, *rows), answer_required=False, answer_column="gold")
+    assert [row["answer"] for row in own.rows] == [[1, 2], "3", None]
+    chats = read(write(tmp_path, {"messages": [USER]}, {"messages": [USER, ANSWER]}), answer_required=False)
+    assert pairs(chats) == [([USER], None), ([USER], "4")]
 
 
 def test_named_prompts_of_responses_on_file_are_sampled_anew(tmp_path):
@@ -509,6 +515,15 @@ def test_shapes_of_responses_on_file(tmp_path, row, want, name):
 def test_flat_rows_are_grouped_by_prompt(tmp_path, name):
     rows = [{"prompt": p, "response": r, "score": s} for p, r, s in (("b", "1", 0.5), ("a", "2", 1), ("b", "3", -1.0))]
     assert recorded(tmp_path, *rows, name=name) == [("b", ["1", "3"], [0.5, -1.0]), ("a", ["2"], [1.0])]
+
+
+def test_held_out_responses_are_of_their_own_split(tmp_path, tokenizer):
+    table = hf.Dataset.from_list([{"prompt": f"{i}", "chosen": "x", "rejected": "y"} for i in range(3)])
+    hf.DatasetDict(train=table, test=table.select([2]), test_prefs=table.select([1])).save_to_disk(tmp_path / "saved")
+    for split, given, want in (("train", "auto", ["0", "1"]), ("test", "auto", ["2"]), ("test", "test_prefs", ["1"])):
+        options = DataOptions(dataset=str(tmp_path / "saved"), dataset_split=given)
+        held = load_recorded(tokenizer, options, 50, 3, split, most=2)
+        assert [row["prompt"] for row in held.rows] == want
 
 
 def test_the_named_prompt_column_holds_for_responses_on_file(tmp_path):

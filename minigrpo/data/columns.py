@@ -105,7 +105,8 @@ def message_of(where: str, message: Any) -> Message:
     """Return one message; other texts in it, such as reasoning_content, are kept."""
     if not isinstance(message, dict):
         raise CellError(f"has {describe(message)} as {where}; a message has a role and content")
-    role, content = message.get("role") or message.get("from"), message.get("content", message.get("value"))
+    role = message.get("role") or message.get("from")
+    content = message.get("value") if message.get("content") is None else message["content"]
     if not isinstance(role, str) or not role:
         raise CellError(f"has no role in {where}")
     if message.get("tool_calls") or role in ("function_call", "observation"):
@@ -270,11 +271,12 @@ def number_of(value: Any) -> float:
 
 
 def value_or_cell(column: str, row: Row) -> Any:
-    """Return the reference answer that no reward demands: as text where it can be, else the cell as it is."""
+    """Return the reference answer that no reward demands: as text where it can be, else the cell as it is, or None."""
     try:
         return answer_cell(column, row)
     except CellError:
-        return lookup(row, column)
+        raw = find_column(row, (column,)) and column not in CHAT_COLUMNS
+        return lookup(row, column) if raw else None
 
 
 def answer_reader(row: Row, options: DataOptions, prompt: Reader, required: bool) -> Reader | None:

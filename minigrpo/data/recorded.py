@@ -36,13 +36,13 @@ Recorded = tuple[list[str], list[float]]
 """Responses of a prompt, and their scores."""
 
 
-def read_recorded(options: DataOptions) -> Dataset:
+def read_recorded(options: DataOptions, split: str = "train") -> Dataset:
     """Read rows with "prompt", "responses" (texts) and "scores" (numbers); no system prompt unless it is given.
 
     From {prompt, responses, scores}, {prompt, response, score} grouped by prompt, {prompt, chosen, rejected} with
     their own scores or 1 and 0, and chats, whose last answer scores 1.
     """
-    rows, label = named_rows(options, "train"), f"--dataset={options.dataset}"
+    rows, label = named_rows(options, split), f"--dataset={options.dataset}"
     if is_flat(rows[0]):
         return Dataset(options.dataset, grouped(Mapped(label, rows, lambda row: flat_row(options, row))), "")
     return Dataset(options.dataset, Mapped(label, rows, lambda row: recorded_row(options, row)).checked(), "")
@@ -150,14 +150,19 @@ def grouped(rows: Rows) -> Grouped:
 
 
 def load_recorded(
-    tokenizer: Tokenizer, options: DataOptions, limit: int, end_token: int, most: int | None = None
+    tokenizer: Tokenizer,
+    options: DataOptions,
+    limit: int,
+    end_token: int,
+    split: str = "train",
+    most: int | None = None,
 ) -> PromptSet:
     """Read prompts whose rows hold "response_tokens", end token included, beside "responses" and "scores".
 
     Prompts and responses that are too long are dropped, and a line on stderr counts both. `limit` is
-    --max_completion_length; `most` prompts are read, None being all.
+    --max_completion_length; `most` prompts are read, None being all, and of `split` unless --dataset_split is given.
     """
-    dataset = read_recorded(options)
+    dataset = read_recorded(options, split)
     dataset = dataclasses.replace(dataset, rows=dataset.rows[:most])
     data = tokenize(dataset, tokenizer, options)
     fits, counts = fitting(tokenizer, data, dataset.name, limit)
