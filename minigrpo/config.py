@@ -108,13 +108,27 @@ class DataOptions(Options):
     offline: bool = option(
         False,
         "train on the responses of the dataset, without sampling: rows {prompt, responses, scores}, "
-        "{prompt, chosen, rejected} or {messages}",
+        "{prompt, response, score}, {prompt, chosen, rejected} or {messages}",
     )
     dataset: str = option(
-        "auto", "gsm8k, builtin:arithmetic, a JSONL path or a Hub id; auto follows the model (builtin:tiny: arithmetic)"
+        "auto",
+        "gsm8k, builtin:arithmetic, a Hub id, a folder of one, a save_to_disk folder, or a .jsonl, .json, .csv, .tsv, "
+        ".parquet or .arrow file, compressed or not; auto follows the model (builtin:tiny: arithmetic)",
     )
-    prompt_column: str = option("auto", "column that holds the prompt; auto tries prompt, question, problem")
-    answer_column: str = option("auto", "column that holds the reference answer; auto tries answer, solution")
+    dataset_config: str = option("auto", "config of a Hub dataset or folder, such as main; auto is its only one")
+    dataset_split: str = option(
+        "auto", "split of a Hub dataset or folder, train[:1000] too; auto is train, and test for evaluate"
+    )
+    prompt_column: str = option(
+        "auto",
+        "column that holds the prompt, dots leading into nested ones; auto tries prompt, question, problem, then "
+        "Alpaca's instruction with input, then the chat in messages or conversations",
+    )
+    answer_column: str = option(
+        "auto",
+        "column that holds the reference answer, dots leading into nested ones; auto tries answer, solution, "
+        "ground_truth, final_answer, target, reward_model.ground_truth, output, then the chat's last answer",
+    )
     system_prompt: str = option(
         "auto", "system message, \\n being a new line; auto is the dataset's own, empty for none"
     )
@@ -305,6 +319,10 @@ class RunOptions(Options):
     eval_steps: int = option(0, "steps between greedy evaluations on held-out prompts; 0 means never", low=0)
     eval_size: int = option(500, "held-out prompts per evaluation", low=1)
     eval_dataset: str = option("auto", "dataset of those prompts; auto is the test split of --dataset, if it has one")
+    eval_config: str = option(
+        "auto", "config of that dataset; auto is its only one, or --dataset_config for the same dataset"
+    )
+    eval_split: str = option("auto", "split of that dataset; auto is test")
     log_completions: int = option(4, "sample completions written per step", low=0)
     report_to: str = option(
         "tensorboard", "metric sinks besides metrics.jsonl, by commas: tensorboard, wandb (an extra), or none"

@@ -1,19 +1,21 @@
-"""Datasets of prompts with reference answers: built-in, GSM8K, any JSONL file or Hub dataset."""
+"""Datasets of prompts: built in, from files and from the Hub, as rows and as tokens."""
 
+import array
 import dataclasses
-import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from minigrpo.config import DataOptions, UsageError
+from minigrpo.config import DataOptions, RunOptions, UsageError
 from minigrpo.data import arithmetic
-from minigrpo.data.chat import Message, Tokenizer
+from minigrpo.data.chat import Tokenizer
+from minigrpo.data.columns import Prompt, Reader, answer_reader, chat, completion_readers, prompt_reader, refuse_unused
+from minigrpo.data.files import JSON_FILES, TABLES, is_file, read_file, read_rows, refuse_choice, suffix
+from minigrpo.data.rows import Mapped, Ragged, Row, Rows, Selected
 
-PROMPT_COLUMNS = ("prompt", "question", "problem")
-ANSWER_COLUMNS = ("answer", "solution")
-GSM8K = "openai/gsm8k"
 XML_PROMPT = (
     "Solve the problem. Respond in the following format:\n"
     "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n"
@@ -21,238 +23,210 @@ XML_PROMPT = (
 )
 XML_REWARDS = "correctness,integer,strict_format,soft_format,tag_count"
 
-LARGEST_SCORE = 1e9
+CHUNK_ROWS, CHUNK_CHARACTERS = 2048, 2**20
+"""Most texts, and about the most characters, given to the tokenizer at once: it needs 200 bytes for a character."""
 
-Row = dict[str, Any]
+USUAL_CHARACTERS = 16
+"""A text with more characters than this for each token allowed is tokenized in pieces, until it is too long."""
+
+PIECE = 2**16
+"""Characters of such a piece."""
+
+PROGRESS_DELAY = 2.0
+"""Seconds before tokenizing shows its progress."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Rows that each have "prompt" (text or messages) and "answer" (text), and whatever other columns there are."""
+    """Rows that each have "prompt" (text or messages), perhaps "answer" (text), and all other columns."""
 
     name: str
-    rows: list[Row]
+    rows: Rows | list[Row]
     system_prompt: str = XML_PROMPT
     reward: str = XML_REWARDS
 
 
-def load_dataset(options: DataOptions, split: str) -> Dataset:
-    """The "train" or "test" rows that --dataset names. A JSONL file has no test rows of its own."""
+def load_dataset(options: DataOptions, split: str, answer_required: bool = True) -> Dataset:
+    """Read the "train" or "test" rows that --dataset names; a file has the same rows for both.
+
+    `answer_required` says that a reward or a command reads the reference answer: every row must then have one.
+    """
     name = options.dataset
     if name == "builtin:arithmetic":
+        refuse_choice(name, options.dataset_config, options.dataset_split)
         count = {"train": 10_000, "test": 1_000}[split]
         return Dataset(name, arithmetic.problems(split, count), arithmetic.SYSTEM_PROMPT)
+    rows = named_rows(options, split)
+    refuse_recorded(options, rows[0])
+    prompt = prompt_reader(rows[0], options)
+    answer = answer_reader(rows[0], options, prompt, answer_required)
+    readers = {"prompt": prompt} | ({"answer": answer} if answer else {})
+    return Dataset(name, with_columns(f"--dataset={name}", rows, readers))
+
+
+def named_rows(options: DataOptions, split: str) -> Rows:
+    """Read the rows of a file, folder or Hub dataset as they are."""
+    name = options.dataset
     if name.startswith("builtin:"):
         raise UsageError(f"--dataset={name}: no such built-in dataset; there is builtin:arithmetic")
-    rows = read_rows(name, split)
-    refuse_recorded(name, rows[0])
-    return Dataset(name, map_columns(rows, options))
+    return read_rows(name, options.dataset_config, options.dataset_split, split)
 
 
-def refuse_recorded(name: str, row: Row) -> None:
-    """UsageError for responses on file where completions are going to be sampled."""
-    if "responses" in row or "chosen" in row:
-        raise UsageError(f"--dataset={name}: holds responses; --offline trains on them without sampling")
+def with_columns(label: str, rows: Rows | list[Row], readers: dict[str, Reader]) -> Rows:
+    """Return rows with further columns, each read from the row by its own function; UsageError for a row that fails."""
+
+    def convert(row: Row) -> Row:
+        refuse_unused(row)
+        return row | {column: read(row) for column, read in readers.items()}
+
+    return Mapped(label, rows, convert).checked()
 
 
-def is_file(name: str) -> bool:
-    """Whether --dataset means a JSONL file rather than a built-in or Hub dataset."""
-    return Path(name).suffix in (".jsonl", ".json") or Path(name).is_file()
+def refuse_recorded(options: DataOptions, row: Row) -> None:
+    """UsageError for responses on file where completions are going to be sampled, unless the prompts are named."""
+    if options.prompt_column == "auto" and ("responses" in row or "chosen" in row):
+        raise UsageError(
+            f"--dataset={options.dataset}: holds responses; --offline trains on them without sampling, "
+            "--prompt_column=prompt samples new ones"
+        )
 
 
-def read_rows(name: str, split: str) -> list[Row]:
-    return read_jsonl(Path(name)) if is_file(name) else read_hub(name, split)
+def load_completions(options: DataOptions, problems: int) -> Dataset:
+    """Read rows with "prompt" and "completion" (text) for supervised training; no system prompt unless it is given.
+
+    `problems` is the number of rows of builtin:arithmetic.
+    """
+    name = options.dataset
+    if name == "builtin:arithmetic":
+        refuse_choice(name, options.dataset_config, options.dataset_split)
+        rows = arithmetic.problems("train", problems, arithmetic.SFT_START)
+        return Dataset(name, rows, arithmetic.SYSTEM_PROMPT)
+    raw = named_rows(options, "train")
+    prompt, completion = completion_readers(raw[0], options)
+    return Dataset(name, with_columns(f"--dataset={name}", raw, {"prompt": prompt, "completion": completion}), "")
 
 
-def read_jsonl(path: Path, flag: str = "dataset") -> list[Row]:
-    """One object per line; UsageError naming `flag`, file and line otherwise. Blank lines are skipped."""
+def read_prompts(path: Path, options: DataOptions) -> list[Prompt]:
+    """Read the prompts of a file of rows, or the lines of any other file; UsageError naming --prompts otherwise."""
+    if suffix(path) in (*JSON_FILES, *TABLES):
+        rows = read_file(path, "prompts")
+        prompt = prompt_reader(rows[0], options)
+        return [row["prompt"] for row in with_columns(f"--prompts={path}", rows, {"prompt": prompt})]
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.rstrip("\r\n") for line in file if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--{flag}={path}: cannot be read ({error})") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            rows.append(parse_line(path, number, line))
-    if not rows:
-        raise UsageError(f"--{flag}={path}: the file has no rows")
-    return rows
+        raise UsageError(f"--prompts={path}: cannot be read ({error})") from error
+    if not lines:
+        raise UsageError(f"--prompts={path}: the file has no prompts")
+    return list(lines)
 
 
-def parse_line(path: Path, number: int, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{path}:{number}: not JSON ({error})") from error
-    if "\\ud" in line.lower() and not is_unicode(row):
-        raise UsageError(f"{path}:{number}: holds half of a surrogate pair, which is no character")
-    if not isinstance(row, dict):
-        raise UsageError(f"{path}:{number}: a line must be a JSON object, not {type(row).__name__}")
-    return row
-
-
-def from_chat(row: Row) -> Row:
-    prompt, answer = split_messages(row.get("messages"))
-    return row | {"prompt": prompt, "answer": answer}
-
-
-def is_unicode(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def read_hub(name: str, split: str) -> list[Row]:
-    """A Hub dataset's split, through the datasets library; "gsm8k" is short for openai/gsm8k."""
-    import datasets  # slow to import, and only needed here
-
-    hub_id, config = (GSM8K, "main") if name in ("gsm8k", GSM8K) else (name, None)
-    try:
-        table = datasets.load_dataset(hub_id, config, split=split)
-    except Exception as error:  # the library raises many kinds for a missing dataset, split or network
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+def held_out_options(data: DataOptions, run: RunOptions) -> DataOptions:
+    """Return where the prompts of --eval_steps come from; UsageError when only the training prompts are there."""
+    own = run.eval_dataset == "auto"
+    if own and run.eval_split == "auto" and (is_file(data.dataset) or data.offline):
         raise UsageError(
-            f"--dataset={name}: split {split!r} cannot be had from the Hub or its cache ({reason})"
-        ) from error
-    return [dict(row) for row in table]
-
-
-def map_columns(rows: list[Row], options: DataOptions) -> list[Row]:
-    """Rows with "prompt" and "answer" taken from the columns that the flags name or that are found.
-
-    Of chat {messages} the last answer is the reference.
-    """
-    rows = [from_chat(row) for row in rows] if "messages" in rows[0] and "prompt" not in rows[0] else rows
-    prompt = choose_column(rows[0], "prompt_column", options.prompt_column, PROMPT_COLUMNS)
-    answer = choose_column(rows[0], "answer_column", options.answer_column, ANSWER_COLUMNS)
-    mapped = []
-    for number, row in enumerate(rows, 1):
-        if prompt not in row or answer not in row:
-            missing = prompt if prompt not in row else answer
-            raise UsageError(f"--dataset={options.dataset}: row {number} has no column {missing!r}")
-        if not is_prompt(row[prompt]) or row[answer] is None:
-            column = answer if is_prompt(row[prompt]) else prompt
-            raise UsageError(f"--dataset={options.dataset}: row {number} has {repr(row[column])[:60]} as {column!r}")
-        mapped.append(row | {"prompt": row[prompt], "answer": str(row[answer])})
-    return mapped
-
-
-# Responses on file
-
-
-def read_recorded(options: DataOptions) -> Dataset:
-    """Rows with "prompt", "responses" (texts) and "scores" (numbers), for training without sampling.
-
-    From {prompt, responses, scores}, {prompt, chosen, rejected} (scores 1 and 0) or chat {messages} (score 1).
-    """
-    rows = read_rows(options.dataset, "train")
-    return Dataset(options.dataset, [recorded_row(options.dataset, number, row) for number, row in enumerate(rows, 1)])
-
-
-def recorded_row(name: str, number: int, row: Row) -> Row:
-    kind = next((kind for kind in RECORDED if kind in row), None)
-    if kind is None:
-        raise UsageError(
-            f"--dataset={name}: row {number} has no responses, chosen or messages; its columns are {', '.join(row)}"
+            f"--eval_steps={run.eval_steps}: {data.dataset} has no test split; name one with --eval_dataset"
         )
-    prompt, responses, scores = RECORDED[kind](row)
-    if not is_prompt(prompt):
-        raise UsageError(f"--dataset={name}: row {number} has no prompt before its responses")
-    texts = isinstance(responses, list) and bool(responses) and all(isinstance(text, str) for text in responses)
-    if not texts or not isinstance(scores, list) or len(scores) != len(responses):
-        raise UsageError(f"--dataset={name}: row {number} needs a list of responses and as many scores")
-    if not all(isinstance(score, int | float) and abs(score) < LARGEST_SCORE for score in scores):
-        raise UsageError(
-            f"--dataset={name}: row {number} has scores {str(scores)[:60]}; they must be numbers, not huge"
-        )
-    return row | {"prompt": prompt, "responses": responses, "scores": scores}
+    dataset = data.dataset if own else run.eval_dataset
+    config = data.dataset_config if own and run.eval_config == "auto" else run.eval_config
+    return dataclasses.replace(data, dataset=dataset, dataset_config=config, dataset_split=run.eval_split)
 
 
-def scored_row(row: Row) -> tuple[Any, Any, Any]:
-    return row.get("prompt"), row["responses"], row.get("scores")
-
-
-def preference_row(row: Row) -> tuple[Any, Any, Any]:
-    """The chosen response scores 1, the rejected one 0; each is text or messages, which may hold the prompt too."""
-    prompt, chosen = split_messages(row["chosen"])
-    return row.get("prompt") or prompt, [chosen, split_messages(row.get("rejected"))[1]], [1.0, 0.0]
-
-
-def chat_row(row: Row) -> tuple[Any, Any, Any]:
-    """The last assistant message is the response."""
-    prompt, response = split_messages(row["messages"])
-    return prompt, [response], [1.0]
-
-
-RECORDED = {"responses": scored_row, "chosen": preference_row, "messages": chat_row}
-"""Column that tells a kind of row -> how to read it, as (prompt, responses, scores)."""
-
-
-def split_messages(messages: Any) -> tuple[Any, Any]:
-    """A chat that ends with the assistant -> the messages before, and that answer; text is an answer alone.
-
-    >>> split_messages([{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}])
-    ([{'role': 'user', 'content': '2 + 2?'}], '4')
-    """
-    if not is_prompt(messages) or isinstance(messages, str):
-        return None, messages
-    answered = messages[-1]["role"] == "assistant"
-    return messages[:-1], messages[-1]["content"] if answered else None
-
-
-def is_prompt(value: Any) -> bool:
-    """Text, or messages that each have a role and content."""
-    if isinstance(value, list):
-        return bool(value) and all(
-            isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-            for message in value
-        )
-    return isinstance(value, str) and bool(value)
-
-
-def choose_column(row: Row, flag: str, given: str, usual: tuple[str, ...]) -> str:
-    wanted = usual if given == "auto" else (given,)
-    found = next((name for name in wanted if name in row), None)
-    if found is None:
-        raise UsageError(
-            f"--{flag}={given}: the dataset has no column {' or '.join(wanted)}; its columns are {', '.join(row)}"
-        )
-    return found
-
-
-def chat(prompt: str | list[Message], system_prompt: str) -> list[Message]:
-    """Messages of one prompt, the system prompt first unless the prompt brings its own."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if system_prompt and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    return messages
+# Tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompts:
-    """Rows whose prompt is short enough, with the prompt's tokens."""
+class PromptSet:
+    """Rows whose prompt is short enough, with the prompt's tokens: `rows[i]` is a dict, `tokens[i]` a list of ids."""
 
-    rows: list[Row]
-    tokens: list[list[int]]
+    rows: Rows | list[Row]
+    tokens: Ragged
     dropped: int
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.tokens)
+
+    def only(self, kept: Sequence[int] | np.ndarray) -> "PromptSet":
+        """Return the prompts of these indices, which rise; the others count as dropped."""
+        return PromptSet(Selected(self.rows, kept), self.tokens.only(kept), self.dropped + len(self) - len(kept))
 
 
-def tokenize(dataset: Dataset, tokenizer: Tokenizer, options: DataOptions) -> Prompts:
-    """Renders and tokenizes every prompt; those longer than --max_prompt_length are dropped and counted."""
+def tokenize(dataset: Dataset, tokenizer: Tokenizer, options: DataOptions) -> PromptSet:
+    """Render and tokenize every prompt; prompts longer than --max_prompt_length are dropped and counted."""
     system = dataset.system_prompt if options.system_prompt == "auto" else options.system_prompt
-    tokens = tokenizer.encode([tokenizer.render(chat(row["prompt"], system)) for row in dataset.rows])
-    kept = [i for i, row in enumerate(tokens) if 0 < len(row) <= options.max_prompt_length]
+    rows = with_progress(dataset.rows, f"tokenizing {dataset.name}")
+    texts = (tokenizer.render(chat(row["prompt"], system)) for row in rows)
+    limit, kept, tokens, shortest = options.max_prompt_length, array.array("q"), Ragged(), 0
+    for number, ids in enumerate(encode(tokenizer, texts, limit)):
+        if ids and len(ids) <= limit:
+            kept.append(number)
+            tokens.append(ids)
+        shortest = min(shortest or len(ids), len(ids)) if ids else shortest
     if not kept:
-        raise UsageError(
-            f"--max_prompt_length={options.max_prompt_length}: every prompt of {dataset.name} is longer; "
-            f"the shortest has {min(map(len, tokens))} tokens"
-        )
-    return Prompts([dataset.rows[i] for i in kept], [tokens[i] for i in kept], len(tokens) - len(kept))
+        measured = f"; the shortest has {shortest} tokens" if shortest else ""
+        raise UsageError(f"--max_prompt_length={limit}: every prompt of {dataset.name} is longer{measured}")
+    return PromptSet(Selected(dataset.rows, kept), tokens, len(dataset.rows) - len(kept))
+
+
+def tokenize_completions(
+    dataset: Dataset, tokenizer: Tokenizer, options: DataOptions, limit: int, end_token: int
+) -> tuple[PromptSet, Ragged]:
+    """Tokenize prompts and "completion" texts, the end token added; rows with either too long are dropped and counted.
+
+    `limit` is --max_completion_length, the end token included.
+    """
+    data = tokenize(dataset, tokenizer, options)
+    texts = (row["completion"] for row in with_progress(data.rows, f"tokenizing the completions of {dataset.name}"))
+    kept, completions = array.array("q"), Ragged()
+    for number, ids in enumerate(encode(tokenizer, texts, limit)):
+        if ids is not None and len(ids) < limit:
+            kept.append(number)
+            completions.append([*ids, end_token])
+    if not kept:
+        raise UsageError(f"--max_completion_length={limit}: every completion of {dataset.name} is longer")
+    return data.only(kept), completions
+
+
+def with_progress(rows: Rows | list[Row], caption: str) -> Iterator[Row]:
+    """Yield the rows, with a line of progress on stderr when they take long."""
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    yield from tqdm(
+        rows, caption, unit=" rows", delay=PROGRESS_DELAY, mininterval=interval, leave=False, file=sys.stderr
+    )
+
+
+def encode(tokenizer: Tokenizer, texts: Iterable[str], limit: int) -> Iterator[list[int] | None]:
+    """Yield the token ids of each text, some thousand texts at a time; None for one of far more than `limit` tokens."""
+    for chunk in in_chunks(texts):
+        short = [text for text in chunk if not far_too_long(tokenizer, text, limit)]
+        tokens = dict(zip(short, tokenizer.encode(short), strict=True))
+        yield from (tokens.get(text) for text in chunk)
+
+
+def in_chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield the texts in lists of bounded count and length; a long text ends its list."""
+    chunk: list[str] = []
+    characters = 0
+    for text in texts:
+        chunk.append(text)
+        characters += len(text)
+        if len(chunk) == CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def far_too_long(tokenizer: Tokenizer, text: str, limit: int) -> bool:
+    """Tell whether a text has more than twice `limit` tokens, counted piece by piece and no further than needed."""
+    count = 0
+    for start in range(0, len(text), PIECE) if len(text) > max(PIECE, USUAL_CHARACTERS * limit) else ():
+        count += len(tokenizer.encode([text[start : start + PIECE]])[0])
+        if count > 2 * limit:
+            return True
+    return False
 
 
 def batch_numbers(count: int, batch_size: int, step: int, seed: int) -> list[int]:
