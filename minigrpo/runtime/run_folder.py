@@ -156,6 +156,11 @@ def line_step(line: str) -> int:
     return step if isinstance(step, int) else sys.maxsize
 
 
+def last_step(path: Path) -> int:
+    """Return the step of the last whole line of one of a run's JSONL files; 0 when there is none."""
+    return max((line_step(line) for line in read_lines(path) if line_step(line) < sys.maxsize), default=0)
+
+
 def read_steps(path: Path) -> list[dict[str, Any]]:
     """The whole lines of one of a run's JSONL files; [] when there is none."""
     lines = read_lines(path) if path.is_file() else []
