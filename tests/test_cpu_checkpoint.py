@@ -110,7 +110,7 @@ def test_no_flipped_bit_is_restored_in_silence(run, capfd):
     choice = random.Random(7)
     files = sorted(path for path in (run / "checkpoints" / "9").rglob("*") if path.is_file())
     fell_back = 0
-    for path in [*files, *choice.choices(files, [path.stat().st_size for path in files], k=40)]:
+    for path in [*files, *choice.choices(files, [path.stat().st_size for path in files], k=30)]:
         kept = path.read_bytes()
         damaged = bytearray(kept)
         damaged[choice.randrange(len(kept))] ^= 1 << choice.randrange(8)
@@ -122,7 +122,7 @@ def test_no_flipped_bit_is_restored_in_silence(run, capfd):
             assert "9 is not usable" in capfd.readouterr().err
             (run / "unusable-checkpoint-9").rename(run / "checkpoints" / "9")
         path.write_bytes(kept)
-    assert fell_back > 20 and "Traceback" not in capfd.readouterr().err
+    assert fell_back > 15 and "Traceback" not in capfd.readouterr().err
 
 
 def test_a_model_read_from_a_damaged_checkpoint_is_refused(run):
@@ -136,7 +136,7 @@ def test_a_model_read_from_a_damaged_checkpoint_is_refused(run):
     data.write_bytes(content)
     with pytest.raises(UsageError, match="9: not a usable checkpoint .*; name another one"):
         read_params(run / "checkpoints" / "9", like)
-    with pytest.raises(UsageError, match="6: is another model's .params/a is .2, 24, 16. there and .3. here"):
+    with pytest.raises(UsageError, match="6: is another model's .params/a is .2, 24, 16. there and .3,. here"):
         read_params(run / "checkpoints" / "6", {"a": jnp.zeros(3)})
 
 
@@ -301,11 +301,20 @@ def independent_digest(array):
     return total % 2**32
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (5,), (8, 8), (16, 3, 8), (4, 2, 8, 5)])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.bool_, jnp.int32])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((), "int32"),
+        ((1,), "float32"),
+        ((5,), "bool"),
+        ((8, 8), "bfloat16"),
+        ((16, 3, 8), "int8"),
+        ((4, 2, 3, 5), "float32"),
+    ],
+)
 def test_a_digest_is_the_same_on_the_host_on_the_device_and_by_hand(shape, dtype):
-    array = jnp.asarray(np.random.default_rng(0).normal(size=shape) * 9).astype(dtype)
-    assert on_host(array) == int(on_device(array)) == independent_digest(array)
+    array = jnp.asarray(np.random.default_rng(0).normal(size=shape) * 9, dtype)
+    assert on_host(array) == int(jax.jit(on_device)(array)) == independent_digest(array)
 
 
 @pytest.mark.parametrize("spec", [("fsdp", "tp"), ("tp", None), (None, ("fsdp", "tp")), (None, None)])

@@ -6,6 +6,7 @@ gets its name.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -57,11 +58,20 @@ def quiet(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
+def is_late(error: BaseException | None) -> bool:
+    """Return whether an error is of a read that was given up: tensorstore's threads report it after the first one."""
+    return any(text in str(error) for text in ("Event loop is closed", "TensorStore"))
+
+
+@functools.cache
 def silence_orbax() -> None:
-    """Keep orbax's warnings and the tracebacks of its tasks off the terminal."""
+    """Keep the warnings of orbax and the tracebacks of its tasks off the terminal: what fails is raised as well."""
     logging.getLogger("absl").addFilter(quiet)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # after a failed save
+    show, show_unraisable = sys.excepthook, sys.unraisablehook
+    sys.excepthook = lambda *error: None if is_late(error[1]) else show(*error)
+    sys.unraisablehook = lambda error: None if is_late(error.exc_value) else show_unraisable(error)
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -362,7 +372,7 @@ class Checkpoints:
         return 0, like, {}
 
     def attempt(self, step: int, shapes: dict[str, Any], failed: dict[Path, str]) -> tuple[dict, dict] | None:
-        """Return a checkpoint's arrays and manifest, or None and the reason in `failed`; UsageError for a stranger's."""
+        """Return a checkpoint's arrays and manifest, or None and why in `failed`; UsageError for another model's."""
         folder = self.folder / str(step)
         found, reason = None, "unusable in another process"
         try:
