@@ -33,7 +33,7 @@ def clock_text(seconds: float) -> str:
 class Progress:
     """What is going on, shown on stderr. Threads may use it; nothing of it can hold up the end of the process."""
 
-    def __init__(self, stream: TextIO | None = None):
+    def __init__(self, stream: Any = None):
         """Show on `stream`, sys.stderr if None."""
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()

@@ -37,7 +37,7 @@ class TensorBoard:
         self.events, self.path = event_pb2, folder / "tensorboard"
         with writing(self.path):
             self.path.mkdir(exist_ok=True)
-            self.writer = EventsWriter(str(self.path / "events"))
+            self.writer = EventsWriter(str(self.path / "events"), f".{os.getpid()}.{first_step}")
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self.write(first_step + 1, session_log=start)  # what an earlier process logged from here on is dropped
 
@@ -55,9 +55,9 @@ class TensorBoard:
             self.write(step, summary=summary)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; each event is in it already."""
         with writing(self.path):
-            self.writer.close()
+            self.writer._py_recordio_writer.close()
 
 
 class Wandb:
@@ -164,7 +164,7 @@ class RunFolder:
         self.progress.step(step, metrics["step_time"], compiled)
 
     def log_evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Write what --eval_steps measured after `step` steps, {'accuracy': 0.5}, to evaluations.jsonl and every sink."""
+        """Write what --eval_steps measured after `step` steps, {'accuracy': 0.5}, to every sink."""
         if not self.writes:
             return
         self.append("evaluations.jsonl", [{"step": step} | values])
