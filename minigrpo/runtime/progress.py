@@ -60,7 +60,7 @@ class Progress:
         """Start the clock, listen to jax's compiler, and take over sys.stderr."""
         jax.monitoring.register_scalar_listener(self.compile_starts)
         jax.monitoring.register_event_duration_secs_listener(self.compile_ends)
-        self.original, sys.stderr = sys.stderr, Tee(self)  # type: ignore[assignment]
+        self.original, sys.stderr = sys.stderr, Tee(self)
         self.thread = threading.Thread(target=self.run, name="progress", daemon=True)
         self.thread.start()
         return self

@@ -27,6 +27,16 @@ def do_nothing(number: int, frame: object) -> None:
     """Take a signal's default away; the thread has its number already."""
 
 
+def block() -> None:
+    """Hold signals back in this thread: a child that is just being forked would report them to its parent."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def unblock() -> None:
+    """Let signals through again."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 def print_line(text: str) -> None:
     """Write a line to the terminal past every lock and buffer of Python's."""
     with contextlib.suppress(OSError):
@@ -70,7 +80,7 @@ class StopRequest:
         self.ear, self.mouth = socket.socketpair()
         self.mouth.setblocking(False)
         self.rearm()
-        os.register_at_fork(after_in_child=self.forget)
+        os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=self.forget)
         self.thread = threading.Thread(target=self.listen, name="signals", daemon=True)
         self.thread.start()
 
@@ -85,8 +95,7 @@ class StopRequest:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.asked.clear()
-        self.grace = None
+        unblock()
 
     def listen(self) -> None:
         """Read signals' numbers for ever, in the thread."""
