@@ -177,9 +177,11 @@ def test_a_full_disk_in_tensorboard_is_one_line_and_closes(tmp_path, monkeypatch
         patch.setattr(first.writer, "flush", refuse(28))
         with pytest.raises(UsageError, match="tensorboard: cannot be written .No space left"):
             log.log(1, METRICS)
-    monkeypatch.setattr(first.writer._py_recordio_writer._writer, "close", refuse(28), raising=False)
-    with pytest.raises(UsageError, match="tensorboard: cannot be written"):
-        log.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(first.writer._py_recordio_writer, "close", refuse(28))
+        with pytest.raises(UsageError, match="tensorboard: cannot be written"):
+            log.close()
+    first.close()
     assert second.writer._py_recordio_writer._writer.closed
     log.close()
 

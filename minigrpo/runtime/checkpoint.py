@@ -49,6 +49,10 @@ MARKER = "newest_checkpoint.txt"
 """File of the run folder that says which checkpoint reached the disk last."""
 
 
+Found = tuple[dict[str, jax.Array], dict[str, Any]]
+"""A checkpoint's arrays and its manifest."""
+
+
 class Unusable(Exception):
     """A checkpoint that is torn or damaged; its text says how."""
 
@@ -125,7 +129,7 @@ def make_manifest(step: int, arrays: dict[str, jax.Array], host: dict[str, Any],
 def read_manifest(step: Path) -> dict[str, Any]:
     """Return a checkpoint's manifest; Unusable when it is missing or damaged, UsageError when a newer minigrpo's."""
     try:
-        content = json.loads((step / MANIFEST).read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads((step / MANIFEST).read_text(encoding="utf-8"))
         intact = content.pop("seal") == seal(content)
     except FileNotFoundError as error:
         raise Unusable(f"no {MANIFEST}") from error
@@ -162,7 +166,7 @@ def read_arrays(step: Path, named: dict[str, Any]) -> dict[str, jax.Array]:
     restore_args = ocp.checkpoint_utils.construct_restore_args(named)
     arguments = ocp.args.PyTreeRestore(item=named, partial_restore=True, restore_args=restore_args)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore((step / "default").absolute(), args=arguments)
+        return dict(checkpointer.restore((step / "default").absolute(), args=arguments))
 
 
 def read_checked(step: Path, named: dict[str, Any], manifest: dict[str, Any]) -> dict[str, jax.Array]:
@@ -371,7 +375,7 @@ class Checkpoints:
         self.take(0, {"best": None}, failed)
         return 0, like, {}
 
-    def attempt(self, step: int, shapes: dict[str, Any], failed: dict[Path, str]) -> tuple[dict, dict] | None:
+    def attempt(self, step: int, shapes: dict[str, Any], failed: dict[Path, str]) -> Found | None:
         """Return a checkpoint's arrays and manifest, or None and why in `failed`; UsageError for another model's."""
         folder = self.folder / str(step)
         found, reason = None, "unusable in another process"

@@ -149,14 +149,14 @@ class Progress:
         if event == COMPILING:
             self.compiling[threading.get_ident()] = (str(context.get("fun_name", "a program")), time.monotonic())
 
-    def compile_ends(self, event: str, duration: float, **context: Any) -> None:
+    def compile_ends(self, event: str, duration_secs: float, **context: Any) -> None:
         """Note that a program is compiled, and say so if it took long."""
         if event != COMPILING:
             return
         self.compiling.pop(threading.get_ident(), None)
-        self.compiled += duration
-        if duration >= LONG_COMPILE:
-            self.say(f"compiled {context.get('fun_name', 'a program')} in {duration:.1f} s")
+        self.compiled += duration_secs
+        if duration_secs >= LONG_COMPILE:
+            self.say(f"compiled {context.get('fun_name', 'a program')} in {duration_secs:.1f} s")
 
     # Drawing
 
