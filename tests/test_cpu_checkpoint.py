@@ -255,6 +255,27 @@ def test_a_disk_that_fills_while_saving_is_one_line_and_harms_no_earlier_checkpo
     assert equal(state, state_after(step)) and step in (9, 12) and (where != "sync_tree" or step == 9)
 
 
+def test_a_limit_that_tensorstore_meets_is_one_line_and_harms_no_earlier_checkpoint(run, capfd):
+    """The system refuses files above 20,000 bytes: the error comes from tensorstore's own threads."""
+    import resource
+    import signal
+
+    checkpoints, before = opened(run), resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints.restore(LIKE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    large = {"a": jnp.asarray(np.random.default_rng(0).normal(size=50_000)), "b": jnp.ones(50_000)}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(UsageError, match="File too large, about 390 KiB needed.; raise the limit on the size of"):
+            checkpoints.save(12, large)
+            checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert capfd.readouterr().err == ""
+    assert opened(run).restore(LIKE)[0] == 9 and len(list((run / "checkpoints").iterdir())) == 3
+
+
 def test_a_folder_that_is_gone_or_a_file_is_one_line(run, tmp_path, capfd):
     checkpoints = opened(run)
     checkpoints.restore(LIKE)

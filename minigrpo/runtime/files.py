@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,14 +25,17 @@ CURES = {
 """Ways on, by what the system reports."""
 
 
-def system_error(error: BaseException) -> OSError | None:
-    """Return the system's own error behind `error`, which libraries often wrap; None when there is none."""
+def error_number(error: BaseException) -> int:
+    """Return the system's number for what is behind `error`, which libraries wrap or write in its text; 0 for none."""
     seen: BaseException | None = error
     while seen is not None:
+        told = re.search(r"OS error (\d+)", str(seen))
+        if told:
+            return int(told[1])
         if isinstance(seen, OSError) and seen.errno:
-            return seen
+            return seen.errno
         seen = seen.__cause__ or seen.__context__
-    return None
+    return 0
 
 
 def size_text(size: int | float) -> str:
@@ -51,13 +55,12 @@ def free_bytes(path: Path) -> int | None:
 
 def disk_error(path: Path, error: BaseException, needed: int = 0) -> UsageError:
     """Return the one line for a file or folder that cannot be written: what, why, sizes in bytes if known, the cure."""
-    cause = system_error(error)
-    reason = (cause.strerror if cause else None) or (str(error).splitlines() or [type(error).__name__])[0][:200]
-    code = cause.errno if cause else None
+    code = error_number(error)
+    reason = os.strerror(code) if code else (str(error).splitlines() or [type(error).__name__])[0][:200]
     sizes = f", about {size_text(needed)} needed" if needed else ""
     free = free_bytes(path) if code in (errno.ENOSPC, errno.EDQUOT) else None
     sizes += "" if free is None else f", {size_text(free)} free"
-    cure = CURES.get(code or 0, "see to the disk")
+    cure = CURES.get(code, "see to the disk")
     return UsageError(f"{path}: cannot be written ({reason}{sizes}); {cure}, then continue with --resume")
 
 
