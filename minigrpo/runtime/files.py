@@ -29,7 +29,7 @@ def error_number(error: BaseException) -> int:
     """Return the system's number for what is behind `error`, which libraries wrap or write in its text; 0 for none."""
     seen: BaseException | None = error
     while seen is not None:
-        told = re.search(r"OS error (\d+)", str(seen))
+        told = re.search(r"(?:OS error |os_error_code=')(\d+)", str(seen))
         if told:
             return int(told[1])
         if isinstance(seen, OSError) and seen.errno:
