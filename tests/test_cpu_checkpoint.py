@@ -266,7 +266,7 @@ def test_a_limit_that_tensorstore_meets_is_one_line_and_harms_no_earlier_checkpo
     large = {"a": jnp.asarray(np.random.default_rng(0).normal(size=50_000)), "b": jnp.ones(50_000)}
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        with pytest.raises(UsageError, match="File too large, about 390 KiB needed.; raise the limit on the size of"):
+        with pytest.raises(UsageError, match="File too large, about 391 KiB needed.; raise the limit on the size of"):
             checkpoints.save(12, large)
             checkpoints.close()
     finally:
