@@ -312,7 +312,14 @@ class RunOptions(Options):
     output_dir: str = option("auto", "run folder; auto is runs/ and the time")
     resume: bool = option(False, "continue the run in --output_dir from its newest complete checkpoint")
     save_steps: int = option(50, "steps between checkpoints; 0 keeps only the final one", low=0)
-    save_total_limit: int = option(2, "checkpoints kept", low=1)
+    save_minutes: float = option(10.0, "minutes after which a checkpoint is made between them; 0 for never", low=0.0)
+    save_total_limit: int = option(2, "newest checkpoints kept", low=1)
+    keep_best: str = option(
+        "", "metric whose best step's checkpoint is kept too, such as eval/accuracy; -eval/loss for the lowest"
+    )
+    grace_seconds: float = option(
+        25.0, "seconds that SIGTERM or Ctrl-C leaves for the step under way before the run ends", low=0.0
+    )
     max_skipped_steps: int = option(
         5, "the run ends, and saves the batch, after so many steps in a row without a finite loss and gradient", low=1
     )
@@ -327,9 +334,13 @@ class RunOptions(Options):
     report_to: str = option(
         "tensorboard", "metric sinks besides metrics.jsonl, by commas: tensorboard, wandb (an extra), or none"
     )
-    wandb_project: str = option("minigrpo", "project of Weights & Biases; its key comes from the environment")
-    wandb_mode: str = option(
-        "online", "offline keeps the run in its folder for `wandb sync`", choices=("online", "offline", "disabled")
+    wandb_project: str | None = option(
+        None, "project of Weights & Biases; unset is WANDB_PROJECT, or minigrpo; the key comes from the environment"
+    )
+    wandb_mode: str | None = option(
+        None,
+        "offline keeps the run in its folder for `wandb sync`; unset is WANDB_MODE, or online",
+        choices=("online", "offline", "disabled"),
     )
 
     def __post_init__(self):
@@ -337,6 +348,8 @@ class RunOptions(Options):
         unknown = [name for name in self.report_to.split(",") if name not in ("tensorboard", "wandb", "none")]
         if unknown:
             raise UsageError(f"--report_to={self.report_to}: {unknown[0]!r} is not tensorboard, wandb or none")
+        if self.keep_best.startswith(("eval/", "-eval/")) and not self.eval_steps:
+            raise UsageError(f"--keep_best={self.keep_best}: nothing is evaluated; set --eval_steps")
 
 
 @dataclasses.dataclass(frozen=True)

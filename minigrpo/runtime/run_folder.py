@@ -1,37 +1,63 @@
-"""The run folder: metrics.jsonl, sample completions, TensorBoard, and one readable line per step."""
+"""The run folder: metrics.jsonl, sample completions, TensorBoard, Weights & Biases, and one readable line per step."""
 
 import importlib
 import json
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from minigrpo.config import RunOptions, UsageError
+from minigrpo.config import RunOptions, Settings, UsageError
+from minigrpo.runtime.files import size_text, sync, write_whole, writing
+from minigrpo.runtime.progress import Progress
 
 TIMINGS = ("step_time", "time/", "tokens_per_second", "rollout/tokens_per_second", "device/")
 """Prefixes of the metrics that measure the machine and so differ between equal runs."""
 
+LOGS = ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl")
+
+
+def grouped(metrics: dict[str, float]) -> dict[str, float]:
+    """Return metrics under the tags that transformers gives them: train/loss, eval/accuracy."""
+    return {name if name.startswith("eval/") else f"train/{name}": value for name, value in metrics.items()}
+
 
 class TensorBoard:
-    """Metrics for TensorBoard, in the run folder."""
+    """Metrics for TensorBoard, in the run folder; written as they come, without a thread that could hold up the end."""
 
     def __init__(self, folder: Path, first_step: int):
-        from tensorboardX import SummaryWriter  # takes seconds where torch is installed, which it imports
+        from tensorboardX.event_file_writer import EventsWriter  # imports torch where installed, which takes seconds
+        from tensorboardX.proto import event_pb2
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self.events, self.path = event_pb2, folder / "tensorboard"
+        with writing(self.path):
+            self.path.mkdir(exist_ok=True)
+            self.writer = EventsWriter(str(self.path / "events"), f".{os.getpid()}.{first_step}")
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self.write(first_step + 1, session_log=start)  # what an earlier process logged from here on is dropped
+
+    def write(self, step: int, **content: Any) -> None:
+        """Write one event and hand it to the system."""
+        self.writer.write_event(self.events.Event(wall_time=time.time(), step=step, **content))
+        self.writer.flush()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
+        """Write metrics of a step; UsageError when the disk refuses."""
+        summary = self.events.Event().summary
+        for name, value in grouped(metrics).items():
+            summary.value.add(tag=name, simple_value=value)
+        with writing(self.path):
+            self.write(step, summary=summary)
 
     def close(self) -> None:
-        self.writer.close()
+        """Close the file; each event is in it already."""
+        with writing(self.path):
+            self.writer._py_recordio_writer.close()
 
 
 class Wandb:
@@ -41,34 +67,44 @@ class Wandb:
         wandb = import_wandb()
         path = folder / "wandb_id.txt"
         if not path.exists():
-            path.write_text(secrets.token_hex(8) + "\n")
+            write_whole(path, secrets.token_hex(8) + "\n")
         try:
-            self.run = wandb.init(
-                project=options.wandb_project,
-                mode=options.wandb_mode,
-                dir=str(folder),
-                id=path.read_text().strip(),
-                resume="allow",
-                name=folder.absolute().name,
-                config=settings,
-            )
+            named = wandb_names(wandb.setup().settings, folder, options)
+            self.run = wandb.init(id=path.read_text().strip(), resume="allow", config=settings, **named)
         except wandb.errors.Error as error:
             raise UsageError(
                 f"--report_to=wandb: {str(error).splitlines()[0]}; set WANDB_API_KEY, or --wandb_mode=offline"
             ) from error
+        self.run.define_metric("train/global_step")
+        self.run.define_metric("*", step_metric="train/global_step", step_sync=True)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.run.log(metrics, step=step)
+        """Send metrics of a step."""
+        self.run.log(grouped(metrics) | {"train/global_step": step})
 
     def close(self) -> None:
+        """Wait until everything is sent."""
         self.run.finish()
+
+
+def wandb_names(known: Any, folder: Path, options: RunOptions) -> dict[str, Any]:
+    """Return arguments of wandb.init: flags, and values of ours for what `known`, read from WANDB_..., leaves open."""
+    given = {"mode": options.wandb_mode, "project": options.wandb_project}
+    ours = {"project": "minigrpo", "name": folder.absolute().name, "dir": str(folder)}
+    unset = {
+        "project": known.project in (None, "", "uncategorized"),
+        "name": not known.run_name,
+        "dir": Path(known.root_dir) == Path.cwd(),
+    }
+    defaults = {name: value for name, value in ours.items() if unset[name]}
+    return defaults | {name: value for name, value in given.items() if value is not None}
 
 
 Sink = TensorBoard | Wandb
 
 
 def import_wandb() -> Any:
-    """The wandb library, which is an extra; UsageError when it is not installed."""
+    """Return the wandb library, which is an extra; UsageError when it is not installed."""
     try:
         return importlib.import_module("wandb")
     except ImportError as error:
@@ -76,6 +112,7 @@ def import_wandb() -> Any:
 
 
 def open_sinks(folder: Path, options: RunOptions, settings: dict[str, Any], first_step: int) -> list[Sink]:
+    """Return the sinks that --report_to names."""
     makers: dict[str, Callable[[], Sink]] = {
         "tensorboard": lambda: TensorBoard(folder, first_step),
         "wandb": lambda: Wandb(folder, options, settings),
@@ -84,33 +121,38 @@ def open_sinks(folder: Path, options: RunOptions, settings: dict[str, Any], firs
 
 
 class RunFolder:
-    """Sinks of one run. Only the first process of several writes."""
+    """The logs and sinks of one run. Only the first process of several writes."""
 
-    def __init__(self, folder: Path, total_steps: int, sinks: list[Sink], writes: bool, first_step: int):
-        self.folder = folder
-        self.writes = writes
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        sinks: list[Sink],
+        writes: bool,
+        first_step: int,
+        progress: Progress | None = None,
+    ):
+        self.folder, self.total_steps, self.sinks, self.writes = folder, total_steps, sinks, writes
+        self.progress = progress or Progress()
         self.tokens = 0.0
-        self.sinks = sinks
-        self.bar = tqdm(
-            total=total_steps, unit="step", disable=not (writes and sys.stderr.isatty()), dynamic_ncols=True
-        )
         self.cut_after(first_step)
+        self.progress.start_steps(total_steps, first_step)
 
     def cut_after(self, step: int) -> None:
-        """Forgets what was logged after `step` finished steps: a resumed run logs it again."""
-        self.bar.update(step)
-        for name in ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl"):
-            path = self.folder / name
-            if self.writes and path.exists():
-                kept = [line for line in read_lines(path) if line_step(line) <= step] if step else []
-                partial = path.with_suffix(".partial")
-                partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-                os.replace(partial, path)
-                if name == "metrics.jsonl" and kept:
-                    self.tokens = json.loads(kept[-1])["num_tokens"]
+        """Drop what was logged after `step` finished steps: a resumed run logs it again."""
+        for path in (self.folder / name for name in LOGS if self.writes):
+            if not path.exists():
+                continue
+            kept = [line for line in read_lines(path) if line_step(line) <= step] if step else []
+            write_whole(path, "".join(line + "\n" for line in kept))
+            if path.name == "metrics.jsonl" and kept:
+                self.tokens = json.loads(kept[-1])["num_tokens"]
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes the metrics of step number `step`, counted from 1, to every sink."""
+    def log(self, step: int, metrics: dict[str, float], compiled: bool = False) -> None:
+        """Write the metrics of step number `step`, counted from 1, to every sink.
+
+        UsageError naming the file when the disk refuses. `compiled` leaves the step out of the time to finish.
+        """
         if not self.writes:
             return
         self.tokens += metrics["num_tokens"]
@@ -118,37 +160,75 @@ class RunFolder:
         self.append("metrics.jsonl", [{"step": step} | metrics])
         for sink in self.sinks:
             sink.log(step, metrics)
-        self.bar.write(step_line(step, self.bar.total, metrics), file=sys.stderr)
-        self.bar.update(1)
+        self.say(step_line(step, self.total_steps, metrics))
+        self.progress.step(step, metrics["step_time"], compiled)
+
+    def log_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Write what --eval_steps measured after `step` steps, {'accuracy': 0.5}, to every sink."""
+        if not self.writes:
+            return
+        self.append("evaluations.jsonl", [{"step": step} | values])
+        for sink in self.sinks:
+            sink.log(step, evaluated(values))
+        self.say(f"step {step}: held out: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        """Adds one line per row to a JSONL file of the folder, on disk before it returns."""
+        """Add one line per row to a JSONL file of the folder, on the disk itself before it returns."""
         if self.writes:
             write_lines(self.folder / name, rows)
 
     def say(self, text: str) -> None:
+        """Show a line in the terminal and in train.log."""
         if self.writes:
-            self.bar.write(text, file=sys.stderr)
+            self.progress.say(text)
 
     def close(self) -> None:
-        self.bar.close()
+        """Close every sink, also when one of them cannot be; UsageError for the first that cannot."""
+        failures = []
         for sink in self.sinks:
-            sink.close()
+            try:
+                sink.close()
+            except UsageError as error:
+                failures.append(error)
+        self.sinks = []
+        if failures:
+            raise failures[0]
+
+
+def evaluated(values: dict[str, float]) -> dict[str, float]:
+    """Return what an evaluation measured under the names that sinks and --keep_best know: eval/accuracy."""
+    return {f"eval/{name.removeprefix('eval/')}": value for name, value in values.items()}
+
+
+def save_settings(folder: Path, settings: Settings) -> None:
+    """Write config.json, and flags.txt which `--flagfile` reads back; each is whole or absent, also after a crash."""
+    values = settings.as_dict()
+    write_whole(folder / "config.json", json.dumps(values, indent=2) + "\n")
+    given = {name: str(value) for name, value in values.items() if value is not None and name != "resume"}
+    lines = ["--" + name + "=" + value.replace("\n", "\\n") for name, value in given.items()]
+    write_whole(folder / "flags.txt", "\n".join(lines) + "\n")
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Appends rows to a JSONL file."""
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Append rows to a JSONL file, on the disk itself before it returns; UsageError when the disk refuses."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with writing(path):
+        new = not path.exists()
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            sync(path.parent)
 
 
 def read_lines(path: Path) -> list[str]:
-    """A file's lines, whatever a crash left of the last one."""
+    """Return a file's lines, whatever a crash left of the last one."""
     return path.read_text(encoding="utf-8", errors="replace").split("\n")
 
 
 def line_step(line: str) -> int:
-    """The step of a metrics line; past every step for a line cut short by a crash."""
+    """Return the step of a metrics line; past every step for a line cut short by a crash."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, IndexError):
@@ -156,14 +236,19 @@ def line_step(line: str) -> int:
     return step if isinstance(step, int) else sys.maxsize
 
 
+def last_step(path: Path) -> int:
+    """Return the step of the last whole line of one of a run's JSONL files; 0 when there is none."""
+    return max((row["step"] for row in read_steps(path)), default=0)
+
+
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of one of a run's JSONL files; [] when there is none."""
+    """Return the whole lines of one of a run's JSONL files; [] when there is none."""
     lines = read_lines(path) if path.is_file() else []
     return [json.loads(line) for line in lines if line_step(line) < sys.maxsize]
 
 
 def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
-    """What a person reads of a step."""
+    """Return what a person reads of a step."""
     rewards = " ".join(
         f"{name.split('/')[1]} {value:.2f}"
         for name, value in metrics.items()
@@ -172,16 +257,19 @@ def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
     phases = " ".join(
         f"{name.removeprefix('time/')} {value:.1f}" for name, value in metrics.items() if name.startswith("time/")
     )
+    rate = f"  lr {metrics['learning_rate']:.1e}" if "learning_rate" in metrics else ""
+    peak = metrics.get("device/peak_bytes")
     return (
         f"step {step}/{total}  reward {metrics['reward']:.3f} ({rewards})  loss {metrics['loss']:+.4f}  "
-        f"kl {metrics['kl']:.4f}  grad {metrics['grad_norm']:.3f}  length {metrics['completions/mean_length']:.0f} "
-        f"(cut {metrics['completions/clipped_ratio']:.0%})  {metrics['tokens_per_second']:.0f} tok/s  "
-        f"{metrics['step_time']:.1f} s ({phases})"
+        f"kl {metrics['kl']:.4f}  grad {metrics['grad_norm']:.3f}{rate}  "
+        f"length {metrics['completions/mean_length']:.0f} (cut {metrics['completions/clipped_ratio']:.0%})  "
+        f"{metrics['tokens_per_second']:.0f} tok/s  {metrics['step_time']:.1f} s ({phases})"
+        + (f"  memory {size_text(int(peak))}" if peak else "")
     )
 
 
 def check_empty(folder: Path) -> None:
-    """UsageError when something is in the folder: a result never mixes with, or replaces, what was there."""
+    """Raise UsageError when something is in the folder: a result never mixes with, or replaces, what was there."""
     if folder.is_dir() and any(folder.iterdir()):
         if (folder / "metrics.jsonl").exists():
             raise UsageError(
@@ -192,7 +280,7 @@ def check_empty(folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """UsageError when the run folder could not be made or written; makes nothing."""
+    """Raise UsageError when the run folder could not be made or written; make nothing."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise UsageError(f"--output_dir={folder}: cannot be written, {existing} is a file")
@@ -201,7 +289,7 @@ def check_writable(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Creates the run folder; UsageError naming it when the system refuses."""
+    """Create the run folder; UsageError naming it when the system refuses."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -209,26 +297,32 @@ def make_folder(folder: Path) -> None:
 
 
 def completion_metrics(lengths: np.ndarray, stopped: np.ndarray) -> dict[str, float]:
-    """Lengths in tokens, and the share of completions cut off by the length limit."""
+    """Return lengths in tokens, of all completions and of those that ended, and the share cut by the length limit."""
     ended = lengths[stopped] if stopped.any() else np.zeros(1)
     return {
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
         "completions/mean_terminated_length": float(ended.mean()),
+        "completions/min_terminated_length": float(ended.min()),
+        "completions/max_terminated_length": float(ended.max()),
         "completions/clipped_ratio": float(1 - stopped.mean()),
     }
 
 
-def reward_metrics(total: np.ndarray, parts: dict[str, np.ndarray], group: int) -> dict[str, float]:
-    """Mean reward, mean std inside groups, the share of groups without any, and each function's mean and std.
+def reward_metrics(
+    total: np.ndarray, parts: dict[str, np.ndarray], group: int, scale: str = "group"
+) -> dict[str, float]:
+    """Return mean and std of all rewards, the share of groups without any spread, and each function's mean and std.
 
-    NaN stands for no completion, or for a function that does not apply to it.
+    NaN stands for no completion, or for a function that does not apply to it. Under --scale_rewards=batch the share is
+    that of the whole batch, 0 or 1, as in TRL.
     """
-    spreads = np.array([spread(row) for row in total.reshape(-1, group)])
+    rows = total.reshape(1, -1) if scale == "batch" else total.reshape(-1, group)
+    spreads = np.array([spread(row) for row in rows])
     metrics = {
         "reward": mean(total),
-        "reward_std": float(spreads.mean()),
+        "reward_std": spread(total),
         "frac_reward_zero_std": float((spreads < 1e-8).mean()),
     }
     for name, scores in parts.items():
@@ -237,12 +331,12 @@ def reward_metrics(total: np.ndarray, parts: dict[str, np.ndarray], group: int) 
 
 
 def mean(values: np.ndarray) -> float:
-    """Of those that are not NaN; 0 for none."""
+    """Return the mean of values that are not NaN; 0 for none."""
     present = values[~np.isnan(values)]
     return float(present.mean()) if len(present) else 0.0
 
 
 def spread(values: np.ndarray) -> float:
-    """Unbiased std of those that are not NaN; 0 for fewer than two."""
+    """Return the unbiased std of values that are not NaN; 0 for fewer than two."""
     present = values[~np.isnan(values)]
     return float(present.std(ddof=1)) if len(present) > 1 else 0.0

@@ -1,0 +1,215 @@
+"""Words while one waits: a live line in a terminal, one line a minute elsewhere, all of it in RUN/train.log too."""
+
+import os
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+
+TICK, MINUTE = 0.5, 60.0
+"""Seconds between redrawings of the live line, and between lines where there is no terminal."""
+
+LONG_COMPILE = 1.0
+"""Seconds of compiling that are worth a line of their own."""
+
+COMPILING = "/jax/core/compile/backend_compile_duration"
+"""Event of jax's around each compilation: a scalar when it starts, a duration when it is done."""
+
+RECENT = 20
+"""Steps that the time to finish is reckoned from."""
+
+
+def clock_text(seconds: float) -> str:
+    """Return a duration as people read it: '4:05', '1:02:03'."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+class Progress:
+    """What is going on, shown on stderr. Threads may use it; nothing of it can hold up the end of the process."""
+
+    def __init__(self, stream: Any = None):
+        """Show on `stream`, sys.stderr if None."""
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self.lock = threading.RLock()
+        self.pid = os.getpid()
+        self.log: TextIO | None = None
+        self.early: list[str] = []
+        """Text shown before the run folder was there."""
+        self.drawn = ""
+        self.name, self.unit, self.done, self.of, self.tokens = "", "", 0, 0, 0
+        self.since = self.spoke = time.monotonic()
+        self.total = self.finished = 0
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        self.compiling: dict[int, tuple[str, float]] = {}
+        """Program and start of what each thread compiles."""
+        self.compiled = 0.0
+        """Seconds compiled since the last step."""
+        self.ended = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    # Beginning and end
+
+    def __enter__(self) -> "Progress":
+        """Start the clock, listen to jax's compiler, and take over sys.stderr."""
+        jax.monitoring.register_scalar_listener(self.compile_starts)
+        jax.monitoring.register_event_duration_secs_listener(self.compile_ends)
+        self.original, sys.stderr = sys.stderr, Tee(self)
+        self.thread = threading.Thread(target=self.run, name="progress", daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop the clock, wipe the live line and close train.log."""
+        self.ended.set()
+        sys.stderr = self.original
+        jax.monitoring.unregister_scalar_listener(self.compile_starts)
+        jax.monitoring.unregister_event_duration_listener(self.compile_ends)
+        if self.thread:
+            self.thread.join(2 * TICK)
+        with self.lock:
+            self.wipe()
+            log, self.log = self.log, None
+            if log:
+                log.close()
+
+    def open_log(self, folder: Path) -> None:
+        """Add to RUN/train.log from now on, and what was shown before the folder was there."""
+        with self.lock:
+            self.log = open(folder / "train.log", "a", encoding="utf-8", errors="backslashreplace")
+            early, self.early = self.early, []
+            self.record("".join(early))
+
+    # Saying
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        self.write(text + "\n")
+
+    def write(self, text: str) -> None:
+        """Show text above the live line, and log it."""
+        if os.getpid() != self.pid:  # a forked child: the lock may be held for ever
+            self.stream.write(text)
+            return
+        with self.lock:
+            self.wipe()
+            self.stream.write(text)
+            self.stream.flush()
+            self.record(text)
+            self.spoke = time.monotonic()
+
+    def record(self, text: str) -> None:
+        """Log text; a disk that is full loses these lines, and the metrics' own error says so."""
+        if self.log is None:
+            self.early.append(text)
+            return
+        try:
+            self.log.write(text)
+            self.log.flush()
+        except (OSError, ValueError):
+            self.log = None
+
+    # What is going on
+
+    def phase(self, name: str, of: int = 0, unit: str = "") -> None:
+        """Begin a phase, such as 'rollout' of 128 'completions'; '' is none."""
+        with self.lock:
+            self.name, self.of, self.unit, self.done, self.tokens = name, of, unit, 0, 0
+            self.since = time.monotonic()
+            self.spoke = max(self.spoke, self.since)
+
+    def tick(self, done: int, tokens: int = 0) -> None:
+        """Note how far a phase is: `done` of its units, and `tokens` so far; costs nothing to speak of."""
+        self.done, self.tokens = done, tokens
+
+    def start_steps(self, total: int, finished: int) -> None:
+        """Note the run's length and how many steps are behind it."""
+        self.total, self.finished = total, finished
+
+    def step(self, finished: int, seconds: float, compiled: bool = False) -> None:
+        """Note a finished step; one that compiled something says nothing about the time to finish."""
+        with self.lock:
+            self.finished = finished
+            if not compiled and self.compiled < 0.1 * seconds:
+                self.recent.append(seconds)
+            self.compiled = 0.0
+
+    def seconds_left(self) -> float | None:
+        """Return the time to finish, from recent steps without compiling; None before there is one."""
+        return (self.total - self.finished) * sum(self.recent) / len(self.recent) if self.recent else None
+
+    def compile_starts(self, event: str, value: float | int, **context: Any) -> None:
+        """Note that a thread compiles a program."""
+        if event == COMPILING:
+            self.compiling[threading.get_ident()] = (str(context.get("fun_name", "a program")), time.monotonic())
+
+    def compile_ends(self, event: str, duration_secs: float, **context: Any) -> None:
+        """Note that a program is compiled, and say so if it took long."""
+        if event != COMPILING:
+            return
+        self.compiling.pop(threading.get_ident(), None)
+        self.compiled += duration_secs
+        if duration_secs >= LONG_COMPILE:
+            self.say(f"compiled {context.get('fun_name', 'a program')} in {duration_secs:.1f} s")
+
+    # Drawing
+
+    def status(self, now: float) -> str:
+        """Return the live line: steps, phase with counts and seconds, what is being compiled, time to finish."""
+        steps = f"step {self.finished + 1}/{self.total}" if self.total > self.finished else ""
+        counts = f" {self.done:,}/{self.of:,} {self.unit}" if self.of else ""
+        waited = now - self.since
+        speed = f", {self.tokens / waited:,.0f} tok/s" if self.tokens and waited > 0 else ""
+        phase = f"{self.name}{counts}{speed}, {waited:.0f} s" if self.name else ""
+        slow = [(name, now - start) for name, start in list(self.compiling.values()) if now - start >= LONG_COMPILE]
+        compiling = f"compiling {slow[0][0]}, {slow[0][1]:.0f} s" if slow else ""
+        left = self.seconds_left()
+        finish = f"{clock_text(left)} to finish" if left and steps else ""
+        return " | ".join(part for part in (steps, phase, compiling, finish) if part)
+
+    def run(self) -> None:
+        """Redraw until the end, in a thread."""
+        while not self.ended.wait(TICK):
+            self.draw(time.monotonic())
+
+    def draw(self, now: float) -> None:
+        """Redraw the live line of a terminal; elsewhere say it when nothing was said for a minute."""
+        line = self.status(now)
+        if not self.live:
+            if line and now - self.spoke >= MINUTE:
+                self.say(line)
+            return
+        with self.lock:
+            self.wipe()
+            width = os.get_terminal_size(self.stream.fileno()).columns - 1
+            self.drawn = line[:width]
+            self.stream.write(self.drawn)
+            self.stream.flush()
+
+    def wipe(self) -> None:
+        """Take the live line off the terminal."""
+        if self.drawn:
+            self.stream.write("\r" + " " * len(self.drawn) + "\r")
+            self.drawn = ""
+
+
+class Tee:
+    """sys.stderr while a Progress is open: what any code writes there appears above the live line and in train.log."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+
+    def write(self, text: str) -> int:
+        """Show and log text."""
+        self.progress.write(text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return anything else a stream has from the stream itself."""
+        return getattr(self.progress.stream, name)
