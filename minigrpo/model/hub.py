@@ -30,25 +30,39 @@ class Source:
     base_step: Path | None = None
     """A run's checkpoint that holds the base's weights, instead of the folder."""
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer is: beside the adapter, if it brings one, or with the model."""
+        return self.adapter if self.adapter and (self.adapter / "tokenizer.json").is_file() else self.folder
 
-def find_source(name: str) -> Source:
-    """Resolves --model; UsageError naming what is missing."""
+
+def find_source(name: str, base_model: str = "auto", given: str = "") -> Source:
+    """Resolve --model, and --base_model where it names an adapter; UsageError naming what is missing.
+
+    Errors begin with `given`, or else with --model and the name.
+    """
     folder = Path(name)
-    if (folder / CONFIG_FILE).is_file():
-        lora, base = read_adapter_config(folder)
-        return dataclasses.replace(find_base(folder, base), base=base, lora=lora, adapter=folder)
+    adapted = (folder / CONFIG_FILE).is_file()
+    if adapted:
+        lora, written = read_adapter_config(folder)
+        base = find_base(folder, written, base_model)
+        return dataclasses.replace(base, lora=lora, adapter=folder)
+    if folder.parent.name == "checkpoints" and (folder.parent.parent / "flags.txt").is_file():
+        return find_step(folder, base_model)
+    if base_model != "auto":
+        raise UsageError(f"--base_model={base_model}: --model={name} is no folder of adapters; leave --base_model out")
     if (folder / "flags.txt").is_file():
         return find_run(folder)
-    if folder.parent.name == "checkpoints" and (folder.parent.parent / "flags.txt").is_file():
-        return find_step(folder)
-    return Source(name, find_checkpoint(name))
+    return Source(name, find_checkpoint(name, given))
 
 
-def find_base(adapter: Path, base: str) -> Source:
-    """The model that adapters were trained on."""
-    if not base:
-        raise UsageError(f"--model={adapter}: its {CONFIG_FILE} names no base_model_name_or_path; write it there")
-    source = find_source(base)
+def find_base(adapter: Path, written: str, base_model: str) -> Source:
+    """Return the model under adapters: --base_model, or the one that they were trained on."""
+    if base_model == "auto" and not written:
+        raise UsageError(f"--model={adapter}: its {CONFIG_FILE} names no base_model_name_or_path; pass --base_model")
+    base = written if base_model == "auto" else base_model
+    cure = f"--model={adapter}: its base {base!r:.200} cannot be had; pass --base_model=FOLDER. It is"
+    source = find_source(base, given=cure if base_model == "auto" else f"--base_model={base_model}")
     if source.lora:
         raise UsageError(f"--model={adapter}: its base {base} has adapters itself; merge them first")
     return source
@@ -92,13 +106,17 @@ def find_run(folder: Path) -> Source:
     return Source(str(final), final)
 
 
-def find_step(folder: Path) -> Source:
+def find_step(folder: Path, base_model: str) -> Source:
+    """Return a run's checkpoint, with the model that the run began from under its adapters."""
     if not folder.is_dir():
         there = ", ".join(sorted(path.name for path in folder.parent.glob("*"))) or "none"
         raise UsageError(f"--model={folder}: no such checkpoint; there are {there}")
     settings = read_json(folder.parent.parent / "config.json")
     own = {field.name: settings.get(field.name, field.default) for field in dataclasses.fields(LoraOptions)}
-    base = find_source(str(settings.get("model")))
+    began = str(settings.get("model")) if base_model == "auto" else base_model
+    recorded = str(settings.get("base_model", "auto")) if base_model == "auto" else "auto"
+    cure = f"--model={folder}: the model {began!r:.200} that its run began from cannot be had; pass --base_model. It is"
+    base = find_source(began, recorded, given=cure if base_model == "auto" else f"--base_model={base_model}")
     lora = make_lora(LoraOptions(**own)) or base.lora
     if lora is None:
         return dataclasses.replace(base, base=str(folder), base_step=folder)
