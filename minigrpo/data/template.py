@@ -4,13 +4,14 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 import jinja2.visitor
 
@@ -21,8 +22,8 @@ Message = dict[str, Any]
 
 MOST_WORK = 1 << 27
 """Characters and items that one rendering may make or read; a chat of a million tokens needs some 40 million."""
-ROUND = 32
-"""Work of one round of a loop or of one item of a list, in characters."""
+ROUND, CALL = 64, 1024
+"""Work of a round of a loop, an operation or an item of a list, and of a call, in characters."""
 LONGEST_INTEGER = 1 << 16
 """Bits of the largest number."""
 LARGEST_TEMPLATE = 1 << 20
@@ -32,6 +33,9 @@ MULTIPLYING = frozenset(
     {"replace", "join", "indent", "expandtabs", "tojson", "wordwrap", "translate", "batch", "slice"}
 )
 """Functions whose result may have as many characters as their arguments' sizes multiplied."""
+
+LOOKING = frozenset({"length", "count", "first", "last", "default", "d"})
+"""Filters that do not walk through their argument, however long it is."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning, the first being the one that templates read."""
@@ -98,6 +102,14 @@ def widths(text: Any) -> int:
     return sum(int(digits[:18]) for digits in re.findall(r"\d+", text)) if isinstance(text, str) else 0
 
 
+def call_cost(function: Any, values: list[Any]) -> int:
+    """Return the work of calling a function or method; a method's object is what it works on."""
+    name, method = getattr(function, "__name__", ""), getattr(function, "__wrapped__", function)
+    own = getattr(method, "__self__", None)
+    own = own if isinstance(own, str | list | dict) else None
+    return cost_of(name, [own, *values]) + (widths(own) if name.startswith("format") else 0)
+
+
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The environment in which transformers renders chat templates, with a meter of the work done."""
 
@@ -109,7 +121,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.left = MOST_WORK
         self.globals |= {"raise_exception": raise_exception, "strftime_now": refuse_date, "lipsum": refuse_chance}
         self.filters |= {"tojson": to_json, "random": refuse_chance, "concatenated": concatenated}
-        self.filters = {name: self.metered(name, run) for name, run in self.filters.items()}
+        self.filters |= {name: self.metered(name, run) for name, run in self.filters.items() if name not in LOOKING}
         self.filters["counted"] = self.counted
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
@@ -121,7 +133,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if self.left < 0:
             raise WorkError(f"it makes or reads more than {MOST_WORK} characters and items for one prompt")
 
-    def counted(self, values: Iterable[Any], cost: int) -> Iterator[Any]:
+    def counted(self, values: Any, cost: int) -> Iterator[Any]:
         """Yield the values, each at its cost."""
         for value in values:
             self.spend(cost)
@@ -137,7 +149,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         @functools.wraps(run)
         def count(*args: Any, **kwargs: Any) -> Any:
-            self.spend(cost_of(name, [*args, *kwargs.values()]) + (widths(args[0]) if name == "format" else 0))
+            work = cost_of(name, [*args, *kwargs.values()]) + (widths(args[0]) if name == "format" else 0)
+            self.spend(ROUND + work)
             result = run(*args, **kwargs)
             self.spend(weight(result))
             return result
@@ -146,9 +159,9 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a function or method of the template, counted."""
-        name, own = getattr(function, "__name__", ""), getattr(function, "__self__", None)
-        own = own if isinstance(own, str | list | dict) else None
-        self.spend(cost_of(name, [own, *args, *kwargs.values()]) + (widths(own) if name.startswith("format") else 0))
+        self.spend(CALL)
+        if not isinstance(function, jinja2.runtime.Macro):  # which is given its arguments as they are
+            self.spend(call_cost(function, [*args, *kwargs.values()]))
         result = super().call(context, function, *args, **kwargs)
         self.spend(weight(result))
         return result
@@ -158,12 +171,12 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         numbers = [value for value in (left, right) if isinstance(value, int)]
         if len(numbers) == 2:
             bits = left.bit_length() * (right if operator == "**" else 1) + right.bit_length()
-            self.spend(MOST_WORK if bits > LONGEST_INTEGER else ROUND)
+            self.spend(MOST_WORK + 1 if bits > LONGEST_INTEGER else ROUND)
         elif operator == "*":
             self.spend(cost_of("replace", [left, right]))
         else:
             formatted = [left, *right] if isinstance(right, tuple) else [left, right]
-            self.spend(cost_of("%", formatted) + (widths(left) if operator == "%" else 0))
+            self.spend(ROUND + cost_of("%", formatted) + (widths(left) if operator == "%" else 0))
         return super().call_binop(context, operator, left, right)
 
 
