@@ -198,7 +198,7 @@ def adapter_numbers(path: Path, raw: dict[str, Any]) -> tuple[int, float, float]
         )
     assert isinstance(rank, int) and isinstance(alpha, int | float) and isinstance(dropout, int | float)
     if not 1 <= rank <= LARGEST_RANK or not abs(alpha) < LARGEST_ALPHA or not 0 <= dropout < 1:
-        raise UsageError(f"{path}: r={rank:.3g}, lora_alpha={alpha:.3g}, lora_dropout={dropout:.3g} cannot be")
+        raise UsageError(f"{path}: r={rank!r:.20}, lora_alpha={alpha!r:.20}, lora_dropout={dropout!r:.20} cannot be")
     root = rank**0.5 if raw.get("use_rslora") else 1.0  # there, alpha is divided by the rank's root (arXiv:2312.03732)
     return rank, float(alpha) * root, float(dropout)
 

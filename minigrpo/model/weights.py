@@ -186,12 +186,10 @@ def read_index(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     index = read_object(path).get("weight_map")
-    files = index.values() if isinstance(index, dict) else [index]
+    files = index.values() if isinstance(index, dict) else [None]
     wrong = [file for file in files if not isinstance(file, str) or Path(file).name != file or not file]
     if wrong or not index:
-        raise UsageError(
-            f"{path}: weight_map must give every tensor the name of a file beside it; it has {wrong[:1]!r:.80}"
-        )
+        raise UsageError(f"{path}: weight_map must give every tensor the name of a file beside it; it is {index!r:.80}")
     assert isinstance(index, dict)
     return index
 
