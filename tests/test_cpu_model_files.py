@@ -52,10 +52,7 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 @pytest.mark.parametrize("value", WRONG, ids=lambda value: f"{value!r:.12}")
 @pytest.mark.parametrize("name", [*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"])
 def test_sizes_of_the_wrong_kind_are_refused(name, value):
-    if value == 10**400 and name == "max_position_embeddings":
-        pytest.skip("only a limit, and a limit may be far away")
-    text = refused({name: value})
-    assert name in text or value == 10**400
+    assert f"{name} is" in refused({name: value})
 
 
 NO_NUMBERS = ["x", [], {}, -1, 0, float("nan"), float("inf"), float("-inf"), True, "1e-6", [1e-6], 10**400]
@@ -90,9 +87,9 @@ NONSENSE = {
     "an odd head": ({"head_dim": 15}, "head_dim 15 is odd"),
     "10^12 layers": ({"num_hidden_layers": 10**12}, "num_hidden_layers 1000000000000"),
     "10^5 layers": ({"num_hidden_layers": 10**5}, "no model has more than 10000 layers"),
-    "a huge vocabulary": ({"vocab_size": 10**15}, "parameters"),
-    "a huge layer": ({"intermediate_size": 10**14}, "parameters"),
-    "huge heads": ({"head_dim": 10**14}, "parameters"),
+    "a huge vocabulary": ({"vocab_size": 10**12}, "parameters"),
+    "a huge layer": ({"intermediate_size": 10**12}, "parameters"),
+    "huge heads": ({"head_dim": 10**12}, "parameters"),
     "fp8": (
         {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}},
         "a quantized checkpoint (quantization_config",
@@ -333,6 +330,7 @@ def test_plain_frequencies_are_those_of_transformers():
     assert attention_factor(None) == 1.0
 
 
+CONTEXT = {"original_max_position_embeddings": 32768}
 PUBLISHED = {
     "Qwen2.5": (
         {

@@ -253,7 +253,7 @@ class ChatTemplate:
             return self.run(ready, {"add_generation_prompt": add_generation_prompt, **settings})
         except Exception as error:  # a template is a program: it may raise anything
             raise UsageError(
-                f"{self.name}: the chat template failed on {messages[-1]!r:.80}: {reason(error)}"
+                f"{self.name}: the chat template failed on {messages[-1:]!r:.80}: {reason(error)}"
             ) from error
 
     def prepare(self, message: Message) -> Message:

@@ -16,6 +16,8 @@ ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 MOST_LAYERS, MOST_PARAMETERS = 10_000, 10**13
 """Beyond any model."""
+LARGEST_SIZE = 10**12
+"""Of anything that config.json counts."""
 DEFAULT_POSITIONS = 32_768
 """Positions of a config.json that does not say, as in transformers."""
 QWEN3_HEAD_DIM = 128
@@ -42,7 +44,7 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
     if not isinstance(raw, dict):
         raise UsageError(f"{source}: not a model's config.json, which is a JSON object")
     kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UsageError(
             f"{source}: model_type {kind!r:.60} is not supported; use a qwen3 or qwen2 (Qwen2.5) checkpoint"
         )
@@ -85,8 +87,9 @@ def check_sizes(config: ModelConfig, source: str) -> None:
     parameters = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
     if config.num_hidden_layers > MOST_LAYERS or parameters > MOST_PARAMETERS:
         raise UsageError(
-            f"{source}: num_hidden_layers {config.num_hidden_layers} and the other sizes make {parameters:.1e} "
-            f"parameters; no model has more than {MOST_LAYERS} layers or {MOST_PARAMETERS:.0e} parameters"
+            f"{source}: num_hidden_layers {config.num_hidden_layers} and the other sizes make about "
+            f"10^{math.log10(parameters):.0f} parameters; no model has more than {MOST_LAYERS} layers or "
+            f"10^{math.log10(MOST_PARAMETERS):.0f} parameters"
         )
 
 
@@ -119,10 +122,10 @@ def refuse(source: str, name: str, value: Any, wanted: str) -> UsageError:
 
 
 def whole(raw: dict[str, Any], source: str, name: str, default: int | None = None) -> int:
-    """Return a whole number of at least 1; UsageError for anything else."""
+    """Return a whole number that can be a size; UsageError for anything else."""
     value = field(raw, source, name, default)
-    if type(value) is not int or value < 1:
-        raise refuse(source, name, value, "a whole number of at least 1")
+    if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
+        raise refuse(source, name, value, f"a whole number of at least 1, and at most {LARGEST_SIZE:.0e}")
     return value
 
 
@@ -134,7 +137,7 @@ def number(raw: dict[str, Any], source: str, name: str, fits: Check, wanted: str
     return float(value)
 
 
-def finite(value: float) -> bool:
+def finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond any float
@@ -242,22 +245,22 @@ def parse_scaling(raw: dict[str, Any], source: str, name: str, table: dict[str, 
         return None
     original = original_positions(raw, source, table)
 
-    def optional(key: str, low: float, default: float | None) -> float | None:
+    def optional(key: str, default: float | None = None) -> float | None:
         given = table.get(key) is not None
-        return number(table, source, key, lambda value: value > low, f"above {low:g}") if given else default
+        return number(table, source, key, lambda value: value > 0, "above 0") if given else default
 
-    fast, slow = optional("beta_fast", 0, 32.0), optional("beta_slow", 0, 1.0)
+    fast, slow = optional("beta_fast", 32.0), optional("beta_slow", 1.0)
     assert fast and slow
     if fast < slow:
         raise UsageError(f"{source}: beta_fast {fast:g} of {name} is less than its beta_slow {slow:g}")
     return RopeScaling(
         factor=number(table | {"model_type": "yarn"}, source, "factor", lambda value: value >= 1, "of at least 1"),
         original_max_position_embeddings=original,
-        attention_factor=optional("attention_factor", 0, None),
+        attention_factor=optional("attention_factor"),
         beta_fast=fast,
         beta_slow=slow,
-        mscale=optional("mscale", 0, None),
-        mscale_all_dim=optional("mscale_all_dim", 0, None),
+        mscale=optional("mscale"),
+        mscale_all_dim=optional("mscale_all_dim"),
         truncate=switch(table, source, "truncate", True),
     )
 
