@@ -161,7 +161,7 @@ def write_index(folder, weight_map):
 
 
 def test_the_index_says_which_files_count(folder, tiny_params):
-    """As transformers: leftovers of other formats and of an older save lie beside, some of them torn."""
+    """As transformers: leftovers of other formats and of an older save are beside, some of them torn."""
     weight_map = split(folder)
     save_file({"model.norm.weight": np.zeros(32, np.float32)}, folder / "consolidated.safetensors")
     (folder / "model-00003-of-00003.safetensors").write_bytes(b"torn")
@@ -252,6 +252,18 @@ def test_an_exported_model_keeps_the_template_that_the_run_was_given(tiny_config
     export(tmp_path / "plain", BUILTIN, tiny_params, tiny_config, (1,), np.float32)
     assert not (tmp_path / "plain" / "chat_template.jinja").exists()
     assert (tmp_path / "plain" / "tokenizer.json").exists()
+
+
+def test_an_exported_model_names_every_end_where_others_look(tiny_config, tiny_params, tmp_path):
+    """vLLM and transformers stop by generation_config.json, which a base's names one end only in."""
+    source = tmp_path / "base"
+    source.mkdir()
+    (source / "generation_config.json").write_text('{"eos_token_id": 1, "top_k": 20}')
+    export(tmp_path / "model", source, tiny_params, tiny_config, (1, 2), np.float32)
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text()) == {
+        "eos_token_id": [1, 2],
+        "top_k": 20,
+    }
 
 
 def test_errors_begin_with_the_flag_that_was_given():

@@ -91,7 +91,7 @@ def load_tokenizer(
     """Read tokenizer.json, the special tokens, the chat template and the end tokens of a checkpoint folder.
 
     `chat_template` is auto, none or a file, as --chat_template. `model` is the folder of config.json and
-    generation_config.json where the tokenizer lies elsewhere, as beside an adapter. UsageError naming the file.
+    generation_config.json where the tokenizer is elsewhere, as beside an adapter. UsageError naming the file.
     """
     hub = read_tokenizer(folder / "tokenizer.json")
     special = special_tokens(folder)

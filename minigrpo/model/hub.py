@@ -76,7 +76,7 @@ ASKING = (DataOptions, RolloutOptions, RunOptions)
 
 
 def run_of(folder: Path) -> Path | None:
-    """The run that a folder is, or is the final/, adapter/ or a checkpoint of."""
+    """Return the run that a folder is, or is the final/, adapter/ or a checkpoint of."""
     places = {"final": folder.parent, "adapter": folder.parent}
     places |= {folder.name: folder.parent.parent} if folder.parent.name == "checkpoints" else {}
     run = places.get(folder.name, folder)
@@ -84,7 +84,7 @@ def run_of(folder: Path) -> Path | None:
 
 
 def run_defaults(name: str) -> dict[str, Any]:
-    """How the run that --model belongs to asked its questions; {} for a model of no run.
+    """Return how the run that --model belongs to asked its questions; {} for a model of no run.
 
     A file that was trained on is no dataset to be evaluated on.
     """
@@ -99,7 +99,7 @@ def run_defaults(name: str) -> dict[str, Any]:
 
 
 def find_run(folder: Path) -> Source:
-    """A finished run's model."""
+    """Return a finished run's model; UsageError for one that has none yet."""
     final = folder / "final"
     if not final.is_dir():
         raise UsageError(f"--model={folder}: that run has no final model yet; name one of {folder}/checkpoints")
@@ -124,34 +124,36 @@ def find_step(folder: Path, base_model: str) -> Source:
 
 
 def placed(mesh: Mesh, shapes: Any) -> Any:
-    """Shapes of parameters or state, laid out as training keeps them."""
+    """Return shapes of parameters or state, laid out as training keeps them."""
 
-    def place(path, leaf):
+    def place(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf_sharding(mesh, path))
 
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
 def read_step(step: Path, shapes: Any) -> Any:
-    """Weights of a run's checkpoint; only here is orbax imported, which takes 0.2 s and 24 MB."""
+    """Read the weights of a run's checkpoint; only here is orbax imported, which takes 0.2 s and 24 MB."""
     from minigrpo.runtime.checkpoint import read_params
 
     return read_params(step, shapes)
 
 
 def load_base(source: Source, config: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
-    """The weights that stand in the model's own files, or in the checkpoint of a run that trained them."""
+    """Load the weights in the model's own files, or in the checkpoint of a run that trained them."""
     plain = dataclasses.replace(config, lora=None, int8=False)
     if source.base_step:
-        return read_step(source.base_step, placed(mesh, abstract_params(plain, dtype)[1]))
+        weights: Params = read_step(source.base_step, placed(mesh, abstract_params(plain, dtype)[1]))
+        return weights
     return load_params(source.folder, plain, mesh, dtype)
 
 
 def load_adapters(source: Source, config: ModelConfig, mesh: Mesh) -> Params:
-    """The float32 adapters that a source comes with; {} for none."""
+    """Load the float32 adapters that a source comes with; {} for none."""
     if not source.lora:
         return {}
     if source.adapter_step:
-        return read_step(source.adapter_step, placed(mesh, select(abstract_params(config)[1], is_adapter)))
+        adapters: Params = read_step(source.adapter_step, placed(mesh, select(abstract_params(config)[1], is_adapter)))
+        return adapters
     assert source.adapter
     return load_adapter(source.adapter, config, mesh)

@@ -53,7 +53,8 @@ def ramp(head_dim: int, theta: float, scaling: RopeScaling) -> Float[np.ndarray,
     low, high = max(low, 0), min(high, head_dim - 1)
     high += 0.001 if low == high else 0
     pairs = np.arange(head_dim // 2, dtype=np.float32)
-    return np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1).astype(np.float32)
+    share: np.ndarray = np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
+    return share.astype(np.float32)
 
 
 def pair_of(turns: float, head_dim: int, theta: float, scaling: RopeScaling) -> float:

@@ -54,7 +54,7 @@ NUMBERS = ("F64", "F32", "F16", "BF16")
 LEFTOVER = re.compile(r"rotary_emb\.inv_freq$")
 """Tensors that older versions of transformers wrote and newer ones ignore."""
 FAULTS_NAMED = 8
-"""Of the faults of a checkpoint, so many are named; the others are counted."""
+"""Faults of a checkpoint that an error names; the others are counted."""
 
 BUILTIN = {"builtin:tiny": Path(__file__).parent.parent / "builtin"}
 SHARD_BYTES = 4 << 30
@@ -103,7 +103,7 @@ for matrix, (ins, outs) in PROJECTIONS.items():
 
 
 def hub_dims(name: str) -> tuple[str, ...]:
-    """Our dims of one layer's parameter as the checkpoint arranges them, one string per dim of its tensor."""
+    """Return our dims of one layer's parameter as the checkpoint arranges them, one string per dim of its tensor."""
     return MATRIX_DIMS.get(name, (layer_dims(name),))
 
 
@@ -195,7 +195,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def expected_tensors(shapes: Params, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor name a checkpoint of these parameters must hold, with its shape."""
+    """Return every tensor name that a checkpoint of these parameters must hold, with its shape."""
     tensors = {}
     for path, _ in jax.tree_util.tree_leaves_with_path(shapes):
         name = leaf_name(path)
@@ -206,12 +206,12 @@ def expected_tensors(shapes: Params, config: ModelConfig) -> dict[str, tuple[int
 
 
 def hub_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
-    """Shape in the checkpoint of one layer's parameter."""
+    """Return the shape in the checkpoint of one layer's parameter."""
     return tuple(math.prod(config.sizes[letter] for letter in side) for side in hub_dims(name))
 
 
 def check_tensors(checkpoint: Checkpoint, shapes: Params, config: ModelConfig) -> None:
-    """UsageError that names missing, unexpected, duplicate, misshapen and quantized tensors, and counts them all."""
+    """Raise a UsageError naming missing, unexpected, duplicate, misshapen and quantized tensors, and their number."""
     expected = expected_tensors(shapes, config)
     found = checkpoint.files
     tied = {HUB_NAMES["head"]} if config.tie_word_embeddings else set()
@@ -242,7 +242,10 @@ def tensor_faults(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | No
 def read_part(
     checkpoint: Checkpoint, config: ModelConfig, name: str, index: tuple[slice, ...], dtype: Any
 ) -> np.ndarray:
-    """The part `index` of one of our parameters, reading only the matching slice of each tensor."""
+    """Read the part `index` of one of our parameters, from the matching slice of each tensor alone.
+
+    UsageError naming a tensor that holds NaN or infinite numbers.
+    """
     shape = config.shape(name)
     bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
 
@@ -262,34 +265,34 @@ def read_part(
 
 
 def read_layer(tensor: Any, name: str, config: ModelConfig, bounds: list[tuple[int, int]]) -> np.ndarray:
-    """One layer's part: the flattened rows and columns that cover it, with our dims in our order."""
+    """Read one layer's part: the flattened rows and columns that cover it, with our dims in our order."""
     dims = layer_dims(name)
     of_dim = dict(zip(dims, bounds, strict=True))
-    part = tensor[tuple(slice(*flat_bounds(side, config, of_dim)) for side in hub_dims(name))]
+    part: np.ndarray = tensor[tuple(slice(*flat_bounds(side, config, of_dim)) for side in hub_dims(name))]
     letters = "".join(hub_dims(name))
     sizes = [of_dim[letter][1] - of_dim[letter][0] for letter in letters]
     return part.reshape(sizes).transpose([letters.index(letter) for letter in dims])
 
 
 def flat_bounds(side: str, config: ModelConfig, of_dim: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    """Start and end in the flattened dims of a part that is whole in all dims but the first."""
+    """Return start and end in the flattened dims of a part that is whole in all dims but the first."""
     inner = math.prod(config.sizes[letter] for letter in side[1:])
     start, end = of_dim[side[0]]
     return start * inner, end * inner
 
 
 def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype: Any = np.float32) -> Params:
-    """The folder's weights as parameters laid out on the mesh; each device reads only its own slice."""
+    """Load the folder's weights as parameters laid out on the mesh; each device reads only its own slice."""
     return load_tree(folder, abstract_params(config)[1], config, mesh, dtype)
 
 
 def load_tree(folder: Path, shapes: Params, config: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
-    """The parameters that `shapes` holds, from a folder that holds these and no others."""
+    """Load the parameters that `shapes` holds from a folder that holds these and no others."""
     with contextlib.ExitStack() as stack:
         checkpoint = Checkpoint(folder, stack)
         check_tensors(checkpoint, shapes, config)
 
-        def load(path, leaf):
+        def load(path: tuple[Any, ...], leaf: Any) -> jax.Array:
             name = leaf_name(path)
 
             def read(index: Any) -> np.ndarray:
@@ -297,26 +300,29 @@ def load_tree(folder: Path, shapes: Params, config: ModelConfig, mesh: Mesh, dty
 
             return jax.make_array_from_callback(leaf.shape, leaf_sharding(mesh, path), read)
 
-        return jax.tree_util.tree_map_with_path(load, shapes)
+        loaded: Params = jax.tree_util.tree_map_with_path(load, shapes)
+        return loaded
 
 
 def random_params(config: ModelConfig, mesh: Mesh, seed: int, dtype: Any = np.float32) -> Params:
-    """Random weights made on the mesh, in place."""
+    """Make random weights on the mesh, in place."""
     shapes = abstract_params(config)[1]
     shardings = shardings_of(mesh, shapes)
 
-    def make():
-        drawn = init_params(config, jax.random.key(seed))
-        return jax.tree.map(lambda w: w.astype(dtype), drawn)  # the same numbers whatever the dtype
+    def make() -> Params:
+        drawn: Params = init_params(config, jax.random.key(seed))
+        same: Params = jax.tree.map(lambda w: w.astype(dtype), drawn)  # the same numbers whatever the dtype
+        return same
 
-    return jax.jit(make, out_shardings=shardings)()
+    made: Params = jax.jit(make, out_shardings=shardings)()
+    return made
 
 
 # Writing
 
 
 def hub_tensors(params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and value of every tensor of the checkpoint, one at a time on the host."""
+    """Yield name and value of every tensor of the checkpoint, one at a time on the host."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = leaf_name(path)
         dims, sides = layer_dims(name), hub_dims(name)
@@ -329,7 +335,7 @@ def hub_tensors(params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def config_json(config: ModelConfig, stop_tokens: tuple[int, ...], dtype: Any) -> dict[str, Any]:
-    """The config.json that transformers, vLLM and SGLang read."""
+    """Return the config.json that transformers, vLLM and SGLang read."""
     own = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("lora", "int8")}
     scaling = own.pop("rope_scaling", None)
     if scaling:
@@ -347,7 +353,7 @@ def config_json(config: ModelConfig, stop_tokens: tuple[int, ...], dtype: Any) -
 
 
 def shards(params: Params, dtype: Any) -> Iterator[dict[str, np.ndarray]]:
-    """The checkpoint's tensors in groups of at most SHARD_BYTES."""
+    """Yield the checkpoint's tensors in groups of at most SHARD_BYTES."""
     group: dict[str, np.ndarray] = {}
     for name, value in hub_tensors(params, dtype):
         if group and sum(v.nbytes for v in group.values()) + value.nbytes > SHARD_BYTES:
@@ -358,7 +364,7 @@ def shards(params: Params, dtype: Any) -> Iterator[dict[str, np.ndarray]]:
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """A safetensors file that everyone may read; OSError naming it when it cannot be written."""
+    """Write a safetensors file that everyone may read; OSError naming it when it cannot be written."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -390,8 +396,15 @@ def export(
     name_files(partial, index)
     (partial / "config.json").write_text(json.dumps(config_json(config, stop_tokens, dtype), indent=2) + "\n")
     copy_tokenizer(source, partial, chat_template)
+    write_ends(partial / "generation_config.json", stop_tokens)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+
+
+def write_ends(path: Path, stop_tokens: tuple[int, ...]) -> None:
+    """Name every end token in a generation_config.json, which other programs stop by before config.json."""
+    settings = read_object(path, {}) | {"eos_token_id": list(stop_tokens)}
+    path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def copy_tokenizer(source: Path, folder: Path, chat_template: str | None) -> None:
@@ -404,7 +417,7 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str | None) -> Non
 
 
 def name_files(folder: Path, index: dict[str, str]) -> None:
-    """Gives the numbered files their Hub names: model.safetensors alone, or model-i-of-n with an index."""
+    """Give the numbered files their Hub names: model.safetensors alone, or model-i-of-n with an index."""
     files = sorted(set(index.values()))
     if len(files) == 1:
         (folder / files[0]).rename(folder / "model.safetensors")
