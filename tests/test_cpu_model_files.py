@@ -286,6 +286,7 @@ SCALINGS = [
     {"mscale": 0.7, "mscale_all_dim": 1.1},
     {"mscale": 1.0},
     {"truncate": False},
+    {"truncate": False, "beta_fast": 2.0, "beta_slow": 2.0},
     {"attention_factor": 0.8782488562869419},
 ]
 MODELS = {
