@@ -1,5 +1,6 @@
 """LoRA, offline and group-rule runs through the commands' own entry points, and what other commands make of them."""
 
+import dataclasses
 import io
 import json
 import os
@@ -8,15 +9,17 @@ import types
 import numpy as np
 import pytest
 
-from minigrpo import build, evaluate, generate, report, train
+from minigrpo import evaluate, generate, report, train
 from minigrpo.config import DataOptions, UsageError, parse_flags
-from minigrpo.data.datasets import read_recorded
+from minigrpo.data.grading import most_common
+from minigrpo.data.recorded import read_recorded
 from minigrpo.diagnostics import diagnose
-from minigrpo.grpo.experience import Experience, concatenate, differ, take_groups
+from minigrpo.grpo.advantages import normalised_separately, ragged_advantages
+from minigrpo.grpo.experience import Experience, concatenate, has_contrast, take_groups
 from minigrpo.grpo.offline import margin
-from minigrpo.grpo.update import normalised_apart, ragged_advantages
-from minigrpo.model import hub as sources
+from minigrpo.model.hub import find_source
 from minigrpo.rollout.generator import Rollout
+from minigrpo.runtime import program_cache
 
 SMALL = ["--batch_size=4", "--num_generations=4", "--max_completion_length=32", "--report_to=none", "--max_steps=2"]
 
@@ -63,7 +66,7 @@ def test_offline_training_prefers_the_better_responses_of_held_out_prompts(offli
 
 
 def test_a_lora_checkpoint_holds_adapters_alone(offline):
-    source = sources.find_source(f"{offline}/checkpoints/12")
+    source = find_source(f"{offline}/checkpoints/12")
     assert source.lora.rank == 8
     size = sum(path.stat().st_size for path in (offline / "checkpoints" / "12").rglob("*") if path.is_file())
     model = sum(path.stat().st_size for path in (offline / "final").glob("*.safetensors"))
@@ -117,10 +120,10 @@ def test_pass_at_k_and_the_majority():
     right = np.array([[True, False, False, False], [False] * 4])
     assert evaluate.pass_at(right, 1) == 0.125 and evaluate.pass_at(right, 4) == 0.5
     assert evaluate.pass_at(right, 2) == pytest.approx(0.25)
-    assert evaluate.most_common(["#### 3", "#### 4", "#### 4.0", "#### 5"]) == "#### 4"
-    assert evaluate.most_common(["#### 7", "#### 8"]) == "#### 7"
-    assert evaluate.most_common(["#### 0", "#### 5", "#### 0.0", "#### 5", "#### $0"]) == "#### 0"
-    assert evaluate.most_common(["none", "none at all", "nothing", "#### 5", "#### 5"]) == "#### 5"
+    assert most_common(["#### 3", "#### 4", "#### 4.0", "#### 5"]) == "#### 4"
+    assert most_common(["#### 7", "#### 8"]) == "#### 7"
+    assert most_common(["#### 0", "#### 5", "#### 0.0", "#### 5", "#### $0"]) == "#### 0"
+    assert most_common(["none", "none at all", "nothing", "#### 5", "#### 5"]) == "#### 5"
 
 
 def test_the_report_is_one_page_with_every_picture(offline):
@@ -159,7 +162,7 @@ def test_groups_without_contrast_are_replaced_and_the_reference_follows(tmp_path
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--quantize=int8"], "--quantize=int8: whole numbers cannot be trained"),
+        (["--quantize=int8"], "--quantize=int8: freezes the base weights"),
         (["--lora_rank=4", "--lora_targets=x"], "--lora_targets=x"),
         (["--num_minibatches=3"], "--num_minibatches=3: must divide"),
         (["--sync_ref_steps=2", "--beta=0"], "--sync_ref_steps=2: --beta=0 has no reference"),
@@ -271,7 +274,7 @@ def test_ragged_advantages():
 
 def test_completions_that_no_function_scores_have_no_advantage():
     parts = {"a": np.array([1.0, np.nan, 0.0, 1.0]), "b": np.array([np.nan, np.nan, 2.0, 0.0])}
-    result = normalised_apart(parts, {"a": 1.0, "b": 0.5}, 2)
+    result = normalised_separately(parts, {"a": 1.0, "b": 0.5}, 2)
     assert result[1] == 0 and np.isfinite(result).all() and abs(result[[0, 2, 3]].mean()) < 1e-6
 
 
@@ -287,21 +290,24 @@ def made_up(base, prompts=2, group=2):
     rollout = Rollout(tokens, tokens * 0.5, np.full(rows, 3), np.ones(rows, bool), 3, 1.0)
     texts = [f"{base + row}" for row in range(rows)]
     values = base + np.arange(rows, dtype=float)
-    return Experience(
-        list(range(base, base + prompts)), rollout, texts, values, {"r": values}, np.ones(prompts, bool), {"t": 1.0}
-    )
+    prompts_, rows_ = [[base + i] for i in range(prompts)], [{"prompt": str(base + i)} for i in range(prompts)]
+    mask = np.ones(prompts, bool)
+    return Experience(prompts_, rows_, rollout, texts, values, {"r": values}, mask, {"t": 1.0}, {}, {"x": texts})
 
 
 def test_groups_keep_their_rows_together():
     both = concatenate(made_up(0), made_up(100))
-    taken = take_groups(both, np.array([2, 1]), 2)
-    assert taken.indices == [100, 1] and taken.texts == ["100", "101", "2", "3"] and taken.seconds == {"t": 2.0}
+    taken = take_groups(both, np.array([2, 1]))
+    assert taken.prompts == [[100], [1]] and [row["prompt"] for row in taken.rows] == ["100", "1"]
+    assert taken.extra == {"x": taken.texts} and taken.texts == ["100", "101", "2", "3"] and taken.seconds == {"t": 2.0}
     np.testing.assert_array_equal(taken.rollout.tokens[:, 0], [100, 101, 2, 3])
-    np.testing.assert_array_equal(taken.parts["r"], taken.rewards)
+    np.testing.assert_array_equal(taken.components["r"], taken.rewards)
 
 
-def test_a_group_differs_when_two_scores_do():
-    assert differ(np.array([[3.3, 3.3, 3.3], [1.0, np.nan, 1.0], [0.0, 1.0, np.nan]])).tolist() == [False, False, True]
+def test_a_group_has_contrast_when_two_scores_differ():
+    scores = np.array([3.3, 3.3, 3.3, 1.0, np.nan, 1.0, 0.0, 1.0, np.nan])
+    made = dataclasses.replace(made_up(0, 3, 3), components={"first": scores, "second": np.arange(9.0)})
+    assert has_contrast(made).tolist() == [False, False, True]
 
 
 def healthy(**changes):
@@ -361,10 +367,10 @@ class JaxSettings:
 )
 def test_compiled_programs_are_kept_where_nothing_else_is_said(settings, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "jax", types.SimpleNamespace(config=settings))
-    build.keep_programs()
+    monkeypatch.setattr(program_cache, "jax", types.SimpleNamespace(config=settings))
+    program_cache.keep_programs()
     own = expected == "minigrpo/programs"
-    assert getattr(settings, "jax_compilation_cache_max_size", None) == (build.PROGRAM_BYTES if own else None)
+    assert getattr(settings, "jax_compilation_cache_max_size", None) == (program_cache.MAX_BYTES if own else None)
     assert settings.jax_compilation_cache_dir == (str(tmp_path / expected) if own else expected)
     assert (tmp_path / "minigrpo" / "programs").exists() == own and not capsys.readouterr().err
 
@@ -373,9 +379,9 @@ def test_a_cache_folder_that_cannot_be_written_is_told_and_does_no_harm(tmp_path
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-    monkeypatch.setattr(build, "jax", types.SimpleNamespace(config=JaxSettings()))
-    build.keep_programs()
-    assert build.jax.config.jax_compilation_cache_dir is None
+    monkeypatch.setattr(program_cache, "jax", types.SimpleNamespace(config=JaxSettings()))
+    program_cache.keep_programs()
+    assert program_cache.jax.config.jax_compilation_cache_dir is None
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and str(file) in said and "JAX_COMPILATION_CACHE_DIR" in said
 
@@ -386,5 +392,5 @@ def test_programs_that_jax_was_killed_over_are_dropped(tmp_path, monkeypatch):
     for name in names:
         (tmp_path / name).write_text("")
         os.utime(tmp_path / name, times=None if name == "fresh-cache" else (0, 0))
-    build.drop_torn_programs(tmp_path)
+    program_cache.drop_torn_programs(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted({*names} - {"torn-cache"})

@@ -9,14 +9,13 @@ import subprocess
 import sys
 import time
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
-from minigrpo.config import UsageError
-from minigrpo.runtime.checkpoint import Checkpoints, read_params
+from minigrpo import train
+from minigrpo.config import UsageError, parse_flags
 from minigrpo.runtime.run_folder import TIMINGS
 
 SMALL = ("--batch_size=4", "--num_generations=4", "--max_completion_length=40", "--save_steps=2", "--report_to=none")
@@ -138,68 +137,10 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_used(finished, tmp_path):
     assert metrics(copy) == metrics(folder)
 
 
-def state_after(step):
-    return {"params": {"a": jnp.asarray(np.random.default_rng(step).random((64, 64), np.float32))}}
-
-
-def saved(folder, *steps):
-    """A run folder's checkpoints of a small state."""
-    checkpoints = Checkpoints(folder / "checkpoints", 9)
-    for step in steps:
-        checkpoints.save(step, state_after(step))
-    checkpoints.close()
-    return Checkpoints(folder / "checkpoints", 9)
-
-
 def damage(step):
     for path in step.rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:100])
-
-
-def test_a_checkpoint_damaged_twice_is_set_aside_twice(tmp_path, capsys):
-    like = {"params": {"a": jnp.zeros((64, 64))}}
-    for times in (1, 2):
-        saved(tmp_path, 1, 2).manager.close()
-        damage(tmp_path / "checkpoints" / "2")
-        step, state = Checkpoints(tmp_path / "checkpoints", 9).restore(like)
-        assert step == 1 and np.array_equal(state["params"]["a"], state_after(1)["params"]["a"])
-        assert len(list(tmp_path.glob("unusable-checkpoint-2*"))) == times
-    assert "checkpoints/2 is not usable" in capsys.readouterr().err
-
-
-def test_checkpoints_that_are_all_damaged_stay_where_they_are(tmp_path):
-    like = {"params": {"a": jnp.zeros((64, 64))}}
-    saved(tmp_path, 1, 2).manager.close()
-    for step in (1, 2):
-        damage(tmp_path / "checkpoints" / str(step))
-    with pytest.raises(UsageError, match="no usable checkpoint"):
-        Checkpoints(tmp_path / "checkpoints", 9).restore(like)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints"}
-    with pytest.raises(UsageError, match="2: not a usable checkpoint"):
-        read_params(tmp_path / "checkpoints" / "2", like["params"])
-
-
-def test_another_models_checkpoint_stays_where_it_is(tmp_path):
-    checkpoints = saved(tmp_path, 1)
-    for like in ({"a": jnp.zeros((32, 64))}, {"a": jnp.zeros((64, 64)), "b": jnp.zeros(2)}):
-        with pytest.raises(UsageError, match="1 is another model's .*check --model"):
-            checkpoints.restore({"params": like})
-    assert checkpoints.restore({"params": {"a": jnp.zeros((64, 64))}})[0] == 1
-
-
-def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path):
-    code = (
-        "import resource, sys, pathlib, numpy, jax; from minigrpo.runtime.checkpoint import Checkpoints;"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
-        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "from minigrpo.config import UsageError; c = Checkpoints(pathlib.Path(sys.argv[1]), 2)\n"
-        "try:\n c.save(1, {'a': jax.numpy.asarray(numpy.random.rand(500_000))}); c.close()\n"
-        "except UsageError as error: print(error)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    lines = result.stdout.splitlines()
-    assert len(lines) == 1 and "cannot write a checkpoint to" in lines[0], result.stderr[-2000:]
 
 
 def write_checkpoint(folder, **changes):
@@ -252,7 +193,6 @@ def bad_inputs(tmp_path):
         ),
         "bad mesh": (["--mesh=4x2"], "--mesh=4x2: must be two positive whole numbers"),
         "heads": (["--mesh=1,8"], "tp=8 does not divide the model's 4 attention heads"),
-        "fsdp": (["--mesh=3,1"], "fsdp=3 does not divide the model's 128 hidden_size"),
         "accumulation": (["--gradient_accumulation_steps=some"], "--gradient_accumulation_steps=some: must be auto or"),
         "architecture": ([f"--model={other}", ARITHMETIC], "model_type 'llama' is not supported"),
         "shapes": ([f"--model={wide}", ARITHMETIC], "model.embed_tokens.weight has shape [512, 128], not [512, 256]"),
@@ -272,20 +212,34 @@ def bad_inputs(tmp_path):
 
 
 def test_bad_input_is_one_clear_line(tmp_path):
-    """Every mistake: exit code 2, one line that says what and where, no traceback, nothing written."""
+    """Every mistake: one line that says what and where, and nothing written."""
     cases = bad_inputs(tmp_path)
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     for name, (flags, message) in cases.items():
-        extra = (
-            []
-            if any(flag.startswith("--output_dir") or flag == "--resume" for flag in flags)
-            else [f"--output_dir={tmp_path}/run"]
-        )
-        result = run(*flags, *extra, "--max_steps=1")
-        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-        assert result.returncode == 2 and len(errors) == 1 and message in errors[0], (name, result.stderr[-1500:])
-        assert "Traceback" not in result.stderr, name
+        named = any(flag.startswith("--output_dir") or flag == "--resume" for flag in flags)
+        extra = [] if named else [f"--output_dir={tmp_path}/run"]
+        with pytest.raises(UsageError) as caught:
+            train.main(parse_flags([*flags, *extra, "--max_steps=1"], train.SECTIONS))
+        assert message in str(caught.value) and "\n" not in str(caught.value), (name, str(caught.value))
         assert sorted(str(path) for path in tmp_path.rglob("*")) == before, name
+
+
+def test_bad_input_ends_a_command_with_one_line_and_code_2(tmp_path):
+    result = run("--mesh=3,1", f"--output_dir={tmp_path}/run")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "fsdp=3 does not divide the model's 128 hidden_size" in errors[0]
+
+
+def test_a_missing_file_of_the_package_is_a_bug_and_not_the_users(monkeypatch):
+    from minigrpo import config
+
+    def broken(settings):
+        open(ROOT / "minigrpo" / "no_such.json")
+
+    monkeypatch.setattr("sys.argv", ["train"])
+    with pytest.raises(FileNotFoundError):
+        config.run_command("x", "", ("run",), broken)
 
 
 def test_another_run_is_not_resumed_or_overwritten(finished):
