@@ -19,9 +19,10 @@ from minigrpo.grpo.optimizer import learning_rate, make_optimizer
 from minigrpo.grpo.update import Objective, UpdateSpec
 from minigrpo.kernels.backend import backend_for
 from minigrpo.model.hub import Source, find_source, load_adapters, load_base
+from minigrpo.model.hub_config import read_config
 from minigrpo.model.lora import make_lora, save_adapter
 from minigrpo.model.params import Lora, ModelConfig, Params, join, merge_adapters
-from minigrpo.model.qwen import quantize, random_adapters, read_config
+from minigrpo.model.qwen import quantize, random_adapters
 from minigrpo.model.weights import export, random_params
 from minigrpo.planning.run_spec import RunSpec
 from minigrpo.rollout.generator import Generator, rollout_spec
@@ -169,6 +170,12 @@ class Build:
         """The settings, every "auto" decided."""
         return self.spec.settings
 
+    @property
+    def own_template(self) -> str | None:
+        """The chat template of --chat_template=FILE, which is written with the model."""
+        given = self.settings.data.chat_template
+        return None if given in ("auto", "none") else self.tokenizer.template.source
+
     def load_base(self, seed: int, dtype: Any) -> Params:
         """Load the base's weights, or draw them with --init=random, on the mesh."""
         spec = self.spec
@@ -189,12 +196,14 @@ class Build:
 
     def export(self, folder: Path, adapter: Path, trainable: Params, frozen: Params) -> None:
         """Write the trained model as a Hub folder, and its adapters, if there are any, as one of PEFT's."""
-        spec = self.spec
+        spec, files = self.spec, self.source.tokenizer_folder
         if spec.config.lora:
-            save_adapter(adapter, trainable, spec.config.lora, self.source.base)
+            save_adapter(
+                adapter, trainable, spec.config.lora, self.source.base, source=files, chat_template=self.own_template
+            )
         base = load_base(self.source, spec.config, spec.mesh, spec.dtype) if spec.config.int8 else frozen
         whole = merge_adapters(spec.config, join(trainable, base))
-        export(folder, self.source.folder, whole, spec.config, spec.stop_tokens)
+        export(folder, files, whole, spec.config, spec.stop_tokens, chat_template=self.own_template)
 
 
 def resolve(settings: Settings, recipes: Recipes) -> Settings:
@@ -244,12 +253,15 @@ def build(settings: Settings, mesh_flag: str, recipes: Recipes = MappingProxyTyp
     start_platform(mesh_flag)
     mesh = make_mesh(mesh_flag)
     settings = resolve(settings, recipes)
-    source = find_source(settings.model.model)
+    source = find_source(settings.model.model, settings.model.base_model)
     config = read_config(source.folder / "config.json")
     int8 = settings.model.quantize == "int8"
     config = dataclasses.replace(config, lora=choose_lora(settings, source), int8=int8)
     check_divisible(config.sizes, mesh)
-    tokenizer = load_tokenizer(source.folder, settings.data.enable_thinking)
+    data = settings.data
+    tokenizer = load_tokenizer(
+        source.tokenizer_folder, data.enable_thinking, data.chat_template, data.keep_special_tokens, source.folder
+    )
     check_ends(tokenizer, config, source.folder)
     if settings.model.compute_dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")

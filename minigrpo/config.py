@@ -76,6 +76,7 @@ class ModelOptions(Options):
     model: str = option(
         "auto", "Hub id, local folder or builtin:tiny; auto is Qwen/Qwen3-1.7B on TPU and GPU, builtin:tiny on CPU"
     )
+    base_model: str = option("auto", "model under the adapter that --model names; auto is the one written in it")
     init: str = option(
         "weights", "load the checkpoint's weights, or draw them at random", choices=("weights", "random")
     )
@@ -133,6 +134,11 @@ class DataOptions(Options):
         "auto", "system message, \\n being a new line; auto is the dataset's own, empty for none"
     )
     enable_thinking: bool = option(False, "let a Qwen3 chat template open a thinking turn")
+    chat_template: str = option(
+        "auto",
+        "auto is the checkpoint's own, or ChatML; none takes prompts as they are, for base models; or a Jinja file",
+    )
+    keep_special_tokens: bool = option(False, "rewards see special tokens of completions, but for the end token")
     max_prompt_length: int = option(
         256, "prompts with more tokens than this are dropped and counted", low=1, high=MOST_TOKENS
     )
@@ -483,14 +489,6 @@ class Settings:
         return {
             flag: value for name in self.sections for flag, value in dataclasses.asdict(getattr(self, name)).items()
         }
-
-    def save(self, folder: Path) -> None:
-        """Write config.json, and flags.txt which `--flagfile` reads back to run the same again."""
-        values = self.as_dict()
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        given = {name: str(value) for name, value in values.items() if value is not None and name != "resume"}
-        lines = ["--" + name + "=" + value.replace("\n", "\\n") for name, value in given.items()]
-        (folder / "flags.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def section_types(sections: tuple[str, ...], kind: type[Settings]) -> dict[str, type[Options]]:

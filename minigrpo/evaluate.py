@@ -21,7 +21,7 @@ from minigrpo.config import (
     run_command,
 )
 from minigrpo.data.chat import Tokenizer
-from minigrpo.data.datasets import Prompts, load_dataset, tokenize
+from minigrpo.data.datasets import PromptSet, load_dataset, tokenize
 from minigrpo.data.grading import Extract, extract_answer, marked_answer, most_common, same_answer
 from minigrpo.model.hub import run_defaults
 from minigrpo.model.params import Params
@@ -29,7 +29,7 @@ from minigrpo.planning.memory import device_share_bytes, pool_limit
 from minigrpo.runtime.run_folder import write_lines
 
 QUEUE, QUEUE_SLOTS = 2, 64
-"""Prompts prefilled per slot, and the slots that are counted with where --slots is auto."""
+"""PromptSet prefilled per slot, and the slots that are counted with where --slots is auto."""
 
 Z95 = 1.96
 """Standard errors on either side of a 95 % interval."""
@@ -38,7 +38,7 @@ Z95 = 1.96
 SECTIONS = ("model", "data", "rollout", "evaluate")
 
 
-def held_out(tokenizer: Tokenizer, options: DataOptions, size: int) -> Prompts:
+def held_out(tokenizer: Tokenizer, options: DataOptions, size: int) -> PromptSet:
     """Read and tokenize the first `size` rows of the test split."""
     dataset = load_dataset(options, "test")
     dataset = dataclasses.replace(dataset, rows=dataset.rows[:size])
@@ -64,7 +64,7 @@ def prompts_per_rollout(problems: int, slots: int, devices: int) -> int:
 
 
 def ask(
-    built: Build, params: Params, problems: Prompts, decoding: RolloutOptions, samples: int, seed: int, resident: int
+    built: Build, params: Params, problems: PromptSet, decoding: RolloutOptions, samples: int, seed: int, resident: int
 ) -> tuple[list[str], Int[np.ndarray, " B"]]:
     """Sample `samples` answers to every problem, those of one problem adjacent -> texts and lengths in tokens.
 
@@ -78,7 +78,7 @@ def ask(
     for start in range(0, len(problems), size):
         own = list(range(start, min(start + size, len(problems))))
         filled = own + [0] * (size - len(own))
-        rollout = generator(params, [list(problems.tokens[i]) for i in filled], filled, samples, (seed, 0))
+        rollout = generator(params, [problems.tokens[i] for i in filled], filled, samples, (seed, 0))
         answers += rollout.completions[: len(own) * samples]
     return built.tokenizer.decode(answers), np.array([len(row) for row in answers])
 
@@ -95,7 +95,7 @@ class Grades:
     """The answer given most often, the first of several."""
 
 
-def grade(texts: list[str], problems: Prompts) -> Grades:
+def grade(texts: list[str], problems: PromptSet) -> Grades:
     """Grade K answers to each of P problems, those of one problem adjacent, as the rewards do."""
     samples = len(texts) // len(problems)
     groups = [texts[i * samples : (i + 1) * samples] for i in range(len(problems))]
@@ -126,7 +126,7 @@ def figures(grades: Grades) -> dict[str, float]:
 
 
 def accuracy(
-    built: Build, params: Params, problems: Prompts, decoding: RolloutOptions, resident: int
+    built: Build, params: Params, problems: PromptSet, decoding: RolloutOptions, resident: int
 ) -> dict[str, float]:
     """Return the share of the problems that are answered rightly, one answer each; "dropped" were too long to ask."""
     texts, lengths = ask(built, params, problems, decoding, 1, 0, resident)
@@ -134,7 +134,9 @@ def accuracy(
     return figures(grade(texts, problems)) | counts
 
 
-def evaluate(built: Build, problems: Prompts, decoding: RolloutOptions) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def evaluate(
+    built: Build, problems: PromptSet, decoding: RolloutOptions
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One model's figures with their interval, and a line for every answer."""
     options, name = built.settings.evaluate, built.settings.model.model
     started = time.perf_counter()

@@ -13,8 +13,9 @@ from minigrpo.config import (
     UsageError,
     run_command,
 )
-from minigrpo.data.chat import Message
-from minigrpo.data.datasets import PROMPT_COLUMNS, chat, choose_column, is_prompt, read_jsonl
+from minigrpo.data.columns import chat
+from minigrpo.data.datasets import read_prompts
+from minigrpo.data.template import Message
 from minigrpo.model.hub import run_defaults
 from minigrpo.model.params import Params
 from minigrpo.planning.memory import pool_limit
@@ -27,19 +28,28 @@ UNUSED = frozenset({"dataset", "offline", "answer_column"})
 
 
 class Stream:
-    """Writes one completion's text to stdout while its tokens come in."""
+    """The text of one completion, written to stdout while its tokens come in."""
 
     def __init__(self, built: Build):
         self.built = built
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin another completion."""
         self.tokens: dict[int, int] = {}
         self.shown = ""
+        self.first: float | None = None
+        """When the first token came."""
 
     def __call__(self, completion: Any, position: Any, token: Any) -> None:
+        if completion[0] > 0:  # no completion: the slot's tokens are being filled in
+            return
+        self.first = self.first or time.perf_counter()
         self.tokens[int(position[0])] = int(token[0])
         self.show(final=False)
 
     def show(self, final: bool) -> None:
-        """Adds what has become certain; a character may take several tokens, which may come out of order."""
+        """Add text that has become certain; a character may take several tokens, which may come out of order."""
         known = [self.tokens[i] for i in range(len(self.tokens)) if i in self.tokens]
         text = self.built.tokenizer.decode([known])[0]
         if len(known) < len(self.tokens) or not text.startswith(self.shown) or (text.endswith("\ufffd") and not final):
@@ -50,64 +60,65 @@ class Stream:
 
 
 def encode(built: Build, prompt: str | list[Message]) -> list[int]:
-    """Tokens of a prompt in the chat template; UsageError when there are too many."""
+    """Tokenize a prompt in the chat template; UsageError when it has too many tokens."""
     data = built.settings.data
     system = "" if data.system_prompt == "auto" else data.system_prompt
-    tokens = built.tokenizer.encode([built.tokenizer.render(chat(prompt, system))])[0]
+    tokens = built.tokenizer.encode_prompts([built.tokenizer.render(chat(prompt, system))])[0]
     if len(tokens) > data.max_prompt_length:
         raise UsageError(f"--max_prompt_length={data.max_prompt_length}: {str(prompt)[:40]!r} has {len(tokens)} tokens")
     return tokens
 
 
-def answer(built: Build, params: Params, prompt: str | list[Message], number: int) -> str:
-    """One completion, shown as it is sampled, with its speed on stderr; `number` names it for the random numbers."""
+def stream_generator(built: Build, params: Params) -> tuple[Generator, Stream]:
+    """Return a generator that shows what it samples; its program serves prompts of any length."""
     stream = Stream(built)
     limit = pool_limit(built.spec, device_share_bytes(params))
-    generator = make_generator(built.spec, built.settings.rollout, limit, stream)
+    return make_generator(built.spec, built.settings.rollout, limit, stream), stream
+
+
+def answer(
+    built: Build, params: Params, prompt: str | list[Message], number: int, generator: Generator, stream: Stream
+) -> str:
+    """Show one completion as it is sampled, with its speed on stderr; `number` names it for the random numbers."""
+    stream.reset()
     started = time.perf_counter()
     rollout = generator(params, [encode(built, prompt)], [number], 1, (built.settings.generate.seed, 0))
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - (stream.first or started)
     stream.tokens = dict(enumerate(rollout.completions[0]))
     stream.show(final=True)
     sys.stdout.write("\n")
     count = int(rollout.lengths[0])
-    sys.stderr.write(f"{count} tokens in {seconds:.1f} s, compiling included: {count / seconds:.0f} tokens/s\n")
+    speed = f", {(count - 1) / seconds:.0f} tokens/s" if count > 1 else ""
+    sys.stderr.write(f"{count} token{'s' * (count != 1)} in {time.perf_counter() - started:.1f} s{speed} once begun\n")
     return stream.shown
 
 
-def talk(built: Build, params: Params) -> None:
-    """Answers line after line, the whole chat being the prompt."""
-    messages: list[Message] = []
-    for number, line in enumerate(sys.stdin):
+def lines_of_chat() -> Iterator[str]:
+    """Yield a person's lines until an empty one; a terminal shows when one is awaited."""
+    while True:
+        if sys.stdin.isatty():
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        line = sys.stdin.readline()
         if not line.strip():
-            break
-        messages.append({"role": "user", "content": line.strip()})
-        messages.append({"role": "assistant", "content": answer(built, params, messages, number)})
+            return
+        yield line.strip()
 
 
-def read_prompts(path: Path, prompt_column: str) -> Iterator[str | list[Message]]:
-    """Prompts of a JSONL file's prompt column, or the lines of any other file."""
-    if path.suffix in (".jsonl", ".json"):
-        rows = read_jsonl(path, "prompts")
-        column = choose_column(rows[0], "prompt_column", prompt_column, PROMPT_COLUMNS)
-        for number, row in enumerate(rows, 1):
-            if not is_prompt(row.get(column)):
-                raise UsageError(f"--prompts={path}: row {number} has no prompt in {column!r}")
-            yield row[column]
-        return
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts={path}: cannot be read ({error})") from error
-    yield from (line for line in lines if line.strip())
+def talk(built: Build, params: Params) -> None:
+    """Answer line after line, the whole chat being the prompt."""
+    messages: list[Message] = []
+    generator, stream = stream_generator(built, params)
+    for number, line in enumerate(lines_of_chat()):
+        messages.append({"role": "user", "content": line})
+        text = answer(built, params, messages, number, generator, stream)
+        messages.append({"role": "assistant", "content": text})
 
 
 def answer_file(built: Build, params: Params, path: Path) -> None:
-    """One JSON line per prompt: {"prompt": ..., "completions": [...]}."""
+    """Write one JSON line per prompt: {"prompt": ..., "completions": [...]}."""
     options = built.settings.generate
-    prompts = list(read_prompts(path, built.settings.data.prompt_column))
-    if not prompts:
-        raise UsageError(f"--prompts={path}: the file has no prompts")
+    prompts = read_prompts(path, built.settings.data)
     generator = make_generator(built.spec, built.settings.rollout, pool_limit(built.spec, device_share_bytes(params)))
     tokens = [encode(built, prompt) for prompt in prompts]
     started = time.perf_counter()
@@ -122,6 +133,7 @@ def answer_file(built: Build, params: Params, path: Path) -> None:
 
 
 def main(settings: Settings) -> int:
+    """Answer as the settings say."""
     options = settings.generate
     asked = [name for name in ("prompt", "prompts", "chat") if getattr(options, name)]
     if len(asked) != 1:
@@ -133,7 +145,7 @@ def main(settings: Settings) -> int:
     built = build(settings, options.mesh, {model: run_defaults(model)})
     params = built.load(options.seed)
     if options.prompt:
-        answer(built, params, options.prompt, 0)
+        answer(built, params, options.prompt, 0, *stream_generator(built, params))
     elif options.prompts:
         answer_file(built, params, Path(options.prompts))
     else:

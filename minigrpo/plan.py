@@ -32,9 +32,10 @@ from minigrpo.grpo.update import UpdateSpec, batch_logprobs, gradients
 from minigrpo.kernels import gpu as gpu_kernels
 from minigrpo.kernels.backend import backend_for
 from minigrpo.model.hub import placed
+from minigrpo.model.hub_config import parse_config, read_config
 from minigrpo.model.lora import make_lora
 from minigrpo.model.params import ModelConfig, join, split_trainable
-from minigrpo.model.qwen import abstract_params, parse_config, read_config
+from minigrpo.model.qwen import abstract_params
 from minigrpo.model.weights import BUILTIN
 from minigrpo.planning import hlo, memory
 from minigrpo.planning.cost import Counted, Phase, Work

@@ -12,17 +12,9 @@ from jaxtyping import Array
 
 from minigrpo.build import Build, build, make_update_spec
 from minigrpo.config import RolloutOptions, Settings, UsageError, run_command
-from minigrpo.data import arithmetic
-from minigrpo.data.datasets import (
-    PROMPT_COLUMNS,
-    Dataset,
-    Prompts,
-    batch_numbers,
-    choose_column,
-    is_prompt,
-    read_rows,
-    tokenize,
-)
+from minigrpo.data.columns import COMPLETION_COLUMNS
+from minigrpo.data.datasets import PromptSet, batch_numbers, load_completions, tokenize_completions
+from minigrpo.data.rows import Ragged
 from minigrpo.grpo import losses
 from minigrpo.grpo.batch import Batch, PackedBatch, PackingSpec, pack, put_batch
 from minigrpo.grpo.optimizer import TrainState, init_state
@@ -30,8 +22,6 @@ from minigrpo.grpo.update import update
 from minigrpo.model.params import Params, split_trainable
 from minigrpo.planning.memory import packing_spec
 from minigrpo.runtime.run_folder import check_empty, check_writable
-
-COMPLETION_COLUMNS = ("completion", "response", "answer")
 
 SECTIONS = ("model", "lora", "data", "optimizer", "sft")
 
@@ -43,45 +33,24 @@ def negative_log_likelihood(
     return -(weights * logprobs).sum(), {"sums": {"entropy": (entropy * batch.completion_mask).sum()}, "largest": {}}
 
 
-def load_rows(settings: Settings) -> Dataset:
-    """Read rows with "prompt" and "completion"."""
-    name = settings.data.dataset
-    if name == "builtin:arithmetic":
-        rows = arithmetic.problems("train", settings.sft.problems, arithmetic.SFT_START)
-        return Dataset(name, rows, arithmetic.SYSTEM_PROMPT)
-    rows = read_rows(name, "train")
-    prompt = choose_column(rows[0], "prompt_column", settings.data.prompt_column, PROMPT_COLUMNS)
-    completion = choose_column(rows[0], "answer_column", settings.data.answer_column, COMPLETION_COLUMNS)
-    for number, row in enumerate(rows, 1):
-        if not is_prompt(row.get(prompt)) or not isinstance(row.get(completion), str):
-            raise UsageError(f"--dataset={name}: row {number} has no text in {prompt!r} or {completion!r}")
-    return Dataset(name, [{"prompt": row[prompt], "completion": row[completion]} for row in rows], system_prompt="")
-
-
-def read_data(built: Build) -> tuple[Prompts, list[list[int]]]:
+def read_data(built: Build) -> tuple[PromptSet, Ragged]:
     """Tokenize prompts and completions, the end token included; rows too long are dropped and counted."""
-    settings, tokenizer = built.settings, built.tokenizer
-    data = tokenize(load_rows(settings), tokenizer, settings.data)
-    texts = tokenizer.encode([row["completion"] for row in data.rows])
-    completions = [row + [tokenizer.stop_tokens[-1]] for row in texts]
-    limit = settings.sft.max_completion_length
-    kept = [i for i, row in enumerate(completions) if len(row) <= limit]
-    if not kept:
-        raise UsageError(f"--max_completion_length={limit}: every completion is longer")
-    dropped = data.dropped + len(completions) - len(kept)
-    sys.stderr.write(f"data: {len(kept)} rows, {dropped} dropped as too long\n")
-    prompts = Prompts([data.rows[i] for i in kept], [data.tokens[i] for i in kept], dropped)
-    return prompts, [completions[i] for i in kept]
+    options, data, tokenizer = built.settings.sft, built.settings.data, built.tokenizer
+    dataset = load_completions(data, options.problems)
+    limit, end = options.max_completion_length, tokenizer.end_of_turn
+    prompts, completions = tokenize_completions(dataset, tokenizer, data, limit, end)
+    sys.stderr.write(f"data: {len(prompts)} rows, {prompts.dropped} dropped as too long\n")
+    return prompts, completions
 
 
-def make_batch(packing: PackingSpec, data: Prompts, completions: list[list[int]], indices: list[int]) -> PackedBatch:
+def make_batch(packing: PackingSpec, data: PromptSet, completions: Ragged, indices: list[int]) -> PackedBatch:
     """Pack some rows, on the host."""
     rows = np.zeros((len(indices), packing.completion_tokens), np.int32)
     for row, i in zip(rows, indices, strict=True):
         row[: len(completions[i])] = completions[i]
     lengths = np.array([len(completions[i]) for i in indices], np.int32)
     batch = Batch(rows, lengths, np.zeros(len(indices), np.float32))
-    return pack(packing, [list(data.tokens[i]) for i in indices], batch)
+    return pack(packing, [data.tokens[i] for i in indices], batch)
 
 
 def step_line(step: int, steps: int, metrics: dict[str, Any], seconds: float, skipped: float) -> str:

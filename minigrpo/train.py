@@ -24,9 +24,11 @@ from minigrpo.build import (
     grpo_update_spec,
     make_generator,
 )
-from minigrpo.config import DataOptions, Settings, UsageError, run_command
-from minigrpo.data.datasets import Prompts, is_file, load_dataset, tokenize
-from minigrpo.data.rewards import Reward, check_names, overlong_rewards, parse_rewards
+from minigrpo.config import Settings, UsageError, run_command
+from minigrpo.data.calls import Reward, lacking
+from minigrpo.data.datasets import XML_REWARDS, PromptSet, held_out_options, load_dataset, tokenize
+from minigrpo.data.recorded import load_recorded
+from minigrpo.data.rewards import check_columns, check_names, overlong_rewards, parse_rewards
 from minigrpo.evaluate import accuracy, greedy_options, held_out
 from minigrpo.grpo.batch import Batch, PackedBatch, PackingSpec, pack, pad_batch, put_batch
 from minigrpo.grpo.experience import (
@@ -37,31 +39,59 @@ from minigrpo.grpo.experience import (
     sample_experience,
     split_batch,
 )
-from minigrpo.grpo.offline import HeldOut, load_recorded, recorded_experience, take_responses, validate
+from minigrpo.grpo.offline import HeldOut, recorded_experience, take_responses, validate
 from minigrpo.grpo.optimizer import TrainState, init_state
 from minigrpo.grpo.update import UpdateSpec, batch_logprobs, update
 from minigrpo.model.params import Params, join, split_trainable
 from minigrpo.planning.memory import device_share_bytes, packing_spec, pool_limit
 from minigrpo.report import write_report
 from minigrpo.rollout.generator import Rollout
-from minigrpo.runtime.checkpoint import Checkpoints, check_same_run
+from minigrpo.runtime.checkpoint import Checkpoints, any_process, check_same_run, read_run_settings
+from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import (
     RunFolder,
     check_empty,
     check_writable,
     completion_metrics,
+    evaluated,
     import_wandb,
     make_folder,
     open_sinks,
     reward_metrics,
+    save_settings,
 )
+from minigrpo.runtime.signals import EXIT_STOPPED, STOP
 
 SECTIONS = ("model", "lora", "data", "rollout", "rewards", "loss", "optimizer", "steps", "run")
+
+PROGRAMS = ("decode_weights", "run_mesh", "batch_logprobs", "gradients", "apply_gradients")
+"""Device programs of a run, each compiled once, scoring twice at most."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     TINY: {"temperature": 1.0, "learning_rate": 2e-4, "beta": 0.0, "max_steps": 100},
 }
 """Defaults that a built-in model carries for this command besides those for every command."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """How far a run is; saved with every checkpoint."""
+
+    step: int = 0
+    """Finished steps."""
+    skipped_in_a_row: int = 0
+
+    def after(self, skipped: bool) -> "Position":
+        """Return the position after one more step."""
+        return Position(self.step + 1, self.skipped_in_a_row + 1 if skipped else 0)
+
+
+class Stopped(Exception):
+    """The loop ended by request after a step, whose checkpoint is under way."""
+
+    def __init__(self, step: int, state: TrainState) -> None:
+        super().__init__(step)
+        self.step, self.state = step, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,13 +131,16 @@ class Run:
         return join(state.params, self.frozen)
 
 
-def train(run: Run, state: TrainState, first_step: int, folder: RunFolder, checkpoints: Checkpoints) -> TrainState:
-    """Run the loop: rollout and reward, advantage, update, log."""
-    options, skipped_in_a_row = run.settings.run, 0
-    for step in range(first_step, run.total_steps):
+def train(run: Run, state: TrainState, first: Position, folder: RunFolder, checkpoints: Checkpoints) -> TrainState:
+    """Run the loop: rollout and reward, advantage, update, log. Stop early where a signal asked for it."""
+    options, at = run.settings.run, first
+    for step in range(first.step, run.total_steps):
         clock = Clock()
-        experience = run.collect(run.policy(state), step)
+        with STOP.saving(functools.partial(save_now, checkpoints, at, state)):
+            folder.progress.phase("rollout")
+            experience = run.collect(run.policy(state), step)
         clock.start_phase()
+        folder.progress.phase("update")
         batch = batch_with_advantages(run, experience)
         batches = score_minibatches(run, state, batch, experience.prompts)
         clock.mark("time/logprobs")
@@ -115,15 +148,19 @@ def train(run: Run, state: TrainState, first_step: int, folder: RunFolder, check
         state = move_reference(run, state, step)
         clock.mark("time/update")
         metrics |= summary(run, experience, step, clock)
-        folder.log(step + 1, metrics)
+        at = at.after(metrics["skipped_updates"] > 0)
+        folder.log(at.step, metrics)
         folder.append("completions.jsonl", samples(experience, step, options.log_completions))
-        skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped_updates"] else 0
-        if skipped_in_a_row == options.max_skipped_steps:
-            give_up(folder, step + 1, batch, skipped_in_a_row)
-        if run.evaluate and (step + 1) % options.eval_steps == 0:
-            evaluate(run.evaluate(state), step + 1, folder)
-        if options.save_steps and (step + 1) % options.save_steps == 0:
-            checkpoints.save(step + 1, state)
+        if at.skipped_in_a_row == options.max_skipped_steps:
+            give_up(folder, at.step, batch, at.skipped_in_a_row)
+        rated = checkpoints.rate(at.step, metrics)
+        if run.evaluate and at.step % options.eval_steps == 0:
+            rated |= evaluate(run, state, at.step, folder, checkpoints)
+        stopping = any_process(STOP.requested)
+        if rated or stopping or checkpoints.due(at.step):
+            checkpoints.save(at.step, state, dataclasses.asdict(at))
+        if stopping:
+            raise Stopped(at.step, state)
     return state
 
 
@@ -229,9 +266,11 @@ def summary(run: Run, experience: Experience, step: int, clock: Clock) -> dict[s
     asked = np.repeat([len(prompt) for prompt in experience.prompts], experience.group)[present].sum()
     phases = experience.seconds | clock.phases
     epoch = (step + 1) * run.settings.steps.batch_size / run.data_size
+    scale = run.settings.rewards.scale_rewards
     return (
         {"epoch": epoch, "num_tokens": float(lengths.sum() + asked)}
-        | reward_metrics(experience.rewards, experience.components, experience.group)
+        | reward_metrics(experience.rewards, experience.components, experience.group, scale)
+        | experience.metrics
         | {"frac_groups_left_out": float(1 - experience.group_mask.mean())}
         | completion_metrics(lengths, rollout.stopped[present])
         | {"step_time": clock.total(), "tokens_per_second": lengths.sum() / clock.total()}
@@ -260,6 +299,7 @@ def samples(experience: Experience, step: int, count: int) -> list[dict[str, Any
         {"step": step + 1, "prompt": row["prompt"], "completion": experience.texts[at]}
         | {"reward": as_json(experience.rewards[at]), "length": int(experience.rollout.lengths[at])}
         | {"rewards": {name: as_json(scores[at]) for name, scores in experience.components.items()}}
+        | {name: column[at] for name, column in experience.extra.items()}
         for row, at in shown
     ]
 
@@ -269,53 +309,61 @@ def as_json(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def evaluate(result: dict[str, float], step: int, folder: RunFolder) -> None:
-    """Write and print what --eval_steps measured."""
-    folder.append("evaluations.jsonl", [{"step": step} | result])
-    folder.say(f"step {step}: held out: " + "  ".join(f"{name} {value:.4g}" for name, value in result.items()))
+def evaluate(run: Run, state: TrainState, step: int, folder: RunFolder, checkpoints: Checkpoints) -> bool:
+    """Measure the policy as --eval_steps asks and log it -> True if it is the best so far by --keep_best."""
+    assert run.evaluate
+    folder.progress.phase("evaluation")
+    result = run.evaluate(state)
+    folder.log_evaluation(step, result)
+    return checkpoints.rate(step, evaluated(result))
+
+
+def save_now(checkpoints: Checkpoints, at: Position, state: TrainState) -> int:
+    """Save the state at once and wait until it is on disk -> its step."""
+    checkpoints.save(at.step, state, dataclasses.asdict(at))
+    checkpoints.wait()
+    return at.step
 
 
 # Setting up
 
 
-def held_out_options(settings: Settings) -> DataOptions:
-    """Return where the prompts of --eval_steps come from; UsageError when there is no test split and no other name."""
-    run, data = settings.run, settings.data
-    if run.eval_dataset == "auto" and (is_file(data.dataset) or data.offline):
-        raise UsageError(
-            f"--eval_steps={run.eval_steps}: {data.dataset} has no test split; name one with --eval_dataset"
-        )
-    return dataclasses.replace(data, dataset=data.dataset if run.eval_dataset == "auto" else run.eval_dataset)
-
-
-def load_held_out(built: Build) -> Prompts | None:
+def load_held_out(built: Build) -> PromptSet | None:
     """Read the rows of --eval_steps, before training starts."""
     settings = built.settings
     if not settings.run.eval_steps:
         return None
-    options, size = held_out_options(settings), settings.run.eval_size
+    options, size = held_out_options(settings.data, settings.run), settings.run.eval_size
     try:
         if settings.data.offline:
-            return load_recorded(built.tokenizer, options, settings.rollout.max_completion_length, size)
+            limit, end = settings.rollout.max_completion_length, built.tokenizer.end_of_turn
+            return load_recorded(built.tokenizer, options, limit, end, "test", size)
         return held_out(built.tokenizer, options, size)
     except UsageError as error:
-        raise UsageError(str(error).replace("--dataset=", "--eval_dataset=")) from error
+        text = str(error).replace("--dataset=", "--eval_dataset=").replace("--dataset_", "--eval_")
+        raise UsageError(text) from error
 
 
-def load_prompts(built: Build) -> tuple[Prompts, list[Reward]]:
+def load_prompts(built: Build) -> tuple[PromptSet, list[Reward]]:
     """Read what is trained on, and the reward functions of what is sampled."""
     settings, limit = built.settings, built.settings.rollout.max_completion_length
     options, flags = settings.data, settings.rewards
     if options.offline:
         refuse_sampling_flags(settings)
-        return load_recorded(built.tokenizer, options, limit), []
-    dataset = load_dataset(options, "train")
-    data = tokenize(dataset, built.tokenizer, options)
-    sys.stderr.write(f"data: {len(data)} prompts of {dataset.name}, {data.dropped} dropped as too long\n")
-    rewards = parse_rewards(dataset.reward if flags.reward == "auto" else flags.reward)
+        return load_recorded(built.tokenizer, options, limit, built.tokenizer.end_of_turn), []
+    rewards = parse_rewards(XML_REWARDS if flags.reward == "auto" else flags.reward)
     rewards += overlong_rewards(flags.overlong_buffer, flags.overlong_penalty, limit)
     check_names(flags.reward, rewards)
+    dataset = load_dataset(options, "train", any("answer" in required(reward.function) for reward in rewards))
+    check_columns(rewards, dataset.rows[0])
+    data = tokenize(dataset, built.tokenizer, options)
+    sys.stderr.write(f"data: {len(data)} prompts of {dataset.name}, {data.dropped} dropped as too long\n")
     return data, rewards
+
+
+def required(function: Callable[..., Any]) -> list[str]:
+    """Return the arguments that a reward function must be given."""
+    return lacking(function, ())
 
 
 def refuse_sampling_flags(settings: Settings) -> None:
@@ -354,7 +402,9 @@ def check_settings(built: Build) -> None:
         import_wandb()
 
 
-def sampling_spec(built: Build, data: Prompts, rewards: list[Reward], resident: int) -> SamplingSpec:
+def sampling_spec(
+    built: Build, data: PromptSet, rewards: list[Reward], resident: int, total_steps: int
+) -> SamplingSpec:
     """Return how completions are sampled and scored; `resident` bytes stay on each device meanwhile."""
     settings = built.settings
     return SamplingSpec(
@@ -366,6 +416,7 @@ def sampling_spec(built: Build, data: Prompts, rewards: list[Reward], resident: 
         batch_size=settings.steps.batch_size,
         group=settings.steps.num_generations,
         seed=settings.steps.seed,
+        total_steps=total_steps,
         zero_std_groups=settings.loss.zero_std_groups,
         max_resamples=settings.loss.max_resamples,
     )
@@ -388,7 +439,7 @@ def make_run(built: Build) -> tuple[Run, TrainState]:
         collect = functools.partial(recorded_experience, data, steps.batch_size, steps.num_generations, steps.seed)
     else:
         resident = device_share_bytes((state, frozen, reference.params if reference else None))
-        collect = functools.partial(sample_experience, sampling_spec(built, data, rewards, resident))
+        collect = functools.partial(sample_experience, sampling_spec(built, data, rewards, resident, total))
     weights = {reward.name: reward.weight for reward in rewards}
     run = Run(built, update_spec, packing, frozen, reference, collect, weights, None, len(data), total)
     return dataclasses.replace(run, evaluate=make_evaluation(run, held, state)), state
@@ -397,7 +448,7 @@ def make_run(built: Build) -> tuple[Run, TrainState]:
 Evaluation = Callable[[TrainState], dict[str, float]]
 
 
-def make_evaluation(run: Run, held: Prompts | None, state: TrainState) -> Evaluation | None:
+def make_evaluation(run: Run, held: PromptSet | None, state: TrainState) -> Evaluation | None:
     """Return the measurement of --eval_steps: greedy accuracy, or the margin of responses on file."""
     if held is None:
         return None
@@ -408,7 +459,7 @@ def make_evaluation(run: Run, held: Prompts | None, state: TrainState) -> Evalua
     return lambda state: accuracy(run.build, run.policy(state), held, greedy, resident)
 
 
-def make_validation(run: Run, held: Prompts, state: TrainState) -> Evaluation:
+def make_validation(run: Run, held: PromptSet, state: TrainState) -> Evaluation:
     """Return the validation on held-out responses, against the policy at the start."""
     size, group = run.settings.steps.batch_size, run.settings.steps.num_generations
     starts = range(0, len(held), size)
@@ -430,14 +481,24 @@ def make_validation(run: Run, held: Prompts, state: TrainState) -> Evaluation:
     return lambda state: validate(rows, before, mean_logprobs(state), group)
 
 
+def with_run_settings(settings: Settings) -> Settings:
+    """Return settings in which a resumed run's own stand for every flag that was not given."""
+    if not settings.run.resume:
+        return settings
+    if settings.run.output_dir == "auto":
+        raise UsageError("--resume: name the run to continue with --output_dir")
+    saved = read_run_settings(Path(settings.run.output_dir))
+    saved = {name: value for name, value in saved.items() if name not in ("resume", "output_dir")}
+    return dataclasses.replace(settings.with_defaults(saved), explicit=settings.explicit | saved.keys())
+
+
 def choose_folder(settings: Settings) -> Path:
     """Choose the run folder, new or to be resumed; UsageError rather than a mix of two runs. Creates nothing."""
     options = settings.run
     folder = Path(time.strftime("runs/%Y%m%d-%H%M%S") if options.output_dir == "auto" else options.output_dir)
     if options.resume:
-        if options.output_dir == "auto":
-            raise UsageError("--resume: name the run to continue with --output_dir")
-        check_same_run(folder, settings.as_dict())
+        for note in check_same_run(folder, settings.as_dict()):
+            sys.stderr.write(f"{note}\n")
     else:
         check_empty(folder)
     check_writable(folder)
@@ -471,35 +532,82 @@ def announce(run: Run, state: TrainState, folder: Path) -> None:
         )
 
 
-def main(settings: Settings) -> int:
-    """Train as the settings say."""
-    built = build(settings, settings.run.mesh, RECIPES)
-    options = built.settings.run
-    folder = choose_folder(built.settings)
-    run, state = make_run(built)
-    announce(run, state, folder)
-    make_folder(folder)
-    if not options.resume:
-        built.settings.save(folder)
-    checkpoints = Checkpoints(folder / "checkpoints", options.save_total_limit)
-    first_step, state = checkpoints.restore(state) if options.resume else (0, state)
-    writes = jax.process_index() == 0
-    sinks = open_sinks(folder, options, built.settings.as_dict(), first_step) if writes else []
-    log = RunFolder(folder, run.total_steps, sinks, writes, first_step)
-    if options.resume:
-        log.say(f"resumed after step {first_step}")
-    if run.evaluate and first_step == 0:
-        evaluate(run.evaluate(state), 0, log)
-    state = train(run, state, first_step, log, checkpoints)
+def finish(run: Run, state: TrainState, folder: RunFolder, checkpoints: Checkpoints) -> None:
+    """Write the last checkpoint, the model and the report; the model also where a checkpoint could not be."""
+    path = folder.folder
     try:
         checkpoints.save(run.total_steps, state)
         checkpoints.close()
-    finally:  # what was trained is written even where a checkpoint could not be
-        log.close()
-        built.export(folder / "final", folder / "adapter", state.params, run.frozen)
-        page = write_report(folder)
-    sys.stderr.write(f"done: {run.total_steps} steps; model in {folder / 'final'}, report in {page}\n")
+    finally:
+        folder.close()
+        folder.progress.phase("export")
+        run.build.export(path / "final", path / "adapter", state.params, run.frozen)
+        page = write_report(path)
+    programs = ", ".join(f"{name} {count}" for name, count in folder.progress.programs.items() if name in PROGRAMS)
+    best = f"; the best by --keep_best is step {checkpoints.best.step}" if checkpoints.best else ""
+    folder.say(f"compiled: {programs}")
+    folder.say(f"done: {run.total_steps} steps; model in {path / 'final'}, report in {page}{best}")
+
+
+def stop(stopped: Stopped, folder: RunFolder, checkpoints: Checkpoints) -> int:
+    """End a run that was asked to stop, its checkpoint on disk -> the exit code."""
+    STOP.finishing()
+    checkpoints.wait()
+    folder.close()
+    folder.say(f"stopped after step {stopped.step}; continue with {resume_command(folder.folder)}")
+    return EXIT_STOPPED
+
+
+def resume_command(folder: Path) -> str:
+    """Return the flags that continue a run."""
+    return f"--resume --output_dir={folder}"
+
+
+def main(settings: Settings) -> int:
+    """Train as the settings say."""
+    with Progress() as progress:
+        return run_training(with_run_settings(settings), progress)
+
+
+def run_training(settings: Settings, progress: Progress) -> int:
+    """Build the run, train it, and write what comes of it."""
+    progress.phase("loading")
+    built = build(settings, settings.run.mesh, RECIPES)
+    options, folder = built.settings.run, choose_folder(built.settings)
+    run, state = make_run(built)
+    announce(run, state, folder)
+    make_folder(folder)
+    progress.open_log(folder)
+    save_settings(folder, built.settings)
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        options.save_total_limit,
+        save_steps=options.save_steps,
+        save_minutes=options.save_minutes,
+        keep_best=options.keep_best,
+    )
+    progress.say(checkpoints.space(state))
+    first, state = restore(checkpoints, state) if options.resume else (Position(), state)
+    writes = jax.process_index() == 0
+    sinks = open_sinks(folder, options, built.settings.as_dict(), first.step) if writes else []
+    log = RunFolder(folder, run.total_steps, sinks, writes, first.step, progress)
+    if options.resume:
+        log.say(f"resumed after step {first.step}")
+    if run.evaluate and first.step == 0:
+        evaluate(run, state, 0, log, checkpoints)
+    with STOP.graceful(options.grace_seconds, f"continue with {resume_command(folder)}", (log.close,)):
+        try:
+            state = train(run, state, first, log, checkpoints)
+        except Stopped as stopped:
+            return stop(stopped, log, checkpoints)
+        finish(run, state, log, checkpoints)
     return 0
+
+
+def restore(checkpoints: Checkpoints, state: TrainState) -> tuple[Position, TrainState]:
+    """Return the newest checkpoint's position and state."""
+    step, state, host = checkpoints.restore(state)
+    return Position(step, int(host.get("skipped_in_a_row", 0))), state
 
 
 if __name__ == "__main__":

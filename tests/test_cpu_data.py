@@ -1,6 +1,5 @@
 """Datasets, prompts, tokenizers and chat templates."""
 
-import json
 import re
 
 import pytest
@@ -110,48 +109,3 @@ def test_system_prompts():
     assert chat("hi", "be brief")[0] == {"role": "system", "content": "be brief"}
     own = [{"role": "system", "content": "mine"}, {"role": "user", "content": "hi"}]
     assert chat(own, "be brief") == own and len(chat("hi", "")) == 1
-
-
-def test_qwen3_tokenizer_and_default_template(shared, tmp_path):
-    """The real tokenizer without a template of its own gets ChatML, and its usual end tokens."""
-    (tmp_path / "tokenizer.json").write_bytes((shared / "qwen3_tokenizer" / "tokenizer.json").read_bytes())
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.num_tokens == 151_669 and tokenizer.stop_tokens == (151_643, 151_645)
-    text = tokenizer.render([{"role": "user", "content": "2+2?"}])
-    assert text == "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
-    ids = tokenizer.encode([text])[0]
-    assert ids[0] == 151_644 and ids.count(151_645) == 1
-    assert tokenizer.decode([ids]) == ["user\n2+2?\nassistant\n"]
-
-
-def fake_checkpoint(tmp_path, **config):
-    (tmp_path / "tokenizer.json").write_bytes((BUILTIN / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    return tmp_path
-
-
-def test_templates_see_thinking_and_cannot_leave_the_sandbox(tmp_path):
-    template = "{% if enable_thinking %}<think>{% else %}<think></think>{% endif %}{{ messages[0].content }}"
-    folder = fake_checkpoint(tmp_path, chat_template=template)
-    messages = [{"role": "user", "content": "x"}]
-    assert load_tokenizer(folder, True).render(messages) == "<think>x"
-    assert load_tokenizer(folder, False).render(messages) == "<think></think>x"
-    hostile = fake_checkpoint(tmp_path, chat_template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
-    with pytest.raises(UsageError, match="chat template failed"):
-        load_tokenizer(hostile).render(messages)
-
-
-def test_broken_templates_and_tokenizers_are_named(tmp_path):
-    with pytest.raises(UsageError, match="does not parse"):
-        load_tokenizer(fake_checkpoint(tmp_path, chat_template="{% if %}"))
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"tokenizer\.json: not a readable tokenizer"):
-        load_tokenizer(tmp_path)
-
-
-def test_end_tokens_come_from_the_generation_config(tmp_path):
-    folder = fake_checkpoint(tmp_path)
-    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 3]}')
-    assert load_tokenizer(folder).stop_tokens == (3, 7)
-    (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
-    assert load_tokenizer(folder).stop_tokens == (7,)

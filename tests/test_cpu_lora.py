@@ -16,13 +16,13 @@ from minigrpo.grpo import update as grpo
 from minigrpo.grpo.optimizer import init_state
 from minigrpo.model import lora
 from minigrpo.model.attention import attend_on
+from minigrpo.model.hub import find_source
+from minigrpo.model.hub_config import parse_config, read_config
 from minigrpo.model.qwen import (
     Lora,
     abstract_params,
     is_adapter,
     join,
-    parse_config,
-    read_config,
     select,
     split_trained,
     unembed,
@@ -264,17 +264,226 @@ def test_we_load_pefts_adapter(hub, tmp_path, rslora):
     np.testing.assert_allclose(ours, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
+def adapter_folder(folder, **change):
+    """An adapter_config.json of peft's own fields, changed."""
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(lora.adapter_json(RANK4, "base") | change))
+    return folder
+
+
+REFUSED = {
+    "another method": ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+    "no method": ({"peft_type": None}, "peft_type None"),
+    "DoRA": ({"use_dora": True}, "use_dora=True"),
+    "biases": ({"bias": "all"}, "bias='all'"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias=True"),
+    "transposed": ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+    "saved modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "ranks": ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+    "alphas": ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+    "some layers": ({"layers_to_transform": [0]}, "layers_to_transform"),
+    "the first layer": ({"layers_pattern": "layers"}, "layers_pattern"),
+    "layers twice": ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+    "trained tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    "parameters": ({"target_parameters": ["mlp.up"]}, "target_parameters"),
+    "PiSSA, which changes the base": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+    "OLoRA": ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+    "LoftQ": ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
+    "activated LoRA": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+    "QALoRA": ({"use_qalora": True}, "use_qalora"),
+    "a revision of the base": ({"revision": "v2"}, "revision='v2'"),
+    "a setting of next year": ({"use_hydra": True}, "use_hydra=True"),
+    "another one": ({"hydra_config": {"heads": 9}}, "hydra_config"),
+    "the head": ({"target_modules": ["q_proj", "lm_head"]}, "target module 'lm_head'"),
+    "a path to the head": ({"target_modules": ["model.lm_head"]}, "target module 'model.lm_head'"),
+    "no targets": ({"target_modules": []}, "target_modules is"),
+    "null": ({"target_modules": None}, "target_modules is None"),
+    "numbers": ({"target_modules": [5]}, "target_modules is"),
+    "a number": ({"target_modules": 5}, "target_modules is 5"),
+    "an expression without tensors": ({"target_modules": ".*q_proj"}, "adapter_model.safetensors: not a complete"),
+    "no rank": ({"r": None}, "r, lora_alpha"),
+    "rank 0": ({"r": 0}, "cannot be"),
+    "rank true": ({"r": True}, "r, lora_alpha"),
+    "rank as text": ({"r": "8"}, "r, lora_alpha"),
+    "a rank beyond any": ({"r": 10**12}, "cannot be"),
+    "alpha NaN": ({"lora_alpha": float("nan")}, "cannot be"),
+    "alpha infinite": ({"lora_alpha": float("inf")}, "cannot be"),
+    "alpha as text": ({"lora_alpha": "16"}, "r, lora_alpha"),
+    "a long alpha": ({"lora_alpha": 10**400}, "cannot be"),
+    "dropout 1": ({"lora_dropout": 1.0}, "cannot be"),
+    "dropout NaN": ({"lora_dropout": float("nan")}, "cannot be"),
+    "rslora as text": ({"use_rslora": "yes"}, "use_rslora"),
+    "a base that is a number": ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5"),
+}
+
+
+@pytest.mark.parametrize("change, message", REFUSED.values(), ids=REFUSED)
+def test_adapters_that_are_not_understood_are_refused(tmp_path, change, message):
+    with pytest.raises(UsageError) as caught:
+        lora.read_adapter_config(adapter_folder(tmp_path, **change))
+    assert message in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+UNDERSTOOD = {
+    "as peft writes it": ({}, RANK4.targets),
+    "full paths": (
+        {"target_modules": [f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qv"]},
+        ("q", "v"),
+    ),
+    "parts of paths": ({"target_modules": ["self_attn.o_proj", "mlp.up_proj"]}, ("o", "up")),
+    "all-linear": ({"target_modules": "all-linear"}, ("q", "k", "v", "o", "gate", "up", "down")),
+    "settings of next year that say nothing": ({"use_hydra": False, "hydra_config": None, "heads": {}}, RANK4.targets),
+    "initialised otherwise": ({"init_lora_weights": "gaussian", "revision": "main"}, RANK4.targets),
+    "settings without effect": ({"megatron_core": "megatron.core", "qalora_group_size": 16}, RANK4.targets),
+}
+
+
+@pytest.mark.parametrize("change, targets", UNDERSTOOD.values(), ids=UNDERSTOOD)
+def test_adapters_are_understood_by_what_they_say(tmp_path, change, targets):
+    read, base = lora.read_adapter_config(adapter_folder(tmp_path, **change))
+    assert read == dataclasses.replace(RANK4, targets=targets) and base == "base"
+
+
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:q_proj|k_proj|down_proj).*?)"
+    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)"
+    r"\.(?:(?:q_proj|k_proj|down_proj)))"
+)
+"""How unsloth writes its targets, with fewer of them."""
+TARGETS = {
+    "unsloth": {"target_modules": UNSLOTH},
+    "a short expression": {"target_modules": r".*self_attn\.(q|o)_proj"},
+    "full paths": {"target_modules": [f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qv"]},
+    "names": {"target_modules": ["up_proj", "q_proj"]},
+    "all-linear without some": {"target_modules": "all-linear", "exclude_modules": ["down_proj", "k_proj"]},
+    "an expression of exclusions": {"target_modules": "all-linear", "exclude_modules": r".*mlp\..*"},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", TARGETS.values(), ids=TARGETS)
+def test_targets_mean_what_peft_makes_of_them(hub, tmp_path, settings):
+    peft = pytest.importorskip("peft")
+    folder, base = hub
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
+    adapted = {name.split(".")[-2] for name, _ in theirs.named_modules() if name.endswith(".lora_A")}
+    theirs.save_pretrained(tmp_path)
+    theirs.unload()
+    read, _ = lora.read_adapter_config(tmp_path)
+    assert {lora.HUB_MATRICES[name] for name in read.targets} == adapted
+    config = dataclasses.replace(read_config(folder / "config.json"), lora=read)
+    lora.load_adapter(tmp_path, config, mesh_of(1, 1))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_some_layers_are_refused(hub, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder, base = hub
+    settings = peft.LoraConfig(r=2, target_modules=r"model\.layers\.0\..*q_proj", task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(base, settings)
+    theirs.save_pretrained(tmp_path)
+    theirs.unload()
+    config = dataclasses.replace(read_config(folder / "config.json"), lora=lora.read_adapter_config(tmp_path)[0])
+    with pytest.raises(UsageError, match=r"2 faults in its tensors: missing .*layers.1.self_attn.q_proj.lora_A"):
+        lora.load_adapter(tmp_path, config, mesh_of(1, 1))
+
+
 @pytest.mark.parametrize(
-    "change, message",
+    "given, targets",
     [
-        ({"peft_type": "IA3"}, "IA3"),
-        ({"use_dora": True}, "use_dora"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
-        ({"r": None}, "r, lora_alpha"),
+        ("q_proj,v_proj", ("q", "v")),
+        ("q, up_proj", ("q", "up")),
+        ("all-linear", (*"qkvo", "gate", "up", "down")),
     ],
 )
-def test_adapters_that_are_not_understood_are_refused(tmp_path, change, message):
-    fields = lora.adapter_json(RANK4, "base") | change
-    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
-    with pytest.raises(UsageError, match=message):
-        lora.read_adapter_config(tmp_path)
+def test_targets_may_have_pefts_names(given, targets):
+    made = lora.make_lora(LoraOptions(lora_rank=4, lora_targets=given))
+    assert made and made.targets == targets
+
+
+# Where the base is
+
+
+@pytest.fixture
+def saved(hub, tmp_path):
+    """An adapter of ours beside its base."""
+    folder, _ = hub
+    config = dataclasses.replace(read_config(folder / "config.json"), lora=RANK4)
+    adapters = adapters_of(config, 0.2)
+
+    def save(base, name="adapter", **settings):
+        lora.save_adapter(tmp_path / name, adapters, RANK4, str(base), **settings)
+        return tmp_path / name
+
+    return save
+
+
+def test_the_base_is_written_so_that_it_is_found_from_elsewhere(hub, saved, tmp_path, monkeypatch):
+    folder, _ = hub
+    monkeypatch.chdir(folder.parent)
+    adapter = saved(folder.name)
+    monkeypatch.chdir(tmp_path)
+    source = find_source(str(adapter))
+    assert source.base == str(folder.resolve()) and source.folder == folder and source.adapter == adapter
+    named = json.loads((saved("Qwen/Qwen3-0.6B") / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == "Qwen/Qwen3-0.6B"
+    builtin = json.loads((saved("builtin:tiny") / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert builtin == str((ROOT / "minigrpo" / "builtin").resolve())
+
+
+def test_an_adapter_whose_base_moved_says_so_and_takes_another(hub, saved, tmp_path):
+    folder, _ = hub
+    adapter, whole = saved("/nowhere/base"), saved(folder, "whole")
+    with pytest.raises(UsageError, match=r"^--model=.*adapter: its base '/nowhere/base' cannot .*; pass --base_model"):
+        find_source(str(adapter))
+    assert find_source(str(adapter), str(folder)).folder == folder
+    with pytest.raises(UsageError, match=r"^--base_model=./nowhere: neither a folder"):
+        find_source(str(adapter), "./nowhere")
+    with pytest.raises(UsageError, match=r"^--base_model=x: --model=.* is no folder of adapters"):
+        find_source(str(folder), "x")
+    with pytest.raises(UsageError, match=r"has adapters itself"):
+        find_source(str(adapter), str(whole))
+    with pytest.raises(UsageError, match=r"names no base_model_name_or_path; pass --base_model"):
+        find_source(str(adapter_folder(tmp_path / "unnamed", base_model_name_or_path=None)))
+
+
+def test_a_runs_checkpoint_whose_base_moved_takes_another(hub, tmp_path):
+    folder, _ = hub
+    step = tmp_path / "run" / "checkpoints" / "3"
+    step.mkdir(parents=True)
+    (tmp_path / "run" / "flags.txt").write_text("")
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": "/nowhere", "lora_rank": 4}))
+    with pytest.raises(UsageError, match=r"^--model=.*/3: the model '/nowhere' that its run .* --base_model"):
+        find_source(str(step))
+    source = find_source(str(step), str(folder))
+    assert source.folder == folder and source.adapter_step == step and source.lora and source.lora.rank == 4
+
+
+def test_tokenizer_files_lie_beside_the_adapter(hub, saved):
+    folder, _ = hub
+    assert find_source(str(saved(folder))).tokenizer_folder == folder
+    adapter = saved(folder, source=ROOT / "minigrpo" / "builtin", chat_template="{{ messages[0].content }}")
+    assert find_source(str(adapter)).tokenizer_folder == adapter
+    assert (adapter / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_and_transformers_load_the_folder_alone(hub, saved, tmp_path, monkeypatch):
+    """From another folder, with nothing but its path."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    folder, base = hub
+    adapter = saved(folder, source=ROOT / "minigrpo" / "builtin")
+    monkeypatch.chdir(tmp_path)
+    rows = torch.tensor(TOKENS, dtype=torch.long)
+    with torch.no_grad():
+        wanted = peft.PeftModel.from_pretrained(base, adapter).eval()(rows).logits
+        by_peft = peft.AutoPeftModelForCausalLM.from_pretrained(adapter).eval()(rows).logits[..., : wanted.shape[-1]]
+        by_transformers = transformers.AutoModelForCausalLM.from_pretrained(adapter).eval()(rows).logits
+    np.testing.assert_allclose(by_peft.numpy(), wanted.numpy(), atol=1e-5)
+    np.testing.assert_allclose(by_transformers.numpy(), wanted.numpy(), atol=1e-5)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from minigrpo.config import UsageError
 from minigrpo.model import weights
-from minigrpo.model.qwen import init_params, read_config
+from minigrpo.model.hub_config import read_config
+from minigrpo.model.qwen import init_params
 from minigrpo.model.weights import export, find_checkpoint, load_params, random_params, write_tensors
 
 BUILTIN = ROOT / "minigrpo" / "builtin"
@@ -115,33 +116,6 @@ def test_a_failed_export_leaves_the_previous_one(folder, tiny_config, tiny_param
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model_type": "llama"}, "model_type 'llama' is not supported"),
-        ({"rope_theta": None, "rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
-        ({"num_key_value_heads": 3}, "num_attention_heads 8 is not a multiple of num_key_value_heads 3"),
-        ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-    ],
-)
-def test_configs_of_other_architectures_are_refused(folder, change, message):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UsageError, match="config.json") as caught:
-        read_config(path)
-    assert message in str(caught.value)
-
-
-def test_missing_config_fields_are_named(folder):
-    path = folder / "config.json"
-    raw = json.loads(path.read_text())
-    del raw["rms_norm_eps"]
-    path.write_text(json.dumps(raw))
-    with pytest.raises(UsageError, match="'rms_norm_eps' is missing"):
-        read_config(path)
-
-
-@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("builtin:huge", "no such built-in model"),
@@ -164,3 +138,134 @@ def test_random_weights_are_the_same_numbers_in_every_dtype(tiny_config):
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OSError, match=r"none/x.safetensors: cannot be written"):
         write_tensors(tmp_path / "none" / "x.safetensors", {"a": np.zeros(2)})
+
+
+# Which files count, and what they hold
+
+
+def split(folder):
+    """The folder's tensors in two files with an index, as large checkpoints are."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {"model-00001-of-00002.safetensors": names[:5], "model-00002-of-00002.safetensors": names[5:]}
+    for file, own in files.items():
+        save_file({name: tensors[name] for name in own}, folder / file)
+    weight_map = {name: file for file, own in files.items() for name in own}
+    write_index(folder, weight_map)
+    return weight_map
+
+
+def write_index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_the_index_says_which_files_count(folder, tiny_params):
+    """As transformers: leftovers of other formats and of an older save are beside, some of them torn."""
+    weight_map = split(folder)
+    save_file({"model.norm.weight": np.zeros(32, np.float32)}, folder / "consolidated.safetensors")
+    (folder / "model-00003-of-00003.safetensors").write_bytes(b"torn")
+    loaded = load(folder)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), loaded, tiny_params)
+    twice = load_file(folder / "model-00001-of-00002.safetensors") | {"model.norm.weight": np.zeros(32, np.float32)}
+    save_file(twice, folder / "model-00001-of-00002.safetensors")
+    assert weight_map["model.norm.weight"] == "model-00002-of-00002.safetensors"
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), load(folder), tiny_params)
+
+
+def test_a_whole_file_with_its_index_and_another_format_beside(folder, tiny_params):
+    names = list(load_file(folder / "model.safetensors"))
+    write_index(folder, dict.fromkeys(names, "model.safetensors"))
+    (folder / "consolidated.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), load(folder), tiny_params)
+
+
+@pytest.mark.parametrize(
+    "value", [None, [], {}, "x", 5, {"a": 5}, {"a": "../b.safetensors"}, {"a": "/etc/b"}, {"a": ""}]
+)
+def test_an_index_that_is_none_is_one_line(folder, value):
+    write_index(folder, value)
+    with pytest.raises(UsageError, match=r"index.json: weight_map must give every tensor the name of a file") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_and_tensors_that_the_index_names_in_vain_are_named(folder):
+    weight_map = split(folder)
+    write_index(folder, weight_map | {"model.norm.weight": "model-00001-of-00002.safetensors"})
+    with pytest.raises(UsageError, match=r"1 faults in its tensors: missing model.norm.weight"):
+        load(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"model-00002-of-00002.safetensors: not there, though .*index.json names it"):
+        load(folder)
+
+
+def test_leftovers_of_older_versions_are_ignored(folder, tiny_params):
+    names = ["model.rotary_emb.inv_freq", *(f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(9))]
+    rewrite(folder, lambda t: t.update({name: np.zeros(8, np.int16) for name in names}))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), load(folder), tiny_params)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"]
+)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_weights_that_are_no_numbers_are_named(folder, name, value, dtype):
+    def spoil(tensors):
+        tensors[name] = tensors[name].astype(dtype)
+        tensors[name].flat[-1] = value
+
+    rewrite(folder, spoil)
+    with pytest.raises(UsageError, match=f"model.safetensors: {name} holds NaN or infinite weights") as caught:
+        load(folder, (2, 1))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int8, np.uint8, np.int64, np.bool_, ml_dtypes.float8_e4m3fn])
+def test_weights_of_another_kind_are_named(folder, dtype):
+    name = "model.layers.0.mlp.gate_proj.weight"
+    rewrite(folder, lambda t: t.update({name: np.ones((64, 32), np.int8).astype(dtype)}))
+    with pytest.raises(UsageError, match=f"1 faults in its tensors: {name} holds [A-Z0-9_]+, not F64, F32, F16, BF16"):
+        load(folder)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+def test_other_floats_are_read(folder, tiny_params, dtype):
+    rewrite(folder, lambda t: t.update({name: value.astype(dtype) for name, value in t.items()}))
+    want = np.asarray(tiny_params["embed"]).astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(load(folder)["embed"], want)
+
+
+def test_many_faults_are_counted_and_the_first_are_named(folder):
+    extra = {f"model.layers.{i}.self_attn.q_proj.weight_scale_inv": np.zeros(1, np.float32) for i in range(5000)}
+    rewrite(folder, lambda t: t.update(extra))
+    with pytest.raises(UsageError, match=r"5000 faults in its tensors: .*; and 4992 more") as caught:
+        load(folder)
+    assert len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
+
+
+def test_an_exported_model_keeps_the_template_that_the_run_was_given(tiny_config, tiny_params, tmp_path):
+    text = "{{ messages[0].content }}\n"
+    export(tmp_path / "own", BUILTIN, tiny_params, tiny_config, (1,), np.float32, chat_template=text)
+    assert (tmp_path / "own" / "chat_template.jinja").read_bytes() == text.encode()
+    export(tmp_path / "plain", BUILTIN, tiny_params, tiny_config, (1,), np.float32)
+    assert not (tmp_path / "plain" / "chat_template.jinja").exists()
+    assert (tmp_path / "plain" / "tokenizer.json").exists()
+
+
+def test_an_exported_model_names_every_end_where_others_look(tiny_config, tiny_params, tmp_path):
+    """vLLM and transformers stop by generation_config.json, which a base's names one end only in."""
+    source = tmp_path / "base"
+    source.mkdir()
+    (source / "generation_config.json").write_text('{"eos_token_id": 1, "top_k": 20}')
+    export(tmp_path / "model", source, tiny_params, tiny_config, (1, 2), np.float32)
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text()) == {
+        "eos_token_id": [1, 2],
+        "top_k": 20,
+    }
+
+
+def test_errors_begin_with_the_flag_that_was_given():
+    with pytest.raises(UsageError, match=r"^--base_model=./nowhere: neither a folder here"):
+        find_checkpoint("./nowhere", "--base_model=./nowhere")

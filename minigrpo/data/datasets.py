@@ -2,6 +2,7 @@
 
 import array
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from minigrpo.config import DataOptions, RunOptions, UsageError
 from minigrpo.data import arithmetic
-from minigrpo.data.chat import Tokenizer
+from minigrpo.data.chat import Tokenizer, warn_of_templated
 from minigrpo.data.columns import Prompt, Reader, answer_reader, chat, completion_readers, prompt_reader, refuse_unused
 from minigrpo.data.files import JSON_FILES, TABLES, is_file, read_file, read_rows, refuse_choice, suffix
 from minigrpo.data.rows import Mapped, Ragged, Row, Rows, Selected
@@ -34,6 +35,10 @@ PIECE = 2**16
 
 PROGRESS_DELAY = 2.0
 """Seconds before tokenizing shows its progress."""
+
+
+TEMPLATED_ROWS = 1000
+"""First rows that are searched for prompts that hold a template's control tokens already."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +164,7 @@ def tokenize(dataset: Dataset, tokenizer: Tokenizer, options: DataOptions) -> Pr
     rows = with_progress(dataset.rows, f"tokenizing {dataset.name}")
     texts = (tokenizer.render(chat(row["prompt"], system)) for row in rows)
     limit, kept, tokens, shortest = options.max_prompt_length, array.array("q"), Ragged(), 0
-    for number, ids in enumerate(encode(tokenizer, texts, limit)):
+    for number, ids in enumerate(encode(tokenizer, texts, limit, are_prompts=True)):
         if ids and len(ids) <= limit:
             kept.append(number)
             tokens.append(ids)
@@ -167,6 +172,8 @@ def tokenize(dataset: Dataset, tokenizer: Tokenizer, options: DataOptions) -> Pr
     if not kept:
         measured = f"; the shortest has {shortest} tokens" if shortest else ""
         raise UsageError(f"--max_prompt_length={limit}: every prompt of {dataset.name} is longer{measured}")
+    chats = (chat(row["prompt"], "") for row in itertools.islice(iter(dataset.rows), TEMPLATED_ROWS))
+    warn_of_templated(tokenizer, chats, f"--dataset={dataset.name}")
     return PromptSet(Selected(dataset.rows, kept), tokens, len(dataset.rows) - len(kept))
 
 
@@ -197,11 +204,14 @@ def with_progress(rows: Rows | list[Row], caption: str) -> Iterator[Row]:
     )
 
 
-def encode(tokenizer: Tokenizer, texts: Iterable[str], limit: int) -> Iterator[list[int] | None]:
+def encode(
+    tokenizer: Tokenizer, texts: Iterable[str], limit: int, are_prompts: bool = False
+) -> Iterator[list[int] | None]:
     """Yield the token ids of each text, some thousand texts at a time; None for one of far more than `limit` tokens."""
+    encode_texts = tokenizer.encode_prompts if are_prompts else tokenizer.encode
     for chunk in in_chunks(texts):
         short = [text for text in chunk if not far_too_long(tokenizer, text, limit)]
-        tokens = dict(zip(short, tokenizer.encode(short), strict=True))
+        tokens = dict(zip(short, encode_texts(short), strict=True))
         yield from (tokens.get(text) for text in chunk)
 
 

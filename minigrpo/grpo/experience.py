@@ -9,8 +9,11 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from minigrpo.config import RewardOptions
-from minigrpo.data.datasets import Prompts, Row, batch_numbers
-from minigrpo.data.rewards import Reward, score_completions
+from minigrpo.data.calls import Reward, TrainerState
+from minigrpo.data.datasets import PromptSet, batch_numbers
+from minigrpo.data.grading import take_undecided
+from minigrpo.data.rewards import score_completions
+from minigrpo.data.rows import Row
 from minigrpo.grpo.advantages import normalised_separately, ragged_advantages
 from minigrpo.grpo.batch import Batch
 from minigrpo.model.params import Params
@@ -39,6 +42,10 @@ class Experience:
     """Groups that are trained on."""
     seconds: dict[str, float]
     """Of the rollout and of the reward functions, for the metrics."""
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    """What the reward functions logged."""
+    extra: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    """Columns that they logged, an entry per completion."""
 
     @property
     def group(self) -> int:
@@ -53,7 +60,7 @@ class Experience:
 class SamplingSpec:
     """Everything static about collecting experience by sampling."""
 
-    data: Prompts
+    data: PromptSet
     generator: Generator
     decode: Callable[[list[list[int]]], list[str]]
     """Token ids of completions -> their texts."""
@@ -62,6 +69,7 @@ class SamplingSpec:
     batch_size: int
     group: int
     seed: int
+    total_steps: int
     zero_std_groups: str = "keep"
     max_resamples: int = 3
 
@@ -79,15 +87,27 @@ def sample_experience(spec: SamplingSpec, params: Params, step: int) -> Experien
 
 def sample_groups(spec: SamplingSpec, params: Params, indices: list[int], uids: list[int], step: int) -> Experience:
     """Sample completions of some rows of the data with their rewards; `uids` name the prompts for random numbers."""
-    prompts, rows = [list(spec.data.tokens[i]) for i in indices], [spec.data.rows[i] for i in indices]
+    prompts, rows = [spec.data.tokens[i] for i in indices], [spec.data.rows[i] for i in indices]
     started = time.perf_counter()
     rollout = spec.generator(params, prompts, uids, spec.group, (spec.seed, step))
     sampled = time.perf_counter()
     texts = spec.decode(rollout.completions)
     arguments = reward_arguments(rows, spec.group, texts, rollout.completions)
-    rewards, components = score_completions(list(spec.rewards), spec.reward_timeout, arguments)
-    seconds = {"time/rollout": sampled - started, "time/reward": time.perf_counter() - sampled}
-    return Experience(prompts, rows, rollout, texts, rewards, components, np.ones(len(indices), bool), seconds)
+    epoch = (step + 1) * spec.batch_size / len(spec.data)
+    state = TrainerState(global_step=step, max_steps=spec.total_steps, epoch=epoch)
+    scores = score_completions(list(spec.rewards), spec.reward_timeout, arguments, state)
+    return Experience(
+        prompts=prompts,
+        rows=rows,
+        rollout=rollout,
+        texts=texts,
+        rewards=scores.rewards,
+        components=scores.by_function,
+        group_mask=np.ones(len(indices), bool),
+        seconds={"time/rollout": sampled - started, "time/reward": time.perf_counter() - sampled},
+        metrics=scores.metrics | {"rewards/undecided": float(take_undecided())},
+        extra=scores.extra,
+    )
 
 
 def reward_arguments(rows: list[Row], group: int, texts: list[str], ids: list[list[int]]) -> dict[str, Any]:
@@ -141,7 +161,18 @@ def concatenate(first: Experience, second: Experience) -> Experience:
         components={name: np.concatenate([own, second.components[name]]) for name, own in first.components.items()},
         group_mask=np.concatenate([first.group_mask, second.group_mask]),
         seconds={name: value + second.seconds[name] for name, value in first.seconds.items()},
+        metrics=first.metrics | second.metrics,
+        extra=join_columns(first, second),
     )
+
+
+def join_columns(first: Experience, second: Experience) -> dict[str, list[Any]]:
+    """Join the columns that reward functions logged, None where one of two experiences has none."""
+
+    def column(one: Experience, name: str) -> list[Any]:
+        return list(one.extra.get(name, [None] * len(one.texts)))
+
+    return {name: column(first, name) + column(second, name) for name in first.extra | second.extra}
 
 
 def take_groups(experience: Experience, groups: np.ndarray) -> Experience:
@@ -157,6 +188,9 @@ def take_groups(experience: Experience, groups: np.ndarray) -> Experience:
         rewards=experience.rewards[rows],
         components={name: scores[rows] for name, scores in experience.components.items()},
         group_mask=experience.group_mask[groups],
+        extra={
+            name: [column[row] for row in rows] for name, column in experience.extra.items() if len(column) > max(rows)
+        },
     )
 
 

@@ -1,15 +1,12 @@
 """GRPO on responses that are on file, with scores: the same loss, without sampling."""
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
-from minigrpo.config import DataOptions, UsageError
-from minigrpo.data.chat import Tokenizer
-from minigrpo.data.datasets import Prompts, batch_numbers, read_recorded, tokenize
+from minigrpo.data.datasets import PromptSet, batch_numbers
 from minigrpo.grpo.batch import PackedBatch, restore_order
 from minigrpo.grpo.experience import Experience
 from minigrpo.model.params import Params
@@ -19,38 +16,15 @@ SCORE = "score"
 """Name under which a file's scores are reported."""
 
 
-def load_recorded(tokenizer: Tokenizer, options: DataOptions, limit: int, most: int | None = None) -> Prompts:
-    """Prompts whose rows hold "response_tokens", end token included; responses too long are dropped and counted.
-
-    `most` rows are read, None being all.
-    """
-    dataset = read_recorded(options)
-    dataset = dataclasses.replace(dataset, rows=dataset.rows[:most])
-    data = tokenize(dataset, tokenizer, options)
-    texts = [text for row in data.rows for text in row["responses"]]
-    tokens = iter([ids + [tokenizer.stop_tokens[-1]] for ids in tokenizer.encode(texts)])
-    rows = [short_responses(row, [next(tokens) for _ in row["responses"]], limit) for row in data.rows]
-    kept = [i for i, row in enumerate(rows) if row["scores"]]
-    if not kept:
-        raise UsageError(f"--max_completion_length={limit}: every response of {dataset.name} is longer")
-    left = sum(len(rows[i]["scores"]) for i in kept)
-    sys.stderr.write(f"responses of {dataset.name}: {left}, {len(texts) - left} more dropped as too long\n")
-    return Prompts([rows[i] for i in kept], [data.tokens[i] for i in kept], data.dropped + len(rows) - len(kept))
-
-
-def short_responses(row: dict, tokens: list[list[int]], limit: int) -> dict:
-    kept = [i for i, ids in enumerate(tokens) if len(ids) <= limit]
-    own = {"response_tokens": [tokens[i] for i in kept], "scores": [float(row["scores"][i]) for i in kept]}
-    return row | own | {"responses": [row["responses"][i] for i in kept]}
-
-
-def recorded_experience(data: Prompts, batch_size: int, group: int, seed: int, params: Params, step: int) -> Experience:
+def recorded_experience(
+    data: PromptSet, batch_size: int, group: int, seed: int, params: Params, step: int
+) -> Experience:
     """Take the step's prompts with up to `group` of their responses, drawn anew every epoch; `params` go unused."""
     uids = batch_numbers(len(data), batch_size, step, seed)
     return take_responses(data, [uid % len(data) for uid in uids], group, [seed, *uids[:1]])
 
 
-def take_responses(data: Prompts, indices: Sequence[int], group: int, seed: list[int]) -> Experience:
+def take_responses(data: PromptSet, indices: Sequence[int], group: int, seed: list[int]) -> Experience:
     """Take some prompts with up to `group` of their responses, drawn by `seed`."""
     rng, chosen = np.random.default_rng(seed), [data.rows[i] for i in indices]
     total = len(indices) * group
@@ -63,7 +37,7 @@ def take_responses(data: Prompts, indices: Sequence[int], group: int, seed: list
             tokens[at, : len(ids)], lengths[at] = ids, len(ids)
             scores[at], texts[at] = row["scores"][choice], row["responses"][choice]
     rollout = Rollout(tokens, None, lengths, lengths > 0)
-    prompts, everyone = [list(data.tokens[i]) for i in indices], np.ones(len(indices), bool)
+    prompts, everyone = [data.tokens[i] for i in indices], np.ones(len(indices), bool)
     return Experience(prompts, chosen, rollout, texts, scores, {SCORE: scores}, everyone, {})
 
 

@@ -31,25 +31,39 @@ class Source:
     base_step: Path | None = None
     """A run's checkpoint that holds the base's weights, instead of the folder."""
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer is: beside the adapter, if it brings one, or with the model."""
+        return self.adapter if self.adapter and (self.adapter / "tokenizer.json").is_file() else self.folder
 
-def find_source(name: str) -> Source:
-    """Resolves --model; UsageError naming what is missing."""
+
+def find_source(name: str, base_model: str = "auto", given: str = "") -> Source:
+    """Resolve --model, and --base_model where it names an adapter; UsageError naming what is missing.
+
+    Errors begin with `given`, or else with --model and the name.
+    """
     folder = Path(name)
-    if (folder / CONFIG_FILE).is_file():
-        lora, base = read_adapter_config(folder)
-        return dataclasses.replace(find_base(folder, base), base=base, lora=lora, adapter=folder)
+    adapted = (folder / CONFIG_FILE).is_file()
+    if adapted:
+        lora, written = read_adapter_config(folder)
+        base = find_base(folder, written, base_model)
+        return dataclasses.replace(base, lora=lora, adapter=folder)
+    if folder.parent.name == "checkpoints" and (folder.parent.parent / "flags.txt").is_file():
+        return find_step(folder, base_model)
+    if base_model != "auto":
+        raise UsageError(f"--base_model={base_model}: --model={name} is no folder of adapters; leave --base_model out")
     if (folder / "flags.txt").is_file():
         return find_run(folder)
-    if folder.parent.name == "checkpoints" and (folder.parent.parent / "flags.txt").is_file():
-        return find_step(folder)
-    return Source(name, find_checkpoint(name))
+    return Source(name, find_checkpoint(name, given))
 
 
-def find_base(adapter: Path, base: str) -> Source:
-    """The model that adapters were trained on."""
-    if not base:
-        raise UsageError(f"--model={adapter}: its {CONFIG_FILE} names no base_model_name_or_path; write it there")
-    source = find_source(base)
+def find_base(adapter: Path, written: str, base_model: str) -> Source:
+    """Return the model under adapters: --base_model, or the one that they were trained on."""
+    if base_model == "auto" and not written:
+        raise UsageError(f"--model={adapter}: its {CONFIG_FILE} names no base_model_name_or_path; pass --base_model")
+    base = written if base_model == "auto" else base_model
+    cure = f"--model={adapter}: its base {base!r:.200} cannot be had; pass --base_model=FOLDER. It is"
+    source = find_source(base, given=cure if base_model == "auto" else f"--base_model={base_model}")
     if source.lora:
         raise UsageError(f"--model={adapter}: its base {base} has adapters itself; merge them first")
     return source
@@ -63,7 +77,7 @@ ASKING = (DataOptions, RolloutOptions, RunOptions)
 
 
 def run_of(folder: Path) -> Path | None:
-    """The run that a folder is, or is the final/, adapter/ or a checkpoint of."""
+    """Return the run that a folder is, or is the final/, adapter/ or a checkpoint of."""
     places = {"final": folder.parent, "adapter": folder.parent}
     places |= {folder.name: folder.parent.parent} if folder.parent.name == "checkpoints" else {}
     run = places.get(folder.name, folder)
@@ -71,7 +85,7 @@ def run_of(folder: Path) -> Path | None:
 
 
 def run_defaults(name: str) -> dict[str, Any]:
-    """How the run that --model belongs to asked its questions; {} for a model of no run.
+    """Return how the run that --model belongs to asked its questions; {} for a model of no run.
 
     A file that was trained on is no dataset to be evaluated on.
     """
@@ -86,20 +100,24 @@ def run_defaults(name: str) -> dict[str, Any]:
 
 
 def find_run(folder: Path) -> Source:
-    """A finished run's model."""
+    """Return a finished run's model; UsageError for one that has none yet."""
     final = folder / "final"
     if not final.is_dir():
         raise UsageError(f"--model={folder}: that run has no final model yet; name one of {folder}/checkpoints")
     return Source(str(final), final)
 
 
-def find_step(folder: Path) -> Source:
+def find_step(folder: Path, base_model: str) -> Source:
+    """Return a run's checkpoint, with the model that the run began from under its adapters."""
     if not folder.is_dir():
         there = ", ".join(sorted(path.name for path in folder.parent.glob("*"))) or "none"
         raise UsageError(f"--model={folder}: no such checkpoint; there are {there}")
     settings = read_json(folder.parent.parent / "config.json")
     own = {field.name: settings.get(field.name, field.default) for field in dataclasses.fields(LoraOptions)}
-    base = find_source(str(settings.get("model")))
+    began = str(settings.get("model")) if base_model == "auto" else base_model
+    recorded = str(settings.get("base_model", "auto")) if base_model == "auto" else "auto"
+    cure = f"--model={folder}: the model {began!r:.200} that its run began from cannot be had; pass --base_model. It is"
+    base = find_source(began, recorded, given=cure if base_model == "auto" else f"--base_model={base_model}")
     lora = make_lora(LoraOptions(**own)) or base.lora
     if lora is None:
         return dataclasses.replace(base, base=str(folder), base_step=folder)
@@ -107,34 +125,36 @@ def find_step(folder: Path) -> Source:
 
 
 def placed(mesh: Mesh, shapes: Any) -> Any:
-    """Shapes of parameters or state, laid out as training keeps them."""
+    """Return shapes of parameters or state, laid out as training keeps them."""
 
-    def place(path, leaf):
+    def place(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf_sharding(mesh, path))
 
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
 def read_step(step: Path, shapes: Any) -> Any:
-    """Weights of a run's checkpoint; only here is orbax imported, which takes 0.2 s and 24 MB."""
+    """Read the weights of a run's checkpoint; only here is orbax imported, which takes 0.2 s and 24 MB."""
     from minigrpo.runtime.checkpoint import read_params
 
     return read_params(step, shapes)
 
 
 def load_base(source: Source, config: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
-    """The weights that stand in the model's own files, or in the checkpoint of a run that trained them."""
+    """Load the weights in the model's own files, or in the checkpoint of a run that trained them."""
     plain = dataclasses.replace(config, lora=None, int8=False)
     if source.base_step:
-        return read_step(source.base_step, placed(mesh, abstract_params(plain, dtype)))
+        weights: Params = read_step(source.base_step, placed(mesh, abstract_params(plain, dtype)))
+        return weights
     return load_params(source.folder, plain, mesh, dtype)
 
 
 def load_adapters(source: Source, config: ModelConfig, mesh: Mesh) -> Params:
-    """The float32 adapters that a source comes with; {} for none."""
+    """Load the float32 adapters that a source comes with; {} for none."""
     if not source.lora:
         return {}
     if source.adapter_step:
-        return read_step(source.adapter_step, placed(mesh, select(abstract_params(config), is_adapter)))
+        adapters: Params = read_step(source.adapter_step, placed(mesh, select(abstract_params(config), is_adapter)))
+        return adapters
     assert source.adapter
     return load_adapter(source.adapter, config, mesh)

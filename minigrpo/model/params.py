@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
+from minigrpo.model.rope import RopeScaling
 from minigrpo.runtime.mesh import spec_of
 
 LARGEST_INT8 = 127
@@ -85,6 +86,7 @@ class ModelConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     max_position_embeddings: int
+    rope_scaling: RopeScaling | None = None
     lora: Lora | None = None
     int8: bool = False
     """Matrices are held as int8 with a scale per output."""

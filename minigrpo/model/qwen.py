@@ -7,10 +7,8 @@ The model receives its attention as an argument and knows nothing of masks, page
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +18,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Num
 
-from minigrpo.config import UsageError
 from minigrpo.kernels.backend import UNFUSED, FusedProjections
 from minigrpo.model.params import (
     DIMS,
@@ -34,6 +31,7 @@ from minigrpo.model.params import (
     shardings_of,
     to_int8,
 )
+from minigrpo.model.rope import attention_factor, inverse_frequencies
 from minigrpo.runtime.mesh import DATA, FSDP, TP, by_sequence, replicated
 
 MLP = "mlp"
@@ -118,71 +116,6 @@ class LayerContext:
     """Wraps the layer, as jax.checkpoint does."""
 
 
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-
-
-def read_config(path: str | Path) -> ModelConfig:
-    """Reads a Hugging Face config.json; raises UsageError naming the file and the offending field."""
-    try:
-        raw = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not a readable config.json ({error})") from error
-    return parse_config(raw, str(path))
-
-
-def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
-    """Turns the fields of a config.json into a ModelConfig; `source` names the file in errors."""
-    if not isinstance(raw, dict):
-        raise UsageError(f"{source}: not a model's config.json, which is a JSON object")
-    kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise UsageError(f"{source}: model_type {kind!r} is not supported; use a qwen3 or qwen2 (Qwen2.5) checkpoint")
-    refuse_variants(raw, source)
-    rope = raw.get("rope_parameters") or {}
-    try:
-        config = ModelConfig(
-            model_type=kind,
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=raw["num_attention_heads"],
-            num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-            rope_theta=float(raw["rope_theta"] if "rope_theta" in raw else rope["rope_theta"]),
-            rms_norm_eps=float(raw["rms_norm_eps"]),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            max_position_embeddings=raw.get("max_position_embeddings", 32768),
-        )
-    except KeyError as error:
-        raise UsageError(f"{source}: field {error} is missing; it is needed for a {kind} model") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UsageError(f"{source}: a field has a value of the wrong kind ({error})") from error
-    for letter, size in config.sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise UsageError(f"{source}: the size {letter} is {size!r}; it must be a whole number of at least 1")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise UsageError(
-            f"{source}: num_attention_heads {config.num_attention_heads} is not a multiple of "
-            f"num_key_value_heads {config.num_key_value_heads}"
-        )
-    return config
-
-
-def refuse_variants(raw: dict[str, Any], source: str) -> None:
-    """Raises UsageError for config.json settings that would change the arithmetic and are not implemented."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise UsageError(f"{source}: rope type {rope_type!r} is not supported; only 'default' is")
-    if raw.get("use_sliding_window"):
-        raise UsageError(f"{source}: use_sliding_window=true is not supported; only full attention is")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise UsageError(f"{source}: hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is")
-    if raw.get("model_type") == "qwen3" and raw.get("attention_bias"):
-        raise UsageError(f"{source}: attention_bias=true is not supported for qwen3")
-
-
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
     """Compute x / rms(x) * scale over the last dim, in float32 (arXiv:1910.07467)."""
     x32 = x.astype(jnp.float32)
@@ -190,11 +123,14 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> F
     return (scale.astype(jnp.float32) * normed).astype(x.dtype)
 
 
-def rope_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> Angles:
+def rope_angles(positions: Int[Array, "B T"], config: ModelConfig) -> Angles:
     """Return cos and sin [B, T, 1, H/2] of the rotary angles at `positions`, float32 (arXiv:2104.09864)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    angles, factor = (
+        positions[:, :, None, None].astype(jnp.float32) * frequencies,
+        attention_factor(config.rope_scaling),
+    )
+    return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
 
 def apply_rope(x: Float[Array, "B T N H"], angles: Angles) -> Float[Array, "B T N H"]:
@@ -351,7 +287,7 @@ class Qwen:
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Return the hidden states after the final norm, and the carry that `context.attend` made of `carry`."""
         if context.angles is None:
-            angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+            angles = rope_angles(positions, self.config)
             context = dataclasses.replace(context, angles=angles)
         x = context.compute.embed(params["embed"], tokens)
         if self.config.int8:

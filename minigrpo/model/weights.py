@@ -1,11 +1,11 @@
 """Safetensors <-> sharded parameters by one table, strict both ways; checkpoint folders and Hub ids."""
 
-import collections
 import contextlib
 import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from minigrpo.config import UsageError
+from minigrpo.data.json_file import read_object
+from minigrpo.model.hub_config import ARCHITECTURES
 from minigrpo.model.params import (
     DIMS,
     PROJECTIONS,
@@ -31,17 +33,27 @@ from minigrpo.model.params import (
     leaf_sharding,
     shardings_of,
 )
-from minigrpo.model.qwen import ARCHITECTURES, abstract_params, init_params
+from minigrpo.model.qwen import abstract_params, init_params
 
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "generation_config.json",
     "vocab.json",
     "merges.txt",
 )
-"""What an exported model keeps of the checkpoint it came from."""
+"""What an exported model, and a folder of adapters, keep of the checkpoint they came from."""
+
+INDEX_FILE = "model.safetensors.index.json"
+NUMBERS = ("F64", "F32", "F16", "BF16")
+"""Kinds of numbers that weights are read from, as safetensors calls them."""
+LEFTOVER = re.compile(r"rotary_emb\.inv_freq$")
+"""Tensors that older versions of transformers wrote and newer ones ignore."""
+FAULTS_NAMED = 8
+"""Faults of a checkpoint that an error names; the others are counted."""
 
 BUILTIN = {"builtin:tiny": Path(__file__).parent.parent / "builtin"}
 SHARD_BYTES = 4 << 30
@@ -90,60 +102,99 @@ for matrix, (ins, outs) in PROJECTIONS.items():
 
 
 def hub_dims(name: str) -> tuple[str, ...]:
-    """Our dims of one layer's parameter as the checkpoint arranges them, one string per dim of its tensor."""
+    """Return our dims of one layer's parameter as the checkpoint arranges them, one string per dim of its tensor."""
     return MATRIX_DIMS.get(name, (layer_dims(name),))
 
 
 # Finding a checkpoint
 
 
-def find_checkpoint(name: str) -> Path:
-    """The local folder of a built-in, local or Hub model, downloaded into the Hub cache if need be."""
+def find_checkpoint(name: str, given: str = "") -> Path:
+    """Return the local folder of a built-in, local or Hub model, downloaded into the Hub cache if need be.
+
+    UsageError that begins with `given`, or else with --model and the name.
+    """
+    given = given or f"--model={name}"
     if name.startswith("builtin:"):
         if name not in BUILTIN:
-            raise UsageError(f"--model={name}: no such built-in model; there is {', '.join(BUILTIN)}")
+            raise UsageError(f"{given}: no such built-in model; there is {', '.join(BUILTIN)}")
         return BUILTIN[name]
     if Path(name).is_dir():
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UsageError(f"--model={name}: neither a folder here nor a Hub id of the form OWNER/NAME")
+        raise UsageError(f"{given}: neither a folder here nor a Hub id of the form OWNER/NAME")
+    return download(name, given)
+
+
+def download(name: str, given: str) -> Path:
+    """Return the folder of a Hub model in the Hub cache; UsageError that begins with `given`."""
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UsageError(f"--model={name}: no such model on the Hub, or HF_TOKEN may not read it") from error
+        raise UsageError(f"{given}: no such model on the Hub, or HF_TOKEN may not read it") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UsageError(
-            f"--model={name}: not in the Hub cache, and the Hub cannot be reached; pass a folder"
-        ) from error
+        raise UsageError(f"{given}: not in the Hub cache, and the Hub cannot be reached; pass a folder") from error
 
 
 # Reading
 
 
 class Checkpoint:
-    """The tensors of a folder's safetensors files, opened once and read by slice."""
+    """The tensors of a folder's safetensors files, opened once and read by slice.
+
+    model.safetensors.index.json says which files count, where there is one; without it all of them do.
+    """
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack):
         self.folder = folder
-        self.files: dict[str, list[Path]] = collections.defaultdict(list)
         self.handles: dict[Path, Any] = {}
-        paths = sorted(folder.glob("*.safetensors"))
+        index = read_index(folder)
+        paths = sorted({folder / file for file in index.values()}) or sorted(folder.glob("*.safetensors"))
         if not paths:
             raise UsageError(f"{folder}: no .safetensors file; --init=random starts without weights")
+        files: dict[str, list[Path]] = {name: [] for name in index}
         for path in paths:
-            try:
-                self.handles[path] = stack.enter_context(safe_open(path, framework="numpy"))
-            except (SafetensorError, OSError) as error:
-                raise UsageError(f"{path}: not a complete safetensors file ({error})") from error
+            self.handles[path] = stack.enter_context(open_tensors(path))
             for name in self.handles[path].keys():
-                self.files[name].append(path)
+                files.setdefault(name, []).append(path)
+        self.files = {
+            name: self.counted(name, found, index) for name, found in files.items() if not LEFTOVER.search(name)
+        }
+
+    def counted(self, name: str, found: list[Path], index: dict[str, str]) -> list[Path]:
+        """Return the files that a tensor is to be read from: the one that the index names, or all that hold it."""
+        return [path for path in found if path.name == index[name]] if name in index else found
 
     def slice_of(self, name: str) -> Any:
         return self.handles[self.files[name][0]].get_slice(name)
 
 
+def open_tensors(path: Path) -> Any:
+    """Open a safetensors file; UsageError naming one that is missing or torn."""
+    try:
+        return safe_open(path, framework="numpy")
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: not there, though {INDEX_FILE} names it; copy it, or mend the index") from error
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path}: not a complete safetensors file ({error})") from error
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Return tensor -> file as model.safetensors.index.json has it, {} without one; UsageError for nonsense in it."""
+    path = folder / INDEX_FILE
+    if not path.exists():
+        return {}
+    index = read_object(path).get("weight_map")
+    files = index.values() if isinstance(index, dict) else [None]
+    wrong = [file for file in files if not isinstance(file, str) or Path(file).name != file or not file]
+    if wrong or not index:
+        raise UsageError(f"{path}: weight_map must give every tensor the name of a file beside it; it is {index!r:.80}")
+    assert isinstance(index, dict)
+    return index
+
+
 def expected_tensors(shapes: Params, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor name a checkpoint of these parameters must hold, with its shape."""
+    """Return every tensor name that a checkpoint of these parameters must hold, with its shape."""
     tensors = {}
     for path, _ in jax.tree_util.tree_leaves_with_path(shapes):
         name = leaf_name(path)
@@ -154,70 +205,93 @@ def expected_tensors(shapes: Params, config: ModelConfig) -> dict[str, tuple[int
 
 
 def hub_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
-    """Shape in the checkpoint of one layer's parameter."""
+    """Return the shape in the checkpoint of one layer's parameter."""
     return tuple(math.prod(config.sizes[letter] for letter in side) for side in hub_dims(name))
 
 
 def check_tensors(checkpoint: Checkpoint, shapes: Params, config: ModelConfig) -> None:
-    """UsageError that names every missing, unexpected, duplicate and misshapen tensor at once."""
+    """Raise a UsageError naming missing, unexpected, duplicate, misshapen and quantized tensors, and their number."""
     expected = expected_tensors(shapes, config)
     found = checkpoint.files
     tied = {HUB_NAMES["head"]} if config.tie_word_embeddings else set()
-    faults = [f"missing {name}" for name in expected if name not in found]
+    faults = [f"missing {name}" for name in expected if not found.get(name)]
     faults += [f"unexpected {name}" for name in found if name not in expected and name not in tied]
-    for name, paths in found.items():
-        if len(paths) > 1:
-            faults.append(f"{name} is in both {' and '.join(path.name for path in paths)}")
-        shape = tuple(checkpoint.slice_of(name).get_shape())
-        if name in expected and shape != expected[name]:
-            faults.append(f"{name} has shape {list(shape)}, not {list(expected[name])}")
+    for name in found:
+        faults += tensor_faults(checkpoint, name, expected.get(name))
     if faults:
-        raise UsageError(f"{checkpoint.folder}: {len(faults)} faults in its tensors: {'; '.join(faults)}")
+        more = f"; and {len(faults) - FAULTS_NAMED} more" if len(faults) > FAULTS_NAMED else ""
+        named = "; ".join(faults[:FAULTS_NAMED])
+        raise UsageError(f"{checkpoint.folder}: {len(faults)} faults in its tensors: {named}{more}")
+
+
+def tensor_faults(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None) -> Iterator[str]:
+    """Yield the faults of one tensor, of a `shape` if it is expected at all."""
+    paths = checkpoint.files[name]
+    if len(paths) > 1:
+        yield f"{name} is in both {' and '.join(path.name for path in paths)}"
+    if shape is None or not paths:
+        return
+    tensor = checkpoint.slice_of(name)
+    if tuple(tensor.get_shape()) != shape:
+        yield f"{name} has shape {list(tensor.get_shape())}, not {list(shape)}"
+    if tensor.get_dtype() not in NUMBERS:
+        yield f"{name} holds {tensor.get_dtype()}, not {', '.join(NUMBERS)} (is the checkpoint quantized?)"
 
 
 def read_part(
     checkpoint: Checkpoint, config: ModelConfig, name: str, index: tuple[slice, ...], dtype: Any
 ) -> np.ndarray:
-    """The part `index` of one of our parameters, reading only the matching slice of each tensor."""
+    """Read the part `index` of one of our parameters, from the matching slice of each tensor alone.
+
+    UsageError naming a tensor that holds NaN or infinite numbers.
+    """
     shape = config.shape(name)
     bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+
+    def read(layer: int, bounds: list[tuple[int, int]]) -> np.ndarray:
+        tensor = HUB_NAMES[name].format(layer)
+        part = read_layer(checkpoint.slice_of(tensor), name, config, bounds)
+        if not np.isfinite(part).all():
+            raise UsageError(f"{checkpoint.files[tensor][0]}: {tensor} holds NaN or infinite weights; copy it anew")
+        return part
+
     if "L" not in DIMS[name]:
-        return read_layer(checkpoint.slice_of(HUB_NAMES[name]), name, config, bounds).astype(dtype)
+        return read(0, bounds).astype(dtype)
     out = np.empty([end - start for start, end in bounds], dtype)
     for row, layer in enumerate(range(*bounds[0])):
-        out[row] = read_layer(checkpoint.slice_of(HUB_NAMES[name].format(layer)), name, config, bounds[1:])
+        out[row] = read(layer, bounds[1:])
     return out
 
 
 def read_layer(tensor: Any, name: str, config: ModelConfig, bounds: list[tuple[int, int]]) -> np.ndarray:
-    """One layer's part: the flattened rows and columns that cover it, with our dims in our order."""
+    """Read one layer's part: the flattened rows and columns that cover it, with our dims in our order."""
     dims = layer_dims(name)
     of_dim = dict(zip(dims, bounds, strict=True))
-    part = tensor[tuple(slice(*flat_bounds(side, config, of_dim)) for side in hub_dims(name))]
+    part: np.ndarray = tensor[tuple(slice(*flat_bounds(side, config, of_dim)) for side in hub_dims(name))]
     letters = "".join(hub_dims(name))
     sizes = [of_dim[letter][1] - of_dim[letter][0] for letter in letters]
     return part.reshape(sizes).transpose([letters.index(letter) for letter in dims])
 
 
 def flat_bounds(side: str, config: ModelConfig, of_dim: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    """Start and end in the flattened dims of a part that is whole in all dims but the first."""
+    """Return start and end in the flattened dims of a part that is whole in all dims but the first."""
     inner = math.prod(config.sizes[letter] for letter in side[1:])
     start, end = of_dim[side[0]]
     return start * inner, end * inner
 
 
 def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype: Any = np.float32) -> Params:
-    """The folder's weights as parameters laid out on the mesh; each device reads only its own slice."""
+    """Load the folder's weights as parameters laid out on the mesh; each device reads only its own slice."""
     return load_tree(folder, abstract_params(config), config, mesh, dtype)
 
 
 def load_tree(folder: Path, shapes: Params, config: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
-    """The parameters that `shapes` holds, from a folder that holds these and no others."""
+    """Load the parameters that `shapes` holds from a folder that holds these and no others."""
     with contextlib.ExitStack() as stack:
         checkpoint = Checkpoint(folder, stack)
         check_tensors(checkpoint, shapes, config)
 
-        def load(path, leaf):
+        def load(path: tuple[Any, ...], leaf: Any) -> jax.Array:
             name = leaf_name(path)
 
             def read(index: Any) -> np.ndarray:
@@ -225,26 +299,29 @@ def load_tree(folder: Path, shapes: Params, config: ModelConfig, mesh: Mesh, dty
 
             return jax.make_array_from_callback(leaf.shape, leaf_sharding(mesh, path), read)
 
-        return jax.tree_util.tree_map_with_path(load, shapes)
+        loaded: Params = jax.tree_util.tree_map_with_path(load, shapes)
+        return loaded
 
 
 def random_params(config: ModelConfig, mesh: Mesh, seed: int, dtype: Any = np.float32) -> Params:
-    """Random weights made on the mesh, in place."""
+    """Make random weights on the mesh, in place."""
     shapes = abstract_params(config)
     shardings = shardings_of(mesh, shapes)
 
-    def make():
-        drawn = init_params(config, jax.random.key(seed))
-        return jax.tree.map(lambda w: w.astype(dtype), drawn)  # the same numbers whatever the dtype
+    def make() -> Params:
+        drawn: Params = init_params(config, jax.random.key(seed))
+        same: Params = jax.tree.map(lambda w: w.astype(dtype), drawn)  # the same numbers whatever the dtype
+        return same
 
-    return jax.jit(make, out_shardings=shardings)()
+    made: Params = jax.jit(make, out_shardings=shardings)()
+    return made
 
 
 # Writing
 
 
 def hub_tensors(params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and value of every tensor of the checkpoint, one at a time on the host."""
+    """Yield name and value of every tensor of the checkpoint, one at a time on the host."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = leaf_name(path)
         dims, sides = layer_dims(name), hub_dims(name)
@@ -257,8 +334,12 @@ def hub_tensors(params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def config_json(config: ModelConfig, stop_tokens: tuple[int, ...], dtype: Any) -> dict[str, Any]:
-    """The config.json that transformers, vLLM and SGLang read."""
+    """Return the config.json that transformers, vLLM and SGLang read."""
     own = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("lora", "int8")}
+    scaling = own.pop("rope_scaling", None)
+    if scaling:
+        named = {name: value for name, value in scaling.items() if value is not None}
+        own["rope_scaling"] = {"rope_type": "yarn", **named}
     return own | {
         "architectures": [ARCHITECTURES[config.model_type]],
         "attention_bias": config.qkv_bias,
@@ -271,7 +352,7 @@ def config_json(config: ModelConfig, stop_tokens: tuple[int, ...], dtype: Any) -
 
 
 def shards(params: Params, dtype: Any) -> Iterator[dict[str, np.ndarray]]:
-    """The checkpoint's tensors in groups of at most SHARD_BYTES."""
+    """Yield the checkpoint's tensors in groups of at most SHARD_BYTES."""
     group: dict[str, np.ndarray] = {}
     for name, value in hub_tensors(params, dtype):
         if group and sum(v.nbytes for v in group.values()) + value.nbytes > SHARD_BYTES:
@@ -282,7 +363,7 @@ def shards(params: Params, dtype: Any) -> Iterator[dict[str, np.ndarray]]:
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """A safetensors file that everyone may read; OSError naming it when it cannot be written."""
+    """Write a safetensors file that everyone may read; OSError naming it when it cannot be written."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -297,10 +378,11 @@ def export(
     config: ModelConfig,
     stop_tokens: tuple[int, ...],
     dtype: Any = ml_dtypes.bfloat16,
+    chat_template: str | None = None,
 ) -> None:
-    """Writes a Hub-format model folder; it appears under its name only when complete.
+    """Write a Hub-format model folder; it appears under its name only when complete.
 
-    `source` is the checkpoint whose tokenizer files go along.
+    `source` is the folder whose tokenizer files go along; `chat_template` is the text of another template.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -312,15 +394,29 @@ def export(
         index |= dict.fromkeys(group, file)
     name_files(partial, index)
     (partial / "config.json").write_text(json.dumps(config_json(config, stop_tokens, dtype), indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, partial / name)
+    copy_tokenizer(source, partial, chat_template)
+    write_ends(partial / "generation_config.json", stop_tokens)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
 
+def write_ends(path: Path, stop_tokens: tuple[int, ...]) -> None:
+    """Name every end token in a generation_config.json, which other programs stop by before config.json."""
+    settings = read_object(path, {}) | {"eos_token_id": list(stop_tokens)}
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def copy_tokenizer(source: Path, folder: Path, chat_template: str | None) -> None:
+    """Copy the tokenizer's files, and write a chat template that a run was given by --chat_template."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+    if chat_template is not None:
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8", newline="")
+
+
 def name_files(folder: Path, index: dict[str, str]) -> None:
-    """Gives the numbered files their Hub names: model.safetensors alone, or model-i-of-n with an index."""
+    """Give the numbered files their Hub names: model.safetensors alone, or model-i-of-n with an index."""
     files = sorted(set(index.values()))
     if len(files) == 1:
         (folder / files[0]).rename(folder / "model.safetensors")
@@ -330,4 +426,4 @@ def name_files(folder: Path, index: dict[str, str]) -> None:
         (folder / file).rename(folder / name)
     weight_map = {tensor: names[file] for tensor, file in index.items()}
     text = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2)
-    (folder / "model.safetensors.index.json").write_text(text + "\n")
+    (folder / INDEX_FILE).write_text(text + "\n")

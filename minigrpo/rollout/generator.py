@@ -377,7 +377,7 @@ def decode_all(
 ) -> State:
     """Decode until every completion is done, in a batch that shrinks once fewer are left than it holds."""
     positions = jnp.arange(pages.table_entries * spec.page_size)
-    angles = rope_angles(positions[None], spec.model.head_dim, spec.model.rope_theta)
+    angles = rope_angles(positions[None], spec.model)
     sizes = batch_sizes(len(state.slots.completion), spec.backend.least_batch)
 
     def step(state: State) -> State:

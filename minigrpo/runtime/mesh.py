@@ -1,9 +1,6 @@
 """The (fsdp, tp) mesh: platform start-up, how every parameter and activation is laid out on it."""
 
-import glob
-import importlib.util
 import math
-import os
 from typing import Any
 
 import jax
@@ -12,6 +9,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from minigrpo.config import UsageError, parse_mesh
+from minigrpo.runtime.platform import choose_platform, start_backend
 
 PLATFORMS, CPU_DEVICES = "jax_platforms", "jax_num_cpu_devices"
 FSDP, TP = "fsdp", "tp"
@@ -22,14 +20,6 @@ AXIS_OF_DIM = {"V": TP, "N": TP, "K": TP, "F": TP, "D": FSDP}
 """Dim letter -> the mesh axis that shards it; H and L stay whole."""
 
 
-def accelerator_present() -> bool:
-    """Tell if a TPU or an NVIDIA GPU that jax can drive is attached, without starting a backend."""
-    tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
-    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-    gpu = os.path.exists("/dev/nvidiactl") and any(importlib.util.find_spec(plugin) for plugin in plugins)
-    return bool(tpu or gpu)
-
-
 def mesh_sizes(mesh_flag: str, platform: str, devices: int) -> tuple[int, int]:
     """Return fsdp and tp of `--mesh`; auto is every device as fsdp, and 1,1 on the CPU, whose devices are virtual."""
     if mesh_flag != "auto":
@@ -38,14 +28,17 @@ def mesh_sizes(mesh_flag: str, platform: str, devices: int) -> tuple[int, int]:
 
 
 def start_platform(mesh_flag: str) -> None:
-    """Choose the platform before jax starts: without an accelerator, the CPU with a virtual device per mesh place."""
-    if getattr(jax.config, PLATFORMS) is None and not accelerator_present():
+    """Choose the platform and start jax on it: without an accelerator, the CPU with a virtual device per mesh place."""
+    platform = choose_platform(getattr(jax.config, PLATFORMS))
+    if platform == "cpu":
         jax.config.update(PLATFORMS, "cpu")
-    if getattr(jax.config, PLATFORMS) == "cpu":
         jax.config.update(CPU_DEVICES, math.prod(mesh_sizes(mesh_flag, "cpu", 1)))
         # One CPU client runs programs one after another: with several virtual devices, concurrent
         # programs can starve each other's collectives of threads.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+    elif platform in ("tpu", "cuda"):
+        jax.config.update(PLATFORMS, f"{platform},cpu")
+    start_backend(platform)
 
 
 def make_mesh(mesh_flag: str) -> Mesh:

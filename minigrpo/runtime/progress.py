@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,6 +30,11 @@ def clock_text(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+def program_name(context: dict[str, Any]) -> str:
+    """Return the name of the function that is compiled: jit(gradients) is gradients."""
+    return str(context.get("fun_name", "a program")).removeprefix("jit(").removesuffix(")")
+
+
 class Progress:
     """What is going on, shown on stderr. Threads may use it; nothing of it can hold up the end of the process."""
 
@@ -51,6 +56,9 @@ class Progress:
         """Program and start of what each thread compiles."""
         self.compiled = 0.0
         """Seconds compiled since the last step."""
+        self.programs: Counter[str] = Counter()
+        """How often each program was compiled, or read from disk."""
+        self.announced: set[tuple[str, float]] = set()
         self.ended = threading.Event()
         self.thread: threading.Thread | None = None
 
@@ -147,7 +155,7 @@ class Progress:
     def compile_starts(self, event: str, value: float | int, **context: Any) -> None:
         """Note that a thread compiles a program."""
         if event == COMPILING:
-            self.compiling[threading.get_ident()] = (str(context.get("fun_name", "a program")), time.monotonic())
+            self.compiling[threading.get_ident()] = (program_name(context), time.monotonic())
 
     def compile_ends(self, event: str, duration_secs: float, **context: Any) -> None:
         """Note that a program is compiled, and say so if it took long."""
@@ -155,8 +163,9 @@ class Progress:
             return
         self.compiling.pop(threading.get_ident(), None)
         self.compiled += duration_secs
+        self.programs[program_name(context)] += 1
         if duration_secs >= LONG_COMPILE:
-            self.say(f"compiled {context.get('fun_name', 'a program')} in {duration_secs:.1f} s")
+            self.say(f"compiled {program_name(context)} in {duration_secs:.1f} s")
 
     # Drawing
 
@@ -180,6 +189,10 @@ class Progress:
 
     def draw(self, now: float) -> None:
         """Redraw the live line of a terminal; elsewhere say it when nothing was said for a minute."""
+        for started in list(self.compiling.values()):
+            if now - started[1] >= LONG_COMPILE and started not in self.announced:
+                self.announced.add(started)
+                self.say(f"compiling {started[0]}")
         line = self.status(now)
         if not self.live:
             if line and now - self.spoke >= MINUTE:
