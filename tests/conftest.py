@@ -137,7 +137,7 @@ def make_generator(
     from minigrpo.rollout.generator import Generator, rollout_spec
 
     backend = backend_for(jax.devices()[0])
-    spec = rollout_spec(config, mesh_of(*mesh), backend, dtype, options, prompt_tokens, 250, stops)
+    spec = rollout_spec(config, mesh_of(*mesh), backend, dtype, options, prompt_tokens, num_tokens, stops)
     return Generator(dataclasses.replace(spec, **more))
 
 
