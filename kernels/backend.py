@@ -51,7 +51,7 @@ class PagedCache:
         q: Float[Array, "B N H"],
         pages: Float[Array, "L P ..."],
         layer: Int[Array, ""],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         page_table: Int[Array, "B M"],
     ) -> Float[Array, "B N H"]:
         """Attend with one query per sequence to its first `lengths` cached tokens: softmax(q k^T / sqrt(H)) v.

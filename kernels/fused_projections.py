@@ -193,7 +193,7 @@ def gated(
 def heads(
     x: Float[Array, "B D"],
     weights: tuple[Float[Array, "N D H"], Float[Array, "K D H"], Float[Array, "K D H"]],
-    norms: tuple[Float[Array, "H"], Float[Array, "H"]],
+    norms: tuple[Float[Array, " H"], Float[Array, " H"]],
     angles: tuple[Float[Array, "B H/2"], Float[Array, "B H/2"]],
     eps: float,
     interpret: Any = None,

@@ -491,6 +491,12 @@ class Settings:
         }
 
 
+SECTION_NAMES = tuple(
+    field.name for field in dataclasses.fields(Settings) if field.name not in ("sections", "explicit")
+)
+"""Every section that a command may have flags for."""
+
+
 def section_types(sections: tuple[str, ...], kind: type[Settings]) -> dict[str, type[Options]]:
     """Return the options classes of a command's sections, by name."""
     hints = typing.get_type_hints(kind)

@@ -91,7 +91,7 @@ class Grades:
     """Wherever the answer stands."""
     strict: Bool[np.ndarray, "P K"]
     """In <answer> tags, after #### or in a box."""
-    majority: Bool[np.ndarray, "P"]
+    majority: Bool[np.ndarray, " P"]
     """The answer given most often, the first of several."""
 
 

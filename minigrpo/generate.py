@@ -7,18 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minigrpo.build import Build
-from minigrpo.config import (
-    Settings,
-    UsageError,
-    run_command,
-)
+from minigrpo.build import Build, build, make_generator
+from minigrpo.config import Settings, UsageError, run_command
 from minigrpo.data.columns import chat
 from minigrpo.data.datasets import read_prompts
 from minigrpo.data.template import Message
 from minigrpo.model.hub import run_defaults
 from minigrpo.model.params import Params
-from minigrpo.planning.memory import pool_limit
+from minigrpo.planning.memory import device_share_bytes, pool_limit
+from minigrpo.rollout.generator import Generator
 
 SECTIONS = ("model", "data", "rollout", "generate")
 
@@ -135,8 +132,7 @@ def answer_file(built: Build, params: Params, path: Path) -> None:
 def main(settings: Settings) -> int:
     """Answer as the settings say."""
     options = settings.generate
-    asked = [name for name in ("prompt", "prompts", "chat") if getattr(options, name)]
-    if len(asked) != 1:
+    if [bool(options.prompt), bool(options.prompts), options.chat].count(True) != 1:
         raise UsageError("give one of --prompt=TEXT, --prompts=FILE and --chat (see --help)")
     unused = settings.explicit & (UNUSED if options.prompts else UNUSED | {"num_generations", "prompt_column"})
     if unused:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from minigrpo.config import Settings, run_command
+from minigrpo.config import Settings, TinyOptions, run_command
 from minigrpo.data import arithmetic
 from minigrpo.data.chat import CHATML
 

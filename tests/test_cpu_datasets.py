@@ -211,7 +211,7 @@ def nested(depth, name="answer"):
         ("empty.json", b"[]", r"the file has no rows"),
         ("empty.jsonl", b"\n\n", r"the file has no rows"),
         ("empty.csv", b"", r"--dataset=.*empty.csv: cannot be loaded"),
-        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}')[:-9], r"--dataset=.*cut.jsonl.gz: cannot be read"),
+        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}', mtime=0)[:-9], r"--dataset=.*cut.jsonl.gz: cannot be read"),
         ("noise.xz", b"\xfd7zXZ\x00noise", r"--dataset=.*noise.xz: cannot be read"),
         ("noise.parquet", b"PAR1 noise", r"--dataset=.*noise.parquet: cannot be loaded"),
         ("noise.arrow", b"noise", r"--dataset=.*noise.arrow: cannot be loaded"),

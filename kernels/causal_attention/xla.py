@@ -54,11 +54,11 @@ def softmax_weights(
 
 
 def attend_block(
-    positions: Int[Array, "T"],
+    positions: Int[Array, " T"],
     q: Float[Array, "T N H"],
     k: Float[Array, "S K H"],
     v: Float[Array, "S K H"],
-    segments: Int[Array, "S"] | None,
+    segments: Int[Array, " S"] | None,
 ) -> Float[Array, "T N H"]:
     """Attend from the queries at `positions` to the keys up to them, in the same segment."""
     weights = softmax_weights(positions, by_kv_head(q, k.shape[1]), k, segments)

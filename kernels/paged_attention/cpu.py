@@ -43,8 +43,8 @@ def as_values(pages: Float[Array, "L P R K W"], dim: int) -> Float[Array, "L pie
 def append_rows(
     pages: Float[Array, "L P R K W"],
     layer: Int[Array, ""],
-    page: Int[Array, "B"],
-    offset: Int[Array, "B"],
+    page: Int[Array, " B"],
+    offset: Int[Array, " B"],
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
 ) -> Float[Array, "L P R K W"]:
@@ -131,7 +131,7 @@ def paged_attention(
     q: Float[Array, "B N H"],
     pages: Float[Array, "L P R K W"],
     layer: Int[Array, ""],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     page_table: Int[Array, "B M"],
 ) -> Float[Array, "B N H"]:
     """As `PagedCache.paged_attention`.

@@ -52,8 +52,8 @@ def kv_heads(pages: Float[Array, "L P 2 K S H"], head_dim: int) -> int:
 def append_rows(
     pages: Float[Array, "L P 2 K S H"],
     layer: Int[Array, ""],
-    page: Int[Array, "B"],
-    offset: Int[Array, "B"],
+    page: Int[Array, " B"],
+    offset: Int[Array, " B"],
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
 ) -> Float[Array, "L P 2 K S H"]:
@@ -195,7 +195,7 @@ def tuned_attention(
     q: Float[Array, "B N H"],
     pages: Float[Array, "L P 2 K S H"],
     layer: Int[Array, ""],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     page_table: Int[Array, "B M"],
     tuning: Tuning,
     interpret: Any = None,
@@ -233,7 +233,7 @@ def paged_attention(
     q: Float[Array, "B N H"],
     pages: Float[Array, "L P 2 K S H"],
     layer: Int[Array, ""],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     page_table: Int[Array, "B M"],
 ) -> Float[Array, "B N H"]:
     """As `PagedCache.paged_attention`, of queries in the pages' dtype."""

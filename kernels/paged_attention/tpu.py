@@ -58,8 +58,8 @@ def kv_heads(pages: Float[Array, "L P S W"], head_dim: int) -> int:
 def append_rows(
     pages: Float[Array, "L P S W"],
     layer: Int[Array, ""],
-    page: Int[Array, "B"],
-    offset: Int[Array, "B"],
+    page: Int[Array, " B"],
+    offset: Int[Array, " B"],
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
 ) -> Float[Array, "L P S W"]:
@@ -273,7 +273,7 @@ def tuned_attention(
     q: Float[Array, "B N H"],
     pages: Float[Array, "L P S W"],
     layer: Int[Array, ""],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     page_table: Int[Array, "B M"],
     tuning: Tuning,
     interpret: Any = False,

@@ -36,8 +36,8 @@ def kv_heads(pages: Float[Array, "L P R K W"], head_dim: int) -> int:
 def append_rows(
     pages: Float[Array, "L P R K W"],
     layer: Int[Array, ""],
-    page: Int[Array, "B"],
-    offset: Int[Array, "B"],
+    page: Int[Array, " B"],
+    offset: Int[Array, " B"],
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
 ) -> Float[Array, "L P R K W"]:
@@ -66,13 +66,13 @@ def fill_pages(
     return pages.at[layer, page].set(pairs.reshape(*page.shape, *pages.shape[2:]), mode="drop")
 
 
-def inside(index: Int[Array, ""], size: int, lengths: Int[Array, "B"]) -> Bool[Array, "B S"]:
+def inside(index: Int[Array, ""], size: int, lengths: Int[Array, " B"]) -> Bool[Array, "B S"]:
     """Which tokens of a block of `size` a sequence has."""
     return index * size + jnp.arange(size) < lengths[:, None]
 
 
 def attend_blocks(
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     size: int,
     heads: tuple[int, ...],
     dims: tuple[int, ...],
@@ -105,7 +105,7 @@ def paged_attention(
     q: Float[Array, "B N H"],
     pages: Float[Array, "L P R K W"],
     layer: Int[Array, ""],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     page_table: Int[Array, "B M"],
 ) -> Float[Array, "B N H"]:
     """As `PagedCache.paged_attention`."""

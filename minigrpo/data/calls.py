@@ -272,7 +272,7 @@ def read_score(name: str, place: int, value: Any) -> float:
     return number
 
 
-def call_reward(reward: Reward, timeout: float, arguments: dict[str, Any]) -> Float[np.ndarray, "B"]:
+def call_reward(reward: Reward, timeout: float, arguments: dict[str, Any]) -> Float[np.ndarray, " B"]:
     """Return the function's scores, NaN where it returns None: it does not apply. It may be a coroutine.
 
     UsageError naming it when it raises, exits, hangs, or returns anything but finite floats.

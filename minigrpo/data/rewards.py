@@ -269,9 +269,9 @@ GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metri
 class Scores:
     """Rewards of B completions, and what the functions logged about them."""
 
-    rewards: Float[np.ndarray, "B"]
+    rewards: Float[np.ndarray, " B"]
     """Weighted sum of all functions that apply, NaN where none does."""
-    by_function: dict[str, Float[np.ndarray, "B"]]
+    by_function: dict[str, Float[np.ndarray, " B"]]
     """Each function's own scores without its weight, NaN where it does not apply."""
     metrics: dict[str, float]
     """Of log_metric, averaged over the calls."""

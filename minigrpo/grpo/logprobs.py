@@ -33,8 +33,8 @@ class LMHead:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def token_logprobs(
-    head: LMHead, hidden: Float[Array, "M D"], weights: Float[Array, "V D"], targets: Int[Array, "M"]
-) -> tuple[Float[Array, "M"], Float[Array, "M"]]:
+    head: LMHead, hidden: Float[Array, "M D"], weights: Float[Array, "V D"], targets: Int[Array, " M"]
+) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
     """Compute log softmax(hidden @ weights^T / temperature) at `targets`, and the softmax's entropy in nats.
 
     M must be a multiple of the mesh's devices. The entropy is for reading only: no gradient flows through it.

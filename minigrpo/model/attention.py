@@ -56,7 +56,7 @@ expand.defvjp(expand_forward, expand_backward)
 
 
 @jax.custom_vjp
-def permute(x: Float[Array, "M N H"], index: Int[Array, "*P"], inverse: Int[Array, "M"]) -> Float[Array, "*P N H"]:
+def permute(x: Float[Array, "M N H"], index: Int[Array, "*P"], inverse: Int[Array, " M"]) -> Float[Array, "*P N H"]:
     """Gather entries of x, 0 past its end. Each entry goes to one place at most, `inverse`, so no scatter is needed."""
     return gather_or_zero(x, index)
 

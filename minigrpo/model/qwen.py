@@ -116,7 +116,7 @@ class LayerContext:
     """Wraps the layer, as jax.checkpoint does."""
 
 
-def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
     """Compute x / rms(x) * scale over the last dim, in float32 (arXiv:1910.07467)."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)

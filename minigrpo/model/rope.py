@@ -32,11 +32,9 @@ class RopeScaling:
         return int(self.factor * self.original_max_position_embeddings)
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Float[np.ndarray, "H2"]:
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Float[np.ndarray, " H2"]:
     """Return the angle per position of every pair of dims [H/2], float32 (arXiv:2104.09864; YaRN: equation 23)."""
-    wavelengths: Float[np.ndarray, H2] = np.float32(theta) ** (
-        np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    )
+    wavelengths: np.ndarray = np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     plain = np.float32(1) / wavelengths
     if scaling is None:
         return plain
@@ -45,7 +43,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
     return (stretched * (np.float32(1) - kept) + plain * kept).astype(np.float32)
 
 
-def ramp(head_dim: int, theta: float, scaling: RopeScaling) -> Float[np.ndarray, "H2"]:
+def ramp(head_dim: int, theta: float, scaling: RopeScaling) -> Float[np.ndarray, " H2"]:
     """Return the share of stretching of every pair of dims [H/2]: 0 for fast ones, 1 for slow ones."""
     low, high = (pair_of(turns, head_dim, theta, scaling) for turns in (scaling.beta_fast, scaling.beta_slow))
     if scaling.truncate:

@@ -24,8 +24,8 @@ class Sampler:
 
 
 def sample(
-    sampler: Sampler, logits: Float[Array, "B V"], uniforms: Float[Array, "B"]
-) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    sampler: Sampler, logits: Float[Array, "B V"], uniforms: Float[Array, " B"]
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Sample a token per row, with its log-prob under softmax(logits / temperature) before any truncation.
 
     `logits` hold -inf where there is no token. Greedy rows report the log-prob at temperature 1.
@@ -67,12 +67,12 @@ def likeliest_blocks(probs: Float[Array, "B V"], k: int) -> Float[Array, "B N"]:
     return jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(len(probs), -1)
 
 
-def top_k_limit(probs: Float[Array, "B N"], k: int) -> Float[Array, "B"]:
+def top_k_limit(probs: Float[Array, "B N"], k: int) -> Float[Array, " B"]:
     """Return the k-th largest, or 0 if there are fewer."""
     return bisect(lambda limit: (probs >= limit).sum(axis=-1) >= k, len(probs))
 
 
-def top_p_limit(probs: Float[Array, "B N"], p: float) -> Float[Array, "B"]:
+def top_p_limit(probs: Float[Array, "B N"], p: float) -> Float[Array, " B"]:
     """Return the least probability in the smallest set of tokens that holds p of the mass (arXiv:1904.09751)."""
 
     def mass(limit):
@@ -82,7 +82,7 @@ def top_p_limit(probs: Float[Array, "B N"], p: float) -> Float[Array, "B"]:
     return bisect(lambda limit: mass(limit) >= wanted, len(probs))
 
 
-def bisect(holds: Callable[[Float[Array, "B 1"]], Bool[Array, "B"]], rows: int) -> Float[Array, "B"]:
+def bisect(holds: Callable[[Float[Array, "B 1"]], Bool[Array, " B"]], rows: int) -> Float[Array, " B"]:
     """Find the largest float32 in [0, 1], for each row, for which `holds`; it holds from 0 up to some number.
 
     Such numbers are ordered like their bits, which are found one by one, the first two of 32 being 0.
@@ -96,7 +96,7 @@ def bisect(holds: Callable[[Float[Array, "B 1"]], Bool[Array, "B"]], rows: int) 
     return jnp.minimum(jax.lax.bitcast_convert_type(found, jnp.float32), 1)
 
 
-def first_past(cumulative: Float[Array, "B N"], target: Float[Array, "B"]) -> Int[Array, "B"]:
+def first_past(cumulative: Float[Array, "B N"], target: Float[Array, " B"]) -> Int[Array, " B"]:
     """Return the first index whose cumulative sum exceeds target, at most the last index with probability mass."""
     past = jnp.sum(cumulative <= target[:, None], axis=-1)
     return jnp.minimum(past, jnp.sum(cumulative < cumulative[:, -1:], axis=-1))
@@ -115,7 +115,7 @@ def running_sums(blocks: Float[Array, "B N S"]) -> Float[Array, "B N"]:
     return jnp.cumsum(blocks.sum(axis=-1), axis=-1)
 
 
-def invert_cdf(probs: Float[Array, "B V"], uniforms: Float[Array, "B"]) -> Int[Array, "B"]:
+def invert_cdf(probs: Float[Array, "B V"], uniforms: Float[Array, " B"]) -> Int[Array, " B"]:
     """Return the token where the row's running sum of unnormalised `probs` passes uniform * total; never one of 0."""
     blocks = in_blocks(probs)
     cumulative = running_sums(blocks)
