@@ -72,9 +72,7 @@ def test_advantages_by_group_batch_and_none():
     centred = np.array([0.5, -0.5, -0.5, 0.5, -0.75, 2.25, -0.75, -0.75])
     groups = np.repeat([np.std(rewards[:4], ddof=1), np.std(rewards[4:], ddof=1)], 4)
     np.testing.assert_allclose(group_advantages(rewards, 4, "group"), centred / (groups + 1e-4), rtol=1e-6)
-    np.testing.assert_allclose(
-        group_advantages(rewards, 4, "batch"), centred / (rewards.std(ddof=1) + 1e-4), rtol=1e-6
-    )
+    np.testing.assert_allclose(group_advantages(rewards, 4, "batch"), centred / (rewards.std(ddof=1) + 1e-4), rtol=1e-6)
     np.testing.assert_allclose(group_advantages(rewards, 4, "none"), centred, rtol=1e-6)
     assert (group_advantages(np.ones(4), 4, "group") == 0).all()
 

@@ -123,7 +123,8 @@ def check_spec(spec, prompts, batch):
 
 
 LAYOUTS = [(1, 64, 1), (1, 16, 4), (4, 3, 8), (2, 5, 2), (8, 2, 4), (1, 1, 16), (3, 2, 16)]
-KINDS = {"apart": (1, False), "packed": (SEQUENCES_PER_ROW, False), "shared": (SEQUENCES_PER_ROW, True), "two": (2, True)}
+KINDS = {"apart": (1, False), "packed": (SEQUENCES_PER_ROW, False), "shared": (SEQUENCES_PER_ROW, True)}
+KINDS["pairs"] = 2, True
 
 
 def spec_of_kind(kind, devices, rows, group):
@@ -174,12 +175,14 @@ def test_at_most_eight_sequences_are_in_a_row(share):
 
 
 def test_the_example_of_a_packed_batch():
-    """Of `PackedBatch`'s docstring, but that the longer sequence comes first."""
-    batch = Batch(np.array([[8, 2], [9, 2]], np.int32), np.array([2, 2], np.int32), np.zeros(2, np.float32))
-    packed = pack(PackingSpec(1, 1, 4, 3), [[5, 6], [7]], batch)
-    assert packed.tokens.tolist() == [[[[5, 6, 8, 2, 7, 9, 2]]]]
-    assert packed.position_ids.tolist() == [[[[0, 1, 2, 3, 0, 1, 2]]]] or packed.tokens.shape[1] == 2
-    assert packed.micro_batches == 2 or packed.segment_ids.tolist() == [[[[1, 1, 1, 1, 2, 2, 2]]]]
+    """A row, a micro-batch of one, with the positions whose successors are scored."""
+    batch = Batch(np.array([[8, 2, 0], [9, 2, 0]], np.int32), np.array([2, 2], np.int32), np.zeros(2, np.float32))
+    packed = taken(pack(PackingSpec(1, 1, 3, 4), [[5, 6], [7]], batch), 0, 0)
+    assert packed.tokens.tolist() == [[5, 6, 8, 2, 7, 9, 2]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert packed.segment_ids.tolist() == [[1, 1, 1, 1, 2, 2, 2]]
+    assert packed.loss_positions.tolist() == [1, 2, 4, 5] and packed.targets.tolist() == [8, 2, 9, 2]
+    assert packed.starts.tolist() == [0, 2] and packed.order.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(("devices", "rows", "group"), LAYOUTS)
@@ -217,8 +220,8 @@ def test_the_gradient_of_expanded_tokens_is_the_sum_over_their_copies():
     got, pull = jax.vjp(lambda x: expand(x, jax.tree.map(jnp.asarray, shared)), jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(np.asarray(got)[used], x[shared.tokens[used]], rtol=1e-6)
     want = np.zeros(x.shape)
-    for place in zip(*np.nonzero(used), strict=True):
-        want[shared.tokens[place]] += cotangent[place]
+    for at in zip(*np.nonzero(used), strict=True):
+        want[shared.tokens[at]] += cotangent[at]
     np.testing.assert_allclose(pull(jnp.asarray(cotangent, jnp.float32))[0], want, rtol=1e-5, atol=1e-5)
 
 

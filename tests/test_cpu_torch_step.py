@@ -56,7 +56,8 @@ def make_batch():
     prompts = [rng.integers(2, 250, size).tolist() for size in (3, 7, 5, 5, 2, 9, 4, 6)]
     lengths = np.array([4, 8, 1, 6, 8, 3, 5, 7], np.int32)
     completions = rng.integers(2, 250, (8, 8)).astype(np.int32)
-    scored = {name: rng.normal(-5, 1, completions.shape).astype(np.float32) for name in ("old_logprobs", "ref_logprobs")}
+    names = "old_logprobs", "ref_logprobs"
+    scored = {name: rng.normal(-5, 1, completions.shape).astype(np.float32) for name in names}
     advantages = rng.normal(size=8).astype(np.float32)
     return prompts, Batch(completions, lengths, advantages, **scored)
 
