@@ -32,7 +32,7 @@ from minigrpo.grpo.update import UpdateSpec, batch_logprobs, gradients
 from minigrpo.kernels import gpu as gpu_kernels
 from minigrpo.kernels.backend import backend_for
 from minigrpo.model.hub import placed
-from minigrpo.model.hub_config import parse_config, read_config
+from minigrpo.model.hub_config import check_lengths, parse_config, read_config
 from minigrpo.model.lora import make_lora
 from minigrpo.model.params import ModelConfig, join, split_trainable
 from minigrpo.model.qwen import abstract_params
@@ -142,6 +142,7 @@ def plan_spec(settings: Settings) -> RunSpec:
     config = dataclasses.replace(config, lora=make_lora(settings.lora), int8=options.quantize == "int8")
     mesh = virtual_mesh(wanted.mesh) if on_gpu else topology_mesh(wanted.topology, wanted.mesh)
     check_divisible(config.sizes, mesh)
+    check_lengths(config, settings.data.max_prompt_length, settings.rollout.max_completion_length)
     check_loss(settings)
     check_lora(settings, config)
     check_quantize(config)
