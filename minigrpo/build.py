@@ -19,7 +19,7 @@ from minigrpo.grpo.optimizer import learning_rate, make_optimizer
 from minigrpo.grpo.update import Objective, UpdateSpec
 from minigrpo.kernels.backend import backend_for
 from minigrpo.model.hub import Source, find_source, load_adapters, load_base
-from minigrpo.model.hub_config import read_config
+from minigrpo.model.hub_config import check_lengths, read_config
 from minigrpo.model.lora import make_lora, save_adapter
 from minigrpo.model.params import Lora, ModelConfig, Params, join, merge_adapters
 from minigrpo.model.qwen import quantize, random_adapters

@@ -180,8 +180,8 @@ class RewardOptions(Options):
 
     reward: str = option(
         "auto",
-        "comma-separated reward functions: NAME[*WEIGHT], FILE.py:FUNCTION[*WEIGHT] or PACKAGE.MODULE:FUNCTION[*WEIGHT]; "
-        "auto is the dataset's own",
+        "comma-separated reward functions, each with an optional *WEIGHT: NAME, FILE.py:FUNCTION or "
+        "PACKAGE.MODULE:FUNCTION; auto is the dataset's own",
     )
     reward_timeout: float = option(
         60.0, "seconds one call of a reward function may take (Python code; C code is not interrupted)", above=0.0
