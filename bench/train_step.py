@@ -82,8 +82,8 @@ class UpdateOptions(Options):
 class StepSettings(Settings):
     """The flags of this bench."""
 
-    shape: StepShape = StepShape()
-    lengths: LengthOptions = LengthOptions()
+    shape: StepShape = dataclasses.field(default_factory=StepShape)
+    lengths: LengthOptions = dataclasses.field(default_factory=LengthOptions)
     update: UpdateOptions = UpdateOptions()
 
 
