@@ -82,7 +82,7 @@ class Cycles:
 
 
 def read_schedule(text: str) -> Cycles:
-    """Find the loops of the kernel's schedule: over sequences, in it last over blocks, in that over pages three times."""
+    """Find the schedule's loops: over sequences, in it last over blocks, in that over pages three times."""
     depths: list[int] = []
     starts: dict[int, list[int]] = {1: [], 2: [], 3: []}
     for label, marks, empty in BUNDLE.findall(text):
