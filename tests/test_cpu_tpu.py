@@ -98,10 +98,13 @@ def test_the_plan_of_a_small_model(small_model, share):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--topology=v7x:2x2",), "--topology=v7x:2x2: must be one of v4, v5e, v5p, v6e"),
+        (
+            ("--topology=v7x:2x2",),
+            "--topology=v7x:2x2: unknown; try v6e:2x4, another of v4, v5e, v5p, v6e, or gpu:80GB",
+        ),
         (("--topology=v6e:3x7",), "--topology=v6e:3x7: not chips that the TPU compiler knows; use such as v6e:2x4"),
-        (("--topology=gpu:80",), "--topology=gpu:80: a GPU is written with its memory, such as gpu:80GB"),
-        (("--quantize=int8",), "--quantize=int8: whole numbers cannot be trained"),
+        (("--topology=gpu:80",), "--topology=gpu:80: a GPU is written with its memory: gpu:80GB"),
+        (("--quantize=int8",), "--quantize=int8: freezes the base weights; add --lora_rank=16"),
         (
             ("--lora_rank=4", "--lora_dropout=0.1", "--share_prompts=true"),
             "--share_prompts=true: not with --lora_dropout=0.1; leave one of them out",
@@ -115,7 +118,7 @@ def test_the_plan_of_a_small_model(small_model, share):
             ("--topology=v6e:2x2", "--mesh=4,1", "--page_size=4096", "--max_completion_length=8192"),
             "--page_size=4096: a page is too large for the kernel; use at most 2048",
         ),
-        (("--model=Qwen/Qwen9-1T",), "--model=Qwen/Qwen9-1T: neither a folder nor one of Qwen/Qwen3-0.6B"),
+        (("--model=Qwen/Qwen9-1T",), "--model=Qwen/Qwen9-1T: neither a folder nor one of builtin:tiny, "),
         (
             ("--model=Qwen/Qwen2.5-0.5B-Instruct", "--topology=v6e:2x2", "--mesh=1,4"),
             "--mesh=1,4: tp=4 does not divide the model's 14 attention heads; choose another tp",
