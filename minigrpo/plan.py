@@ -331,7 +331,9 @@ def plan_rollout(shapes: Shapes, work: Work, held: Resident, options: RolloutOpt
     slots = made.slot_count(prompts, group)
     pool = made.num_pages(prompts, group) * memory.page_bytes(spec)
     scratch = memory.rollout_scratch(spec, slots, pool) + result_bytes(spec, work.rows)
-    moved = work.rollout_bytes(chips, slots, spec.dtype.itemsize)
+    free = made.num_pages(prompts, group) - prompts * (made.prompt_width // made.page_size)
+    served = max(1, min(slots, free // made.completion_pages))  # at full length the pool holds so many at once
+    moved = work.rollout_bytes(chips, served, spec.dtype.itemsize)
     counted = Counted(held.total, work.rollout_flops() / chips, moved, scratch)
     return measure(spec, counted, rollout_program(spec.backend), made, decoded_shapes(shapes, made), *inputs, seed)
 
