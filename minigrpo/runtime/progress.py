@@ -51,7 +51,8 @@ def out_of_memory(phase: str, text: str) -> str:
     wanted = re.search(r"(?:allocating|Used|allocate) ([\d.]+ ?[KMG]i?B?|\d+ bytes)", text)
     size = f", which wanted {wanted[1]}" if wanted else ""
     cure = REDUCE.get(phase, "--max_completion_length or the model's size")
-    return f"a device ran out of memory in the {phase or 'first'} phase{size}; reduce {cure}; minigrpo.plan tells what fits"
+    where = f"a device ran out of memory in the {phase or 'first'} phase{size}"
+    return f"{where}; reduce {cure}; minigrpo.plan tells what fits"
 
 
 class Progress:
