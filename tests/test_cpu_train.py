@@ -333,10 +333,14 @@ def test_supervised_updates_that_are_not_finite_are_counted_and_end_in_an_error_
     flags = ("--dataset=builtin:arithmetic", "--problems=16", "--batch_size=4", "--max_steps=2")
     result = run(*flags, f"--output_dir={tmp_path}/a", "--learning_rate=1e30", module="sft")
     assert result.returncode == 0 and "skipped, not finite: 1" in result.stderr, result.stderr[-2000:]
-    shutil.copytree(ROOT / "minigrpo" / "builtin", tmp_path / "nan")
-    weights = tmp_path / "nan" / "model.safetensors"
+    shutil.copytree(ROOT / "minigrpo" / "builtin", tmp_path / "huge")
+    weights = tmp_path / "huge" / "model.safetensors"
     tensors = load_file(weights)
-    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * np.nan}, weights)
-    result = run(*flags, f"--model={tmp_path}/nan", f"--output_dir={tmp_path}/b", module="sft")
+    save_file(
+        tensors
+        | {"model.norm.weight": (tensors["model.norm.weight"] * 0 + 3e38).astype(tensors["model.norm.weight"].dtype)},
+        weights,
+    )
+    result = run(*flags, f"--model={tmp_path}/huge", f"--output_dir={tmp_path}/b", module="sft")
     assert result.returncode == 2 and "every update was not finite" in result.stderr, result.stderr[-2000:]
     assert not (tmp_path / "b" / "model.safetensors").exists()
