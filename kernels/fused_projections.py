@@ -1,4 +1,4 @@
-"""Products of a decoding step, and what follows them, as Pallas Mosaic kernels for Hopper GPUs.
+"""Matmuls of a decoding step, and the operations after them, as Pallas Mosaic kernels for Hopper GPUs.
 
 Few rows meet large matrices, so the bound is the bandwidth at which weights arrive. One warpgroup makes two tiles of 64
 columns that belong together: the same columns of gate and up, or the halves of a head, which rope mixes.
@@ -18,10 +18,10 @@ from jaxtyping import Array, Float
 from .hopper import IN_TILES, ROWS, TILE_LANES, load
 
 COLUMNS = TILE_LANES
-"""Columns of one product."""
+"""Columns of one matmul."""
 
 DEPTH, BUFFERS = 128, 4
-"""What is summed over at a time, and how many such blocks of the operands shared memory holds: 192 KB."""
+"""Terms summed at a time, and the number of such operand blocks that fit in shared memory: 192 KB."""
 
 
 def takes(rows: int, depth: int, dtype: Any) -> bool:
@@ -41,7 +41,7 @@ class Ring:
 
 
 def two_products(x: Any, ring: Ring, fetch_weights: Callable[[Any, Any, Any, Any], None]) -> tuple[Array, Array]:
-    """x [ROWS, D] times two tiles of weights, float32 [ROWS, COLUMNS] each.
+    """Multiply x [ROWS, D] with two tiles of weights -> float32 [ROWS, COLUMNS] each.
 
     fetch_weights(depth, first, second, arrived) starts the copies of the tiles' rows `depth` to where they go.
     """
@@ -72,7 +72,7 @@ def two_products(x: Any, ring: Ring, fetch_weights: Callable[[Any, Any, Any, Any
 
 
 def gated_kernel(x, gate, up, out, results, *ring):
-    """One tile of columns of silu(x gate) * (x up)."""
+    """Compute one tile of columns of silu(x gate) * (x up)."""
     columns = pl.ds(jax.lax.axis_index("tile") * COLUMNS, COLUMNS)
 
     def fetch(depth, first, second, arrived):
@@ -87,7 +87,7 @@ def gated_kernel(x, gate, up, out, results, *ring):
 
 
 def store_head(first: Array, second: Array, results: Any, out: Any, head: Any) -> None:
-    """Stores the two halves of a head of every row."""
+    """Store the two halves of a head of every row."""
     results[:, pl.ds(0, COLUMNS)] = first.astype(results.dtype)
     results[:, pl.ds(COLUMNS, COLUMNS)] = second.astype(results.dtype)
     plgpu.commit_smem()
@@ -95,7 +95,7 @@ def store_head(first: Array, second: Array, results: Any, out: Any, head: Any) -
 
 
 def norm_and_turn(first: Array, second: Array, scale: Any, cos: Any, sin: Any, eps: float) -> tuple[Array, Array]:
-    """RMS norm of a head, then rope, all in float32."""
+    """Apply RMS norm to a head, then rope, all in float32."""
 
     def half_scale(start):
         columns = load(scale.at[pl.ds(start, COLUMNS)], plgpu.Layout.WGMMA.reduce(0))
@@ -109,7 +109,7 @@ def norm_and_turn(first: Array, second: Array, scale: Any, cos: Any, sin: Any, e
 
 
 def heads_kernel(x, q, k, v, q_norm, k_norm, cos, sin, q_out, k_out, v_out, results, *ring, eps):
-    """One head of every row, of queries, keys or values."""
+    """Compute one head of every row: of the queries, keys or values."""
     head, (queries, keys) = jax.lax.axis_index("head"), (q.shape[0], k.shape[0])
     kinds = (
         (head < queries, head, q, q_out, q_norm),
@@ -140,7 +140,7 @@ def heads_kernel(x, q, k, v, q_norm, k_norm, cos, sin, q_out, k_out, v_out, resu
 def run(
     body: Callable, tiles: int, name: str, width: int, outs: Any, interpret: Any, x: Array, *operands: Array
 ) -> Any:
-    """Runs a kernel over `tiles` pairs of tiles, called `name`; `width` is that of what a tile stores."""
+    """Run a kernel called `name` over `tiles` pairs of tiles; `width` is the number of columns that a tile stores."""
 
     def tiled(*shape):
         return plgpu.SMEM(shape, x.dtype, transforms=IN_TILES)
@@ -164,14 +164,14 @@ def run(
 
 
 def check(x: Array, right: bool, columns: str) -> None:
-    """ValueError for operands that the kernels would read in part only; `right` says whether `columns` are as asked."""
+    """Raise ValueError for operands of sizes that the kernels do not take; `right` tells if `columns` are valid."""
     rows, depth = x.shape
     if rows > ROWS or depth % DEPTH or not right:
         raise ValueError(f"x {x.shape}, {columns}: at most {ROWS} rows, and sums over a multiple of {DEPTH}")
 
 
 def whole(x: Array) -> Array:
-    """Filled with rows of zeros up to ROWS."""
+    """Pad x with rows of zeros up to ROWS."""
     return jnp.pad(x, ((0, ROWS - len(x)), *[(0, 0)] * (x.ndim - 1)))
 
 
@@ -179,9 +179,9 @@ def whole(x: Array) -> Array:
 def gated(
     x: Float[Array, "B D"], gate: Float[Array, "D F"], up: Float[Array, "D F"], interpret: Any = None
 ) -> Float[Array, "B F"]:
-    """silu(x gate) * (x up) (arXiv:2002.05202). `interpret` runs it elsewhere, as jax's Pallas takes it.
+    """Compute silu(x gate) * (x up) (arXiv:2002.05202). `interpret` emulates the kernel, as in jax's Pallas.
 
-    ValueError for more than ROWS rows, a D that is no multiple of DEPTH, or an F that is none of COLUMNS.
+    Raises ValueError for more than ROWS rows, a D that is no multiple of DEPTH, or an F that is none of COLUMNS.
     """
     width = gate.shape[1]
     check(x, width % COLUMNS == 0, f"{width} columns, which must be a multiple of {COLUMNS}")
@@ -198,10 +198,10 @@ def heads(
     eps: float,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K H"], Float[Array, "B K H"]]:
-    """Queries, keys and values; queries and keys normed (arXiv:1910.07467) and rotated (arXiv:2104.09864).
+    """Project to queries, keys and values; norm (arXiv:1910.07467) and rotate (arXiv:2104.09864) queries and keys.
 
     `norms` are the scales of queries and keys, `angles` the cosines and sines of the rows' positions, float32.
-    ValueError as for `gated`, and for heads of another size than 2 * COLUMNS.
+    Raises ValueError as `gated` does, and for heads of another size than 2 * COLUMNS.
     """
     dim = weights[0].shape[2]
     check(x, dim == 2 * COLUMNS, f"heads of {dim}, which must be {2 * COLUMNS}")

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def paged_attention(q, pages, layer, lengths, page_table):
-    """q [B,N,H], pages [L,P,S,2*K*H], lengths [B], page_table [B,M] -> [B,N,H] in float64."""
+    """Attend in float64: q [B,N,H], pages [L,P,S,2*K*H], lengths [B], page_table [B,M] -> [B,N,H]."""
     q, pages = np.asarray(q, np.float64), np.asarray(pages, np.float64)
     out = np.zeros_like(q)
     num_heads, dim = q.shape[1:]
@@ -23,14 +23,14 @@ def paged_attention(q, pages, layer, lengths, page_table):
 
 
 def gated(x, gate, up):
-    """x [B,D], gate and up [D,F] -> silu(x gate) * (x up) [B,F] in float64."""
+    """Compute silu(x gate) * (x up) [B,F] in float64 from x [B,D], gate and up [D,F]."""
     x, gate, up = (np.asarray(array, np.float64) for array in (x, gate, up))
     through = x @ gate
     return through / (1 + np.exp(-through)) * (x @ up)
 
 
 def head(x, weights, scale, positions, theta, eps):
-    """x [B,D], weights [D,H], scale [H], positions [B] -> x times weights, RMS-normed and rotated, [B,H] in float64."""
+    """Multiply x [B,D] with weights [D,H], RMS-norm by scale [H], rotate to positions [B] -> [B,H] in float64."""
     x, weights, scale = (np.asarray(array, np.float64) for array in (x, weights, scale))
     out = x @ weights
     half = weights.shape[1] // 2

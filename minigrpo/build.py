@@ -167,12 +167,12 @@ class Build:
 
     @property
     def settings(self) -> Settings:
-        """The settings, every "auto" decided."""
+        """Return the settings, every "auto" decided."""
         return self.spec.settings
 
     @property
     def own_template(self) -> str | None:
-        """The chat template of --chat_template=FILE, which is written with the model."""
+        """Return the chat template of --chat_template=FILE, which is written with the model."""
         given = self.settings.data.chat_template
         return None if given in ("auto", "none") else self.tokenizer.template.source
 

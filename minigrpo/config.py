@@ -37,7 +37,7 @@ def option(
     high: Any = None,
     below: Any = None,
 ):
-    """A dataclass field that is also a flag: `low` <= value <= `high`, `above` < value < `below`, or a choice."""
+    """Return a dataclass field that is also a flag: `low` <= value <= `high`, `above` < value < `below`, or a choice."""
     limits = {"choices": choices, "low": low, "above": above, "high": high, "below": below}
     return dataclasses.field(default=default, metadata={"help": text, **limits})
 
@@ -52,6 +52,7 @@ class Options:
 
 
 def check_limits(field: dataclasses.Field, value: Any) -> None:
+    """Raise UsageError that names the flag if a value breaks a limit of its field; None breaks none."""
     if value is None:
         return
     meta = field.metadata
@@ -170,7 +171,7 @@ class RolloutOptions(Options):
 
     @property
     def slot_limit(self) -> int:
-        """Most slots; 0 is as many as memory allows."""
+        """Return the largest number of slots; 0 is as many as memory allows."""
         return 0 if self.slots == "auto" else int(self.slots)
 
 
@@ -304,6 +305,7 @@ class StepOptions(Options):
 
     @property
     def updates_per_step(self) -> int:
+        """Return the number of optimizer updates per step."""
         return self.num_iterations * self.num_minibatches
 
 
@@ -428,7 +430,7 @@ class TinyOptions(Options):
 
 
 def field_type(field: dataclasses.Field) -> type:
-    """The plain type behind a field's annotation: float for `float | None`."""
+    """Return the plain type behind a field's annotation: float for `float | None`."""
     kind = field.type
     if isinstance(kind, types.UnionType):
         kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
@@ -583,7 +585,7 @@ def is_own_file(name: Any) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The file's object, {} when it does not exist; UsageError naming it when it is not JSON."""
+    """Return a file's JSON object, {} when it does not exist; UsageError naming the file when it is not JSON."""
     if not path.exists():
         return {}
     try:

@@ -46,7 +46,7 @@ def held_out(tokenizer: Tokenizer, options: DataOptions, size: int) -> PromptSet
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
-    """95 % Wilson interval of a share of `count` trials (Wilson 1927, eq. 1)."""
+    """Return the 95 % Wilson interval of a share of `count` trials (Wilson 1927, eq. 1)."""
     centre = share + Z95**2 / (2 * count)
     half = Z95 * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
     return (centre - half) / (1 + Z95**2 / count), (centre + half) / (1 + Z95**2 / count)
@@ -110,13 +110,13 @@ def grade(texts: list[str], problems: PromptSet) -> Grades:
 
 
 def pass_at(right: Bool[np.ndarray, "P K"], k: int) -> float:
-    """Chance that one of k answers is right, estimated from all of them (arXiv:2107.03374, eq. 1)."""
+    """Estimate the chance that one of k answers is right from all of them (arXiv:2107.03374, eq. 1)."""
     total, wrong = right.shape[1], (~right).sum(axis=1)
     return float(np.mean([1 - math.comb(int(n), k) / math.comb(total, k) for n in wrong]))
 
 
 def figures(grades: Grades) -> dict[str, float]:
-    """Accuracy of single answers; with several, pass@k for powers of two and the majority's accuracy too."""
+    """Compute the accuracy of single answers; with several, pass@k for powers of two and the majority's accuracy too."""
     samples = grades.flexible.shape[1]
     more = [2**i for i in range(1, samples.bit_length())]
     several = {f"pass@{k}": pass_at(grades.flexible, k) for k in more}
@@ -137,7 +137,7 @@ def accuracy(
 def evaluate(
     built: Build, problems: PromptSet, decoding: RolloutOptions
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One model's figures with their interval, and a line for every answer."""
+    """Evaluate one model -> its figures with their interval, and a line for every answer."""
     options, name = built.settings.evaluate, built.settings.model.model
     started = time.perf_counter()
     params = built.load(options.seed)
@@ -159,7 +159,7 @@ def evaluate(
 
 
 def report(result: dict[str, Any], dataset: str) -> None:
-    """What a person reads of one model's figures."""
+    """Print one model's figures for a person to read."""
     low, high = result["interval"]
     several = "".join(f", {name} {result[name]:.1%}" for name in result if "@" in name)
     sys.stderr.write(
@@ -170,7 +170,7 @@ def report(result: dict[str, Any], dataset: str) -> None:
 
 
 def check_output(output: str) -> None:
-    """UsageError, before any work, for a file that cannot be written or is there already."""
+    """Raise UsageError, before any work, for a file that cannot be written or already exists."""
     path = Path(output)
     if output and path.exists():
         raise UsageError(f"--output={output}: is there already; name a new file")
@@ -179,7 +179,7 @@ def check_output(output: str) -> None:
 
 
 def build_one(settings: Settings, model: str, asked: dict[str, Any]) -> Build:
-    """The model or the base, the latter named as such in errors."""
+    """Build the model or the base; errors name the base as such."""
     try:
         return build(settings.with_values({"model": model}), settings.evaluate.mesh, {model: asked})
     except UsageError as error:
@@ -189,6 +189,7 @@ def build_one(settings: Settings, model: str, asked: dict[str, Any]) -> Build:
 
 
 def main(settings: Settings) -> int:
+    """Evaluate --model, and --base if given, and print the figures; return the exit code."""
     options = settings.evaluate
     models = [settings.model.model] + ([options.base] if options.base else [])
     check_output(options.output)

@@ -64,7 +64,7 @@ NO_TPU = {
 
 
 def topology_devices(name: str) -> list[Any]:
-    """Chips that are not there, for the compiler; UsageError for an unknown topology.
+    """Return abstract chips for the compiler; UsageError for an unknown topology.
 
     Programs for them cannot be read back from jax's cache of compiled ones, so that is off from here on.
     """
@@ -84,7 +84,7 @@ def topology_devices(name: str) -> list[Any]:
 
 
 def topology_mesh(name: str, mesh_flag: str) -> Mesh:
-    """A mesh of chips that are not there; UsageError for a mesh of another size."""
+    """Return a mesh of abstract chips; UsageError for a mesh of another size."""
     fsdp, tp = parse_mesh(mesh_flag)
     devices = topology_devices(name)
     if len(devices) != fsdp * tp:

@@ -19,7 +19,7 @@ PIECES = r"\p{N}| ?\p{L}+|[^\p{L}\p{N}\s]+|\s+"
 
 
 def train_tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level BPE learned from generated problems and their solutions."""
+    """Train a byte-level BPE on generated problems and their solutions."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -39,6 +39,7 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def model_config(options: TinyOptions) -> dict:
+    """Return the config.json of a tiny Qwen3."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -57,6 +58,7 @@ def model_config(options: TinyOptions) -> dict:
 
 
 def main(settings: Settings) -> int:
+    """Write a tiny model with random weights to --output_dir; return the exit code."""
     options = settings.tiny
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """How far a run is; saved with every checkpoint."""
+    """Progress of a run, saved with every checkpoint."""
 
     step: int = 0
     """Finished steps."""
@@ -482,7 +482,7 @@ def make_validation(run: Run, held: PromptSet, state: TrainState) -> Evaluation:
 
 
 def with_run_settings(settings: Settings) -> Settings:
-    """Return settings in which a resumed run's own stand for every flag that was not given."""
+    """Return settings with a resumed run's own values for every flag that was not given."""
     if not settings.run.resume:
         return settings
     if settings.run.output_dir == "auto":

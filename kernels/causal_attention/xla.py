@@ -21,13 +21,13 @@ MASKED_SCORE = -1e30
 
 
 def by_kv_head(x: Float[Array, "T N H"], kv_heads: int) -> Float[Array, "K GT H"]:
-    """Queries, or what belongs to them, of each key-value head."""
+    """Group queries, or anything that belongs to them, by their key-value head."""
     queries, _, dim = x.shape
     return x.reshape(queries, kv_heads, -1, dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, dim)
 
 
 def by_query(x: Float[Array, "K GT H"], queries: int) -> Float[Array, "T N H"]:
-    """The inverse of `by_kv_head`."""
+    """Invert `by_kv_head`."""
     kv_heads, _, dim = x.shape
     return x.reshape(kv_heads, -1, queries, dim).transpose(2, 0, 1, 3).reshape(queries, -1, dim)
 
@@ -67,6 +67,7 @@ def attend_block(
 
 
 def attend_forward(positions, q, k, v, segments):
+    """Attend as `attend_block` -> its result, and everything that the backward pass needs."""
     out = checkpoint_name(attend_block(positions, q, k, v, segments), ATTENTION)
     return out, (positions, q, k, v, segments, out)
 

@@ -32,7 +32,7 @@ VMEM_BYTES, TABLE_BYTES = 32 << 20, (1 << 20) - (1 << 14)
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """How the kernel walks the cache. Changes time and VMEM; numbers only by the order of summation."""
+    """Block sizes of the kernel's walk over the cache. They change time and VMEM; numbers only by the order of sums."""
 
     block_bytes: int = 2 << 20
     """Keys and values attended to at a time."""
@@ -41,17 +41,18 @@ class Tuning:
 
 
 def read_tuning(device_kind: str) -> Tuning:
-    """The values counted best for this device (bench/kernel_cycles.py), from tuned.json, or the defaults."""
+    """Return the tuning counted best for this device (bench/kernel_cycles.py), from tuned.json, or the defaults."""
     values = json.loads(Path(__file__).with_name("tuned.json").read_text())
     return Tuning(**values.get(device_kind, {}))
 
 
 def page_shape(page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    """Return [S, 2*K*H]."""
     return page_size, 2 * kv_heads * head_dim
 
 
 def kv_heads(pages: Float[Array, "L P S W"], head_dim: int) -> int:
-    """How many heads of this size the pages hold; 0 if they hold others."""
+    """Return the number of heads of this size in the pages; 0 if they hold others."""
     return 0 if pages.shape[3] % (2 * head_dim) else pages.shape[3] // (2 * head_dim)
 
 
@@ -63,7 +64,7 @@ def append_rows(
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
 ) -> Float[Array, "L P S W"]:
-    """As `PagedCache.append_rows`."""
+    """Append a token per sequence; see `PagedCache.append_rows`."""
     rows = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1).astype(pages.dtype)
     return pages.at[layer, page, offset].set(rows, mode="drop")
 
@@ -75,12 +76,13 @@ def fill_pages(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
 ) -> Float[Array, "L P S W"]:
-    """As `PagedCache.fill_pages`."""
+    """Write whole pages; see `PagedCache.fill_pages`."""
     rows = jnp.stack([k, v], axis=3).reshape(*page.shape, *pages.shape[2:]).astype(pages.dtype)
     return pages.at[layer, page].set(rows, mode="drop")
 
 
 def pages_per_block(tuning: Tuning, page_bytes: int, max_pages: int) -> int:
+    """Return how many pages of `page_bytes` the kernel fetches per block."""
     return max(1, min(tuning.block_bytes // page_bytes, max_pages))
 
 
@@ -99,17 +101,17 @@ class Shape:
 
     @property
     def block(self) -> int:
-        """Tokens of a block."""
+        """Return the tokens of a block."""
         return self.block_pages * self.page_size
 
     @property
     def split(self) -> bool:
-        """Whether keys and values are sliced apart, which is free where a head fills whole vector registers."""
+        """Tell if keys and values are sliced separately, which is free if a head fills whole vector registers."""
         return self.dim % LANES == 0
 
     @property
     def width(self) -> int:
-        """Lanes of the block-diagonal queries: those of all keys, or of all keys and values."""
+        """Return the lanes of the block-diagonal queries: all keys' lanes, or all keys' and values'."""
         return self.kv_heads * self.dim * (1 if self.split else 2)
 
 
@@ -117,7 +119,7 @@ class Shape:
 
 
 def page_copies(shape: Shape, refs: "Refs", sequence, block, slot, do):
-    """Applies `do`, start or wait, to the DMA of every page that the block of the sequence has."""
+    """Apply `do`, start or wait, to the DMA of every page that the block of the sequence has."""
     first = block * shape.block_pages
     pages = (refs.lengths[sequence] + shape.page_size - 1) // shape.page_size
 
@@ -129,20 +131,22 @@ def page_copies(shape: Shape, refs: "Refs", sequence, block, slot, do):
 
 
 def start(copy):
+    """Start a DMA."""
     copy.start()
 
 
 def wait(copy):
+    """Wait for a DMA to end."""
     copy.wait()
 
 
 def num_blocks(shape: Shape, length):
-    """Blocks of a sequence; one, without pages, for an empty one."""
+    """Return the number of blocks of a sequence; an empty one has one block without pages."""
     return jnp.maximum(1, (length + shape.block - 1) // shape.block)
 
 
 def fetch_next(shape: Shape, refs: "Refs"):
-    """Starts the DMAs of the cursor's block and moves the cursor on, into the next sequence after the last block."""
+    """Start the DMAs of the cursor's block and move the cursor on, after the last block into the next sequence."""
     sequence, block, slot = refs.cursor[0], refs.cursor[1], refs.cursor[2]
 
     @pl.when(sequence < shape.batch)
@@ -155,11 +159,12 @@ def fetch_next(shape: Shape, refs: "Refs"):
 
 
 def next_slot(shape: Shape, slot):
+    """Return the buffer after `slot` in the ring."""
     return jnp.where(slot + 1 == shape.buffers, 0, slot + 1)
 
 
 def fill_with_zeros(shape: Shape, refs: "Refs", slot, valid):
-    """Clears a buffer from row `valid` on: what lies there may be anything, and 0 * NaN is not 0."""
+    """Clear a buffer from row `valid` on: its old contents may be NaN, and 0 * NaN is not 0."""
 
     def clear(entry, _):
         page = refs.buffers[slot, entry]
@@ -173,7 +178,7 @@ def fill_with_zeros(shape: Shape, refs: "Refs", slot, valid):
 
 
 def kv_lanes(shape: Shape, rows, part: int):
-    """Keys (part 0) or values (part 1) of buffered rows [S, 2*K*H] -> [S, width]; all lanes if they are not split."""
+    """Take keys (part 0) or values (part 1) of rows [S, 2*K*H] -> [S, width]; all lanes if they are not split."""
     if not shape.split:
         return rows
     pieces = [rows[:, (2 * k + part) * shape.dim :][:, : shape.dim] for k in range(shape.kv_heads)]
@@ -181,14 +186,14 @@ def kv_lanes(shape: Shape, rows, part: int):
 
 
 def owned(shape: Shape, kv_head: int):
-    """[N, 1]: which query heads share this kv head."""
+    """Return [N, 1], True for query heads that share this kv head."""
     group = shape.heads // shape.kv_heads
     head = jax.lax.broadcasted_iota(jnp.int32, (shape.heads, 1), 0)
     return (head >= kv_head * group) & (head < (kv_head + 1) * group)
 
 
 def block_diagonal(shape: Shape, q):
-    """q [N, H] -> [N, width], each head's vector in the key lanes of its kv head."""
+    """Arrange q [N, H] as [N, width], each head's vector in the key lanes of its kv head."""
     pieces = []
     for k in range(shape.kv_heads):
         pieces += [jnp.where(owned(shape, k), q, 0)] + ([] if shape.split else [jnp.zeros_like(q)])
@@ -196,7 +201,7 @@ def block_diagonal(shape: Shape, q):
 
 
 def diagonal(shape: Shape, acc):
-    """[N, width] -> [N, H]: each head's output from the value lanes of its kv head."""
+    """Extract [N, H] from [N, width]: each head's output from the value lanes of its kv head."""
     stride, offset = (shape.dim, 0) if shape.split else (2 * shape.dim, shape.dim)
     out = jnp.zeros((shape.heads, shape.dim), jnp.float32)
     for k in range(shape.kv_heads):
@@ -205,14 +210,14 @@ def diagonal(shape: Shape, acc):
 
 
 def dot(a, b, contract: tuple[int, int]):
-    """Product over one dim of each, in float32; float32 operands are multiplied in full precision."""
+    """Contract one dim of each operand, in float32; float32 operands are multiplied in full precision."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = ((contract[:1], contract[1:]), ((), ()))
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def attend_block(shape: Shape, refs: "Refs", q, slot, valid, state):
-    """One more block in the running softmax; `valid` rows of the buffer are tokens of the sequence."""
+    """Update the running softmax with one more block; `valid` rows of the buffer are tokens of the sequence."""
     peak, total, acc = state
     rows = refs.buffers[slot].reshape(shape.block, -1)
     scores = dot(q, kv_lanes(shape, rows, 0), (1, 1)) / math.sqrt(shape.dim)
@@ -226,7 +231,7 @@ def attend_block(shape: Shape, refs: "Refs", q, slot, valid, state):
 
 @dataclasses.dataclass(frozen=True)
 class Refs:
-    """What the kernel reads and writes."""
+    """References to everything that the kernel reads and writes."""
 
     layer: Any  # SMEM int32 [1]
     lengths: Any  # SMEM int32 [B]
@@ -240,7 +245,7 @@ class Refs:
 
 
 def kernel(shape: Shape, *args):
-    """Attention of one sequence. Blocks are fetched `buffers - 1` ahead of the one attended to."""
+    """Attend to one sequence. Blocks are fetched `buffers - 1` ahead of the current one."""
     refs, sequence = Refs(*args), pl.program_id(0)
 
     @pl.when(sequence == 0)
@@ -278,7 +283,7 @@ def tuned_attention(
     tuning: Tuning,
     interpret: Any = False,
 ) -> Float[Array, "B N H"]:
-    """As `PagedCache.paged_attention`, with a given tuning; `interpret` as in pallas_call runs it elsewhere."""
+    """Run `PagedCache.paged_attention` with a given tuning; `interpret` emulates the kernel, as in pallas_call."""
     batch, heads, dim = q.shape
     page_size, width = pages.shape[2:]
     row_bytes = width * pages.dtype.itemsize

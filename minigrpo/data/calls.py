@@ -30,7 +30,7 @@ LONGEST_SHOWN = 300
 
 @dataclass(frozen=True)
 class Reward:
-    """One reward function with its name and weight."""
+    """A reward function with its name and weight."""
 
     name: str
     function: RewardFunction
@@ -113,6 +113,7 @@ def error_place(error: BaseException, folder: Path | None) -> str:
 
 
 def describe(error: BaseException, function: Any) -> str:
+    """Describe an error raised by a reward function, with the file and line in it."""
     code = code_of(function)
     place = error_place(error, Path(code.co_filename).parent if code else None)
     if not place and code:
@@ -131,6 +132,7 @@ def lacking(function: RewardFunction, names: Iterable[str]) -> list[str]:
 
 
 def parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
+    """Return the function's parameters by name; **kwargs alone for C functions without a signature."""
     try:
         return inspect.signature(function).parameters
     except (TypeError, ValueError):  # some functions of C have no signature
@@ -138,7 +140,7 @@ def parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
 
 
 def check_parameters(reward: Reward, names: Iterable[str]) -> None:
-    """UsageError when the function needs an argument that is not among `names`."""
+    """Raise UsageError when the function needs an argument that is not among `names`."""
     names = list(names)
     missing = lacking(reward.function, names)
     if missing:
@@ -204,7 +206,7 @@ def in_thread(work: Callable[[], Any], seconds: float = math.inf) -> Any:
 
 @contextlib.contextmanager
 def interrupted_after(seconds: float) -> Iterator[None]:
-    """Raise Overtime in the main thread after so many seconds: a thread ends sleeps, a timer regular expressions."""
+    """Raise Overtime in the main thread after some seconds: a thread ends sleeps, a timer regular expressions."""
     done = threading.Event()
     main, end = threading.main_thread().ident or 0, time.monotonic() + seconds
 
@@ -237,6 +239,7 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
 
 
 async def finish(scores: Awaitable[Any]) -> Any:
+    """Await the scores of an async reward function."""
     return await scores
 
 
@@ -256,6 +259,7 @@ def read_scores(name: str, scores: Any, count: int) -> list[float]:
 
 
 def read_score(name: str, place: int, value: Any) -> float:
+    """Read one returned score as a float, NaN for None; UsageError for anything that is not a finite number."""
     if value is None:
         return math.nan
     try:

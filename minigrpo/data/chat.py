@@ -46,7 +46,7 @@ class Tokenizer:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens: the model's vocabulary may have more rows, which are padding."""
+        """Return the number of real tokens: the model's vocabulary may have more rows, which are padding."""
         return max(self.hub.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -58,6 +58,7 @@ class Tokenizer:
         return self.tokens_of(texts, add_special_tokens=self.raw)
 
     def tokens_of(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """Tokenize texts; UsageError for text that is not Unicode, such as half of a surrogate pair."""
         broken = next((text for text in texts if any("\ud800" <= char <= "\udfff" for char in text)), None)
         if broken is not None:
             raise UsageError(f"{broken!r:.60}: not Unicode text, so it cannot be tokenized")
@@ -240,6 +241,7 @@ def file_ends(path: Path, hub: HubTokenizer) -> tuple[int, ...]:
 
 
 def is_token(value: Any, hub: HubTokenizer) -> bool:
+    """Tell if a value is the id of one of the tokenizer's tokens."""
     return type(value) is int and 0 <= value < 2**32 and hub.id_to_token(value) is not None
 
 

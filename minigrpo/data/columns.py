@@ -81,6 +81,7 @@ def column_names(row: Row) -> str:
 
 
 def is_struct(value: Any) -> bool:
+    """Tell if a cell is a non-empty struct."""
     return isinstance(value, dict) and bool(value)
 
 
@@ -129,6 +130,7 @@ def text_of(where: str, content: Any) -> str:
 
 
 def is_text_part(part: Any) -> bool:
+    """Tell if a part of a message's content is text."""
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
@@ -167,6 +169,7 @@ def prompt_cell(column: str, row: Row) -> Prompt:
 
 
 def nonempty(messages: list[Message]) -> list[Message]:
+    """Return the messages; CellError when there are none."""
     if not messages:
         raise CellError("has no messages before the answer")
     return messages
@@ -198,6 +201,7 @@ def history_turn(turn: Any) -> list[Message]:
 
 
 def system_text(row: Row) -> str:
+    """Return a row's system message, empty if it has none; CellError when it is not text."""
     value = row.get("system") or ""
     if not isinstance(value, str):
         raise CellError(f"has {describe(value)} as 'system'; it must be text")
@@ -219,7 +223,7 @@ def prompt_reader(row: Row, options: DataOptions) -> Reader:
 
 
 def refuse_unused(row: Row) -> None:
-    """CellError for a column that other libraries would put into the prompt."""
+    """Raise CellError for a column that other libraries would put into the prompt."""
     found = next((column for column in UNUSED if row.get(column)), None)
     if found:
         raise CellError(f"has {UNUSED[found]} in {found!r}, which minigrpo does not train on; remove the column")

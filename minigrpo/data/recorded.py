@@ -75,6 +75,7 @@ def recorded_prompt(options: DataOptions, row: Row, before: list[Any]) -> Any:
 
 
 def scored_lists(row: Row) -> Recorded:
+    """Return a row's responses and scores; CellError unless there are as many of each."""
     responses, scores = row["responses"], row.get("scores")
     if not isinstance(responses, list) or not responses or not isinstance(scores, list):
         raise CellError("needs a list of responses and as many scores")

@@ -62,6 +62,7 @@ class JsonLines(Rows):
         return len(self.ends)
 
     def row(self, index: int) -> Row:
+        """Parse the row at `index`."""
         start = self.ends[index - 1] if index else 0
         row: Row = json.loads(self.text[start : self.ends[index]])
         return row
@@ -77,6 +78,7 @@ class Table(Rows):
         return len(self.table)
 
     def row(self, index: int) -> Row:
+        """Return the table's row at `index`."""
         return dict(self.table[index])
 
     def __iter__(self) -> Iterator[Row]:
@@ -95,6 +97,7 @@ class Selected(Rows):
         return len(self.indices)
 
     def row(self, index: int) -> Row:
+        """Return the chosen row at `index`."""
         return self.source[self.indices[index]]
 
 
@@ -110,6 +113,7 @@ class Mapped(Rows):
         return len(self.source)
 
     def row(self, index: int) -> Row:
+        """Return the converted row at `index`."""
         return self.converted(index, self.source[index])
 
     def __iter__(self) -> Iterator[Row]:

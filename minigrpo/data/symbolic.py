@@ -69,10 +69,12 @@ def digits(expression: Any) -> float:
 
 
 def affordable(expressions: list[Any]) -> bool:
+    """Tell if comparing the expressions takes bounded time: numbers of at most MOST_DIGITS digits."""
     return all(isinstance(expression, str) or digits(expression) <= MOST_DIGITS for expression in expressions)
 
 
 def compare(given: str, wanted: str) -> str:
+    """Compare two expressions by math-verify -> "true", "false" or "undecided"."""
     import math_verify
 
     both = parse(given), parse(wanted)
@@ -130,6 +132,7 @@ def judge(given: str, wanted: str) -> str:
 
 
 def serve() -> None:
+    """Answer one JSON pair of expressions per line of stdin, after a warm-up, until it ends."""
     logging.disable(logging.CRITICAL)
     for text in WARM_UP:
         compare(text, "x+2")
@@ -195,6 +198,7 @@ class Process:
 
 
 def read_line(child: subprocess.Popen[str]) -> str:
+    """Read one line of the child's answers."""
     assert child.stdout
     return child.stdout.readline().strip()
 

@@ -1,6 +1,6 @@
 """Batches of sequences, and how they are packed into micro-batches of one fixed shape.
 
-Sequences are dealt to devices, and each device's to rows of `row_tokens`, several in a row, told apart by segment ids.
+Sequences are dealt to devices, and each device's to rows of `row_tokens`, several in a row, marked by segment ids.
 A micro-batch holds a fixed number of rows per device. How many micro-batches a batch needs is a number that the update
 reads; the arrays have room for the worst case, so that their shapes never change. With shared prefixes the layers see
 packed tokens instead of rows: a prompt is there once for all of its completions, and only attention and the LM head see

@@ -17,7 +17,7 @@ from minigrpo.kernels.backend import HeadTiles
 from minigrpo.runtime.mesh import DATA, FSDP, TP
 
 LOWEST = -1e30
-"""Stands for -inf where a difference of two of them must not become NaN."""
+"""Replaces -inf where a difference of two of them must not become NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ def token_logprobs(
 
 
 def forward(head, hidden, weights, targets):
+    """Compute `token_logprobs` -> its results, and everything that the backward pass needs."""
     rows, split = PartitionSpec(DATA), PartitionSpec(TP)
     run = jax.shard_map(
         functools.partial(local_forward, head),
@@ -56,6 +57,7 @@ def forward(head, hidden, weights, targets):
 
 
 def backward(head, saved, cotangents):
+    """Compute gradients of hidden states and weights for the cotangents of the log-probs."""
     hidden, weights, targets, log_total = saved
     rows = PartitionSpec(DATA)
     run = jax.shard_map(

@@ -1,4 +1,4 @@
-"""What --model may name: a Hub id, a model folder, an adapter, a run folder, or one of a run's checkpoints."""
+"""Sources that --model may name: a Hub id, a model folder, an adapter, a run folder, or one of a run's checkpoints."""
 
 import dataclasses
 from pathlib import Path

@@ -74,7 +74,7 @@ def sizes(raw: dict[str, Any], source: str) -> dict[str, int]:
 
 
 def check_sizes(config: ModelConfig, source: str) -> None:
-    """UsageError for sizes that do not fit each other, or that no memory holds; nothing is made for this."""
+    """Raise UsageError for sizes that contradict each other or that no memory holds; nothing is allocated for this."""
     if config.num_attention_heads % config.num_key_value_heads:
         raise UsageError(
             f"{source}: num_attention_heads {config.num_attention_heads} is not a multiple of "
@@ -94,7 +94,7 @@ def check_sizes(config: ModelConfig, source: str) -> None:
 
 
 def check_lengths(config: ModelConfig, prompt_limit: int, completion_limit: int) -> None:
-    """UsageError for prompts and completions that together pass the model's positions, YaRN's counted."""
+    """Raise UsageError for prompts and completions that together pass the model's positions, YaRN's counted."""
     scaling: RopeScaling | None = getattr(config, "rope_scaling", None)
     most = max(config.max_position_embeddings, scaling.positions if scaling else 0)
     if prompt_limit + completion_limit > most:
@@ -118,6 +118,7 @@ def field(raw: dict[str, Any], source: str, name: str, default: Any = None) -> A
 
 
 def refuse(source: str, name: str, value: Any, wanted: str) -> UsageError:
+    """Return the UsageError for a setting of a config.json."""
     return UsageError(f"{source}: {name} is {value!r:.60}; it must be {wanted}")
 
 
@@ -138,6 +139,7 @@ def number(raw: dict[str, Any], source: str, name: str, fits: Check, wanted: str
 
 
 def finite(value: Any) -> bool:
+    """Tell if a number is finite; an integer beyond any float is not."""
     try:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond any float
@@ -158,7 +160,7 @@ def is_set(value: Any) -> bool:
 
 
 def refuse_variants(raw: dict[str, Any], source: str) -> None:
-    """UsageError for settings of a config.json that change the arithmetic and are not implemented."""
+    """Raise UsageError for settings of a config.json that change the arithmetic and are not implemented."""
     refuse_quantized(raw, source)
     if switch(raw, source, "use_sliding_window"):
         raise UsageError(f"{source}: use_sliding_window=true is not supported; only full attention is")
@@ -177,7 +179,7 @@ def refuse_variants(raw: dict[str, Any], source: str) -> None:
 
 
 def refuse_quantized(raw: dict[str, Any], source: str) -> None:
-    """UsageError for a checkpoint that is stored quantized."""
+    """Raise UsageError for a checkpoint that is stored quantized."""
     for name in ("quantization_config", "compression_config"):
         settings = raw.get(name)
         if is_set(settings):

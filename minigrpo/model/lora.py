@@ -25,7 +25,7 @@ LARGEST_ALPHA = 1e6
 
 
 def make_lora(options: LoraOptions) -> Lora | None:
-    """The flags' adapters; None when --lora_rank is 0. UsageError for a target that is no matrix.
+    """Return the flags' adapters; None when --lora_rank is 0. UsageError for a target that is no matrix.
 
     PEFT's names, such as q_proj and all-linear, serve too.
     """
@@ -164,5 +164,5 @@ def tensor_names(folder: Path) -> list[str]:
 
 
 def load_adapter(folder: Path, config: ModelConfig, mesh: Mesh) -> Params:
-    """A PEFT folder's float32 adapters on the mesh."""
+    """Load a PEFT folder's float32 adapters onto the mesh."""
     return load_tree(folder, adapter_shapes(config), config, mesh, np.float32)

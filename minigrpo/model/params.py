@@ -156,7 +156,7 @@ def leaf_name(path: tuple) -> str:
 
 
 def leaf_sharding(mesh: Mesh, path: tuple) -> NamedSharding:
-    """Return the sharding of a leaf of parameters or state: that of the parameter its path ends in, or replicated."""
+    """Return the sharding of a leaf of parameters or state: its path's last parameter's, or replicated."""
     name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else ""
     return NamedSharding(mesh, spec_of(DIMS.get(name, "")))
 

@@ -1,4 +1,4 @@
-"""What chips have: the one table of the figures that plans and benches count with."""
+"""Figures of chips, in the one table that plans and benches count with."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU chip: usable memory in GiB, its bandwidth in GB/s, bf16 TFLOP/s, clock in GHz (public data sheets)."""
+    """A TPU chip: usable memory in GiB, bandwidth in GB/s, bf16 TFLOP/s, clock in GHz (published specifications)."""
 
     kind: str
     """jax's device_kind."""
@@ -26,5 +26,5 @@ CHIPS = {
 
 
 def memory_of_kind(device_kind: str) -> int | None:
-    """Bytes of memory of a chip of this device_kind; None for one that is not in the table."""
+    """Return the bytes of memory of a chip of this device_kind; None for one that is not in the table."""
     return next((int(chip.hbm_gib * GIB) for chip in CHIPS.values() if chip.kind == device_kind), None)
