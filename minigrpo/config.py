@@ -37,7 +37,7 @@ def option(
     high: Any = None,
     below: Any = None,
 ):
-    """Return a dataclass field that is also a flag: `low` <= value <= `high`, `above` < value < `below`, or a choice."""
+    """Return a dataclass field that is also a flag: `low` <= value <= `high`, `above` < value < `below`, or choices."""
     limits = {"choices": choices, "low": low, "above": above, "high": high, "below": below}
     return dataclasses.field(default=default, metadata={"help": text, **limits})
 

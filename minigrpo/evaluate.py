@@ -85,10 +85,10 @@ def ask(
 
 @dataclasses.dataclass(frozen=True)
 class Grades:
-    """Which of P problems' K answers are right."""
+    """Marks of P problems' K answers, True for right ones."""
 
     flexible: Bool[np.ndarray, "P K"]
-    """Wherever the answer stands."""
+    """The answer may be anywhere in the text."""
     strict: Bool[np.ndarray, "P K"]
     """In <answer> tags, after #### or in a box."""
     majority: Bool[np.ndarray, " P"]
@@ -116,7 +116,7 @@ def pass_at(right: Bool[np.ndarray, "P K"], k: int) -> float:
 
 
 def figures(grades: Grades) -> dict[str, float]:
-    """Compute the accuracy of single answers; with several, pass@k for powers of two and the majority's accuracy too."""
+    """Compute the accuracy of single answers; with several, pass@k for powers of two and the majority's accuracy."""
     samples = grades.flexible.shape[1]
     more = [2**i for i in range(1, samples.bit_length())]
     several = {f"pass@{k}": pass_at(grades.flexible, k) for k in more}

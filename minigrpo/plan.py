@@ -171,18 +171,18 @@ class Shapes:
 
     @functools.cached_property
     def trainable(self) -> Any:
-        """Trainable parameters, in float32."""
+        """Return trainable parameters, in float32."""
         return placed(self.spec.mesh, split_trainable(self.spec.config, abstract_params(self.spec.config))[0])
 
     @functools.cached_property
     def frozen(self) -> Any:
-        """Frozen parameters, in the compute dtype."""
+        """Return frozen parameters, in the compute dtype."""
         shapes = abstract_params(self.spec.config, self.spec.dtype)
         return placed(self.spec.mesh, split_trainable(self.spec.config, shapes)[1])
 
     @functools.cached_property
     def state(self) -> TrainState:
-        """The state of training."""
+        """Return the state of training."""
 
         def make(params: Any) -> TrainState:
             return TrainState(params, self.update_spec.optimizer.init(params), jnp.int32(0))
@@ -192,7 +192,7 @@ class Shapes:
 
     @property
     def reference(self) -> tuple[UpdateSpec, Any]:
-        """The programs and weights of the reference: another copy, or the base without adapters."""
+        """Return the programs and weights of the reference: another copy, or the base without adapters."""
         config = dataclasses.replace(self.spec.config, lora=None)
         plain = dataclasses.replace(self.update_spec, dropout_seed=None)
         if self.spec.config.lora:
@@ -202,7 +202,7 @@ class Shapes:
 
     @functools.cached_property
     def batch(self) -> PackedBatch:
-        """A batch of an update; its shapes are those of every batch."""
+        """Return a batch of an update; all batches have its shapes."""
         steps, data, rollout = self.spec.settings.steps, self.spec.settings.data, self.spec.settings.rollout
         count, limit = self.spec.update_sequences, rollout.max_completion_length
         logprobs = np.zeros((count, limit), np.float32)
@@ -228,7 +228,7 @@ def make_shapes(spec: RunSpec) -> Shapes:
 
 
 def compile_phase(spec: RunSpec, counted: Counted, function: Any, *arguments: Any) -> Phase:
-    """Compile a program for the mesh's chips. One that cannot fit still says how much it wanted."""
+    """Compile a program for the mesh's chips. A program that cannot fit still reports the memory it needs."""
     started = time.perf_counter()
     try:
         with jax.sharding.use_abstract_mesh(spec.mesh.abstract_mesh):
@@ -264,11 +264,11 @@ class Resident:
     moments: int
     frozen: int
     reference: int
-    """What the reference needs besides the frozen weights."""
+    """Bytes that the reference needs besides the frozen weights."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Return their sum."""
         return self.trainable + self.moments + self.frozen + self.reference
 
 
@@ -373,7 +373,7 @@ def plan_optimizer(shapes: Shapes, resident: int) -> Phase:
 
 
 def count_work(spec: RunSpec, prompts: int, group: int) -> Work:
-    """Count the work of so many prompts at full length."""
+    """Count the work of `prompts` prompts with `group` completions each, at full length."""
     settings = spec.settings
     return Work(spec.config, prompts, group, settings.data.max_prompt_length, settings.rollout.max_completion_length)
 

@@ -27,7 +27,7 @@ COLUMNS = (
 """What every line of metrics.jsonl must have."""
 
 SMOOTH = 20
-"""A running mean goes over one part in so many of the steps."""
+"""A running mean goes over one part in SMOOTH of the steps."""
 
 SHOWN = 12
 """Sample completions on the page, half of them the first, half the last."""

@@ -15,7 +15,7 @@ from minigrpo.data.chat import CHATML
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PIECES = r"\p{N}| ?\p{L}+|[^\p{L}\p{N}\s]+|\s+"
-"""Digits stand alone; words bring their leading space."""
+"""Splits off every digit; words keep their leading space."""
 
 
 def train_tokenizer(vocab_size: int) -> Tokenizer:

@@ -123,7 +123,7 @@ class Run:
 
     @property
     def settings(self) -> Settings:
-        """The settings of the run."""
+        """Return the settings of the run."""
         return self.build.settings
 
     def policy(self, state: TrainState) -> Params:

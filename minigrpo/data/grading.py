@@ -88,7 +88,7 @@ def marked_answer(text: str) -> str | None:
 
 
 def last_expression(text: str) -> str | None:
-    """Return the text's last number or fraction, or the last $...$ or \\(...\\) with a digit that ends after it."""
+    r"""Return the text's last number or fraction, or the last $...$ or \(...\) with a digit that ends after it."""
     text = tail(text)
     last_digit = max(map(text.rfind, "0123456789"))
     text = plain_signs(text[max(0, last_digit - LONGEST_ANSWER) : last_digit + LONGEST_ANSWER // 4]).replace("{,}", ",")
@@ -266,7 +266,7 @@ def is_unit(text: str) -> bool:
 
 
 def is_word(name: str, power: bool, place: int, start: str) -> bool:
-    """Tell if a run of letters after a number is a word or a unit rather than a product of variables."""
+    """Tell if a run of letters after a number is a word or a unit rather than variables."""
     known = name in LETTERS or name in SHORT or len(name) >= 4
     if known or power or (place == 0 and start != "/" and not start.isspace()):
         return known
@@ -342,7 +342,7 @@ UNITS_AFTER = re.compile(r"(?<=\S)(?:\s+[A-Za-z]{3,})+(?:\s*\^\s*\{?\d\}?)?$")
 
 
 def as_expression(text: str) -> str | None:
-    """Return the answer as mathematics for the library; None for prose, which it would read as products of letters."""
+    """Return the answer as mathematics for the library; None for prose, whose letters it would multiply."""
     plain = stated(text)
     unit = UNITS_AFTER.search(plain)
     if unit and is_unit(unit[0]) and re.search(r"\\|\d", plain[: unit.start()]):
@@ -364,10 +364,12 @@ class Undecided:
         self.count, self.lock = 0, threading.Lock()
 
     def add(self) -> None:
+        """Count one comparison."""
         with self.lock:
             self.count += 1
 
     def take(self) -> int:
+        """Return the count and reset it to 0."""
         with self.lock:
             count, self.count = self.count, 0
         return count

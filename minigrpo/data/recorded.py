@@ -131,6 +131,7 @@ class Grouped(Rows):
         return len(self.members)
 
     def row(self, index: int) -> Row:
+        """Return one row for the prompt at `index`, with the responses and scores of all its members."""
         rows = [self.source[member] for member in self.members[index]]
         return rows[0] | {name: [row[name][0] for row in rows] for name in ("responses", "scores")}
 

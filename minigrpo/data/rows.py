@@ -45,9 +45,9 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class JsonLines(Rows):
-    """Rows as lines of JSON: one buffer of bytes, and the place where each line ends.
+    r"""Rows as lines of JSON: one buffer of bytes, and the place where each line ends.
 
-    Example: text b'{"a": 1}\\n{"a": 2}\\n', ends [9, 18].
+    Example: text b'{"a": 1}\n{"a": 2}\n', ends [9, 18].
     """
 
     text: bytearray = dataclasses.field(default_factory=bytearray)

@@ -155,7 +155,7 @@ class Process:
         self.lock = threading.Lock()
 
     def start(self) -> subprocess.Popen[str]:
-        """UsageError when the library cannot be imported."""
+        """Start the process; UsageError when it cannot import the library."""
         command = [sys.executable, "-m", "minigrpo.data.symbolic"]
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -189,6 +189,7 @@ class Process:
         return verdict
 
     def stop(self) -> None:
+        """Kill the process, if it runs."""
         if self.child is None:
             return
         self.child.kill()

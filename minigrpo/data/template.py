@@ -218,7 +218,7 @@ class ChatTemplate:
     """A compiled chat template and the special tokens that it may name."""
 
     def __init__(self, source: str, name: str, special_tokens: dict[str, str]):
-        """UsageError naming `name`: too long, or no Jinja."""
+        """Compile a template; UsageError naming `name` if it is too long or no Jinja."""
         self.source, self.name, self.special_tokens = source, name, special_tokens
         if len(source) > LARGEST_TEMPLATE:
             raise UsageError(f"{name}: a chat template of {len(source)} characters; the most is {LARGEST_TEMPLATE}")

@@ -43,13 +43,13 @@ class Experience:
     seconds: dict[str, float]
     """Of the rollout and of the reward functions, for the metrics."""
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    """What the reward functions logged."""
+    """Metrics that the reward functions logged."""
     extra: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     """Columns that they logged, an entry per completion."""
 
     @property
     def group(self) -> int:
-        """Completions per prompt."""
+        """Return the number of completions per prompt."""
         return len(self.texts) // len(self.prompts)
 
 

@@ -17,7 +17,7 @@ from minigrpo.model.params import DIMS, Params, leaf_name, shardings_of
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What an update reads and replaces. Parameters and moments are float32."""
+    """State that an update reads and replaces. Parameters and moments are float32."""
 
     params: Params
     opt_state: Any

@@ -33,7 +33,7 @@ class Source:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where the tokenizer is: beside the adapter, if it brings one, or with the model."""
+        """Return the folder of the tokenizer: the adapter's, if it brings one, or the model's."""
         return self.adapter if self.adapter and (self.adapter / "tokenizer.json").is_file() else self.folder
 
 

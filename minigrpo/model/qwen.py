@@ -223,6 +223,7 @@ class Attention(Projections):
         return q[:, None], k[:, None], v[:, None]
 
     def __call__(self, x: Array, layer: Array, carry: Any, context: LayerContext) -> tuple[Array, Any]:
+        """Attend from x [B, T, D] -> output [B, T, D] and the carry, such as KV pages, after this layer."""
         heads = self.fused_heads if context.fused.heads else self.heads
         out, carry = context.attend(layer, *heads(x, context), carry)
         return self.project("o", out, context), carry
@@ -235,6 +236,7 @@ class Mlp(Projections):
         super().__init__(config, ("gate", "up", "down"))
 
     def __call__(self, x: Float[Array, "B T D"], context: LayerContext) -> Float[Array, "B T D"]:
+        """Compute down(silu(gate(x)) * up(x))."""
         if context.fused.gated:
             gated = context.fused.gated(x[:, 0], self.array("gate"), self.array("up"))[:, None]
         else:
@@ -254,6 +256,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(config)
 
     def __call__(self, x: Array, layer: Array, carry: Any, context: LayerContext) -> tuple[Array, Any]:
+        """Apply attention and MLP, each normed before and added to x -> x and the carry."""
         normed = rms_norm(x, self.attn_norm[...], self.config.rms_norm_eps)
         out, carry = self.attention(normed, layer, carry, context)
         x = x + out

@@ -28,7 +28,7 @@ class RopeScaling:
 
     @property
     def positions(self) -> int:
-        """Positions that the stretched frequencies reach."""
+        """Return how many positions the stretched frequencies reach."""
         return int(self.factor * self.original_max_position_embeddings)
 
 

@@ -36,6 +36,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Return the bytes that the program needs at once."""
         return self.arguments + self.temporaries + self.outputs - self.aliased
 
 
@@ -81,7 +82,7 @@ class Traffic:
 def result_bytes(shapes: str, started: bool = False) -> int:
     """Count the bytes of the arrays in a result type like '(bf16[8,128]{1,0}, f32[])'.
 
-    A started operation's type holds its operands too, so of that the largest array counts.
+    A started operation's type holds its operands too, so only its largest array counts.
     """
     arrays = ARRAY.findall(re.sub(r"\{[^}]*\}", "", shapes))
     sizes = [ITEM_BYTES[kind] * math.prod(int(size) for size in dims.split(",") if size) for kind, dims in arrays]
@@ -96,7 +97,7 @@ def loop_length(condition: str) -> int | None:
 
 
 def executed(text: str, open_turns: int | None = None) -> Iterator[tuple[str, int, bool]]:
-    """List the computations a program calls, once per call: text, how often it runs, and if in an open loop.
+    """Yield every called computation, once per call: its text, how often it runs, and if in an open loop.
 
     An open loop's length is decided at run time; it counts as `open_turns` if that is given, and else as one turn.
     """

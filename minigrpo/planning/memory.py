@@ -127,7 +127,7 @@ def micro_batch_rows(spec: RunSpec, packing: PackingSpec, sequences: int) -> int
 
 
 def packing_spec(spec: RunSpec, sequences: int, group: int) -> PackingSpec:
-    """Return the fixed shape of micro-batches for updates on so many sequences."""
+    """Return the fixed shape of micro-batches for updates on `sequences` sequences."""
     share = {"auto": spec.backend.share_prefixes, "true": True, "false": False}[spec.settings.steps.share_prompts]
     packing = PackingSpec(
         devices=spec.mesh.size,

@@ -33,7 +33,7 @@ class PageSpec:
     """Longest completion."""
 
     def pages(self, tokens: Int[Array, "*S"]) -> Int[Array, "*S"]:
-        """Return the pages that so many cached tokens fill."""
+        """Return the pages that `tokens` cached tokens fill."""
         return (tokens + self.page_size - 1) // self.page_size
 
 
@@ -69,7 +69,7 @@ def give_back(pool: Pool, pages: Int[Array, " N"], returned: Bool[Array, " N"]) 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
-    """One device's prompts. A length of 0 is padding and decodes nothing."""
+    """Prompts of one device. A length of 0 is padding and decodes nothing."""
 
     tokens: Any  # int32 [P, T]
     lengths: Any  # int32 [P]
@@ -91,7 +91,12 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """One device's rollout in progress, of B completions in S slots."""
+    """State of one device's rollout of B completions in S slots.
+
+    Example of three completions in two slots: status [DONE, RUNNING, WAITING], tokens [[8, 2], [9, 0], [0, 0]],
+    logprobs [[-0.3, -0.1], [-0.7, 0], [0, 0]], lengths [2, 1, 0], ended [False, False], scheduled False,
+    counts [2, 3, 0, 0].
+    """
 
     pages: Any  # float [L, P, ...], laid out as the backend's attention reads them
     pool: Pool

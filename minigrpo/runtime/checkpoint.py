@@ -393,7 +393,7 @@ class Checkpoints:
         return None
 
     def take(self, step: int, manifest: dict[str, Any], failed: dict[Path, str]) -> None:
-        """Go on from a checkpoint: set damaged ones aside, and delete what a crash left half-written or too many."""
+        """Adopt a checkpoint: set damaged ones aside, and delete half-written and surplus ones that a crash left."""
         if jax.process_index() == 0:
             for folder in failed:
                 set_aside(folder)

@@ -36,7 +36,7 @@ def program_name(context: dict[str, Any]) -> str:
 
 
 class Progress:
-    """What is going on, shown on stderr. Threads may use it; nothing of it can hold up the end of the process."""
+    """Status of the process, shown on stderr. Threads may use it; it never holds up the end of the process."""
 
     def __init__(self, stream: Any = None):
         """Show on `stream`, sys.stderr if None."""

@@ -315,8 +315,8 @@ def reward_metrics(
 ) -> dict[str, float]:
     """Return mean and std of all rewards, the share of groups without any spread, and each function's mean and std.
 
-    NaN marks a missing completion, or a function that does not apply to it. Under --scale_rewards=batch the share covers
-    the whole batch, so it is 0 or 1, as in TRL.
+    NaN marks a missing completion, or a function that does not apply to it. Under --scale_rewards=batch the whole batch
+    is one group, so the share is 0 or 1, as in TRL.
     """
     rows = total.reshape(1, -1) if scale == "batch" else total.reshape(-1, group)
     spreads = np.array([spread(row) for row in rows])
