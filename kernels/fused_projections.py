@@ -47,7 +47,7 @@ def two_products(x: Any, ring: Ring, fetch_weights: Callable[[Any, Any, Any, Any
     """
     steps = x.shape[1] // DEPTH
 
-    def fetch(step):
+    def fetch(step: Array) -> None:
         at, depth = jax.lax.rem(step, BUFFERS), pl.ds(step * DEPTH, DEPTH)
         fetch_weights(depth, ring.first.at[at], ring.second.at[at], ring.arrived.at[at])
         plgpu.copy_gmem_to_smem(x.at[:, depth], ring.x.at[at], ring.arrived.at[at])
@@ -55,8 +55,8 @@ def two_products(x: Any, ring: Ring, fetch_weights: Callable[[Any, Any, Any, Any
     for step in range(min(BUFFERS, steps)):
         fetch(jnp.int32(step))
 
-    def multiply(first, second):
-        def turn(step, _):
+    def multiply(first: Any, second: Any) -> tuple[Array, Array]:
+        def turn(step: Array, _: tuple[()]) -> tuple[()]:
             at = jax.lax.rem(step, BUFFERS)
             plgpu.barrier_wait(ring.arrived.at[at])
             plgpu.wgmma(first, ring.x.at[at], ring.first.at[at])
@@ -71,11 +71,11 @@ def two_products(x: Any, ring: Ring, fetch_weights: Callable[[Any, Any, Any, Any
     return pl.run_scoped(multiply, *[plgpu.ACC((ROWS, COLUMNS), jnp.float32)] * 2)
 
 
-def gated_kernel(x, gate, up, out, results, *ring):
+def gated_kernel(x: Any, gate: Any, up: Any, out: Any, results: Any, *ring: Any) -> None:
     """Compute one tile of columns of silu(x gate) * (x up)."""
     columns = pl.ds(jax.lax.axis_index("tile") * COLUMNS, COLUMNS)
 
-    def fetch(depth, first, second, arrived):
+    def fetch(depth: Any, first: Any, second: Any, arrived: Any) -> None:
         plgpu.copy_gmem_to_smem(gate.at[depth, columns], first, arrived)
         plgpu.copy_gmem_to_smem(up.at[depth, columns], second, arrived)
 
@@ -97,7 +97,7 @@ def store_head(first: Array, second: Array, results: Any, out: Any, head: Any) -
 def norm_and_turn(first: Array, second: Array, scale: Any, cos: Any, sin: Any, eps: float) -> tuple[Array, Array]:
     """Apply RMS norm to a head, then rope, all in float32."""
 
-    def half_scale(start):
+    def half_scale(start: int) -> Array:
         columns = load(scale.at[pl.ds(start, COLUMNS)], plgpu.Layout.WGMMA.reduce(0))
         return jax.lax.broadcast_in_dim(columns.astype(jnp.float32), first.shape, [1])
 
@@ -108,7 +108,10 @@ def norm_and_turn(first: Array, second: Array, scale: Any, cos: Any, sin: Any, e
     return first * cos - second * sin, second * cos + first * sin
 
 
-def heads_kernel(x, q, k, v, q_norm, k_norm, cos, sin, q_out, k_out, v_out, results, *ring, eps):
+def heads_kernel(
+    x: Any, q: Any, k: Any, v: Any, q_norm: Any, k_norm: Any, cos: Any, sin: Any, q_out: Any, k_out: Any, v_out: Any,
+    results: Any, *ring: Any, eps: float,
+) -> None:  # fmt: skip
     """Compute one head of every row: of the queries, keys or values."""
     head, (queries, keys) = jax.lax.axis_index("head"), (q.shape[0], k.shape[0])
     kinds = (
@@ -117,8 +120,8 @@ def heads_kernel(x, q, k, v, q_norm, k_norm, cos, sin, q_out, k_out, v_out, resu
         (head >= queries + keys, head - queries - keys, v, v_out, None),
     )
 
-    def fetch(depth, first, second, arrived):
-        def from_one(weights, own):
+    def fetch(depth: Any, first: Any, second: Any, arrived: Any) -> None:
+        def from_one(weights: Any, own: Any) -> None:
             for half, buffer in enumerate((first, second)):
                 columns = pl.ds(half * COLUMNS, COLUMNS)
                 plgpu.copy_gmem_to_smem(weights.at[own, depth, columns], buffer, arrived)
@@ -128,7 +131,7 @@ def heads_kernel(x, q, k, v, q_norm, k_norm, cos, sin, q_out, k_out, v_out, resu
 
     sums = two_products(x, Ring(*ring), fetch)
 
-    def store(own, out, scale):
+    def store(own: Any, out: Any, scale: Any) -> None:
         halves = sums if scale is None else norm_and_turn(*sums, scale, cos, sin, eps)
         store_head(*halves, results, out, own)
 
@@ -138,11 +141,11 @@ def heads_kernel(x, q, k, v, q_norm, k_norm, cos, sin, q_out, k_out, v_out, resu
 
 
 def run(
-    body: Callable, tiles: int, name: str, width: int, outs: Any, interpret: Any, x: Array, *operands: Array
+    body: Callable[..., None], tiles: int, name: str, width: int, outs: Any, interpret: Any, x: Array, *operands: Array
 ) -> Any:
     """Run a kernel called `name` over `tiles` pairs of tiles; `width` is the number of columns that a tile stores."""
 
-    def tiled(*shape):
+    def tiled(*shape: int) -> Any:
         return plgpu.SMEM(shape, x.dtype, transforms=IN_TILES)
 
     kernel = plgpu.kernel(

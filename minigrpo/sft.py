@@ -72,6 +72,7 @@ def train(built: Build) -> tuple[TrainState, Params]:
     trainable, frozen = split_trainable(spec.config, built.load(options.seed, spec.base_dtype))
     state = init_state(update_spec.optimizer, trainable, spec.mesh)
     pick = functools.partial(batch_numbers, len(data), options.batch_size, seed=options.seed)
+    skipped: Array | float
     started, skipped = time.perf_counter(), 0.0
     for step in range(steps):
         indices = [number % len(data) for number in pick(step=step)]

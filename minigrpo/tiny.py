@@ -6,6 +6,7 @@ The weights then come from `python -m minigrpo.sft` (README.md has both commands
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -38,7 +39,7 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def model_config(options: TinyOptions) -> dict:
+def model_config(options: TinyOptions) -> dict[str, Any]:
     """Return the config.json of a tiny Qwen3."""
     return {
         "architectures": ["Qwen3ForCausalLM"],

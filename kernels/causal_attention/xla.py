@@ -19,6 +19,9 @@ SCORE_BYTES = 16 << 20
 MASKED_SCORE = -1e30
 """Added to the score of a masked position."""
 
+Saved = tuple[Array, Array, Array, Array, Array | None, Array]
+"""Positions, q, k, v, segments and result of `attend_block`, for the backward pass."""
+
 
 def by_kv_head(x: Float[Array, "T N H"], kv_heads: int) -> Float[Array, "K GT H"]:
     """Group queries, or anything that belongs to them, by their key-value head."""
@@ -66,13 +69,13 @@ def attend_block(
     return by_query((out / weights.sum(axis=-1, keepdims=True)).astype(q.dtype), len(q))
 
 
-def attend_forward(positions, q, k, v, segments):
+def attend_forward(positions: Array, q: Array, k: Array, v: Array, segments: Array | None) -> tuple[Array, Saved]:
     """Attend as `attend_block` -> its result, and everything that the backward pass needs."""
     out = checkpoint_name(attend_block(positions, q, k, v, segments), ATTENTION)
     return out, (positions, q, k, v, segments, out)
 
 
-def attend_backward(saved, cotangent):
+def attend_backward(saved: Saved, cotangent: Array) -> tuple[None, Array, Array, Array, None]:
     """Compute gradients from the results; scores are recomputed (arXiv:2205.14135, appendix B.4)."""
     positions, q, k, v, segments, out = saved
     q, out, cotangent = (by_kv_head(x, k.shape[1]) for x in (q, out, cotangent))

@@ -88,7 +88,7 @@ def score(
 ) -> Float[Array, "B C K X S"]:
     """Compute q k^T with the keys of the rows, tokens in the last dim. Traced once for all layers."""
 
-    def term(h):
+    def term(h: int) -> Array:
         return q[:, None, :, h, None, None] * keys[:, :, :, h].at[rows].get(mode="promise_in_bounds")
 
     return summed(q.shape[2], term)
@@ -119,7 +119,7 @@ def weigh(
     """
     tokens = values.shape[4]
 
-    def term(t):
+    def term(t: int) -> Array:
         weight = weights[:, :, :, None, :, t, None]
         value = values[:, :, :, :, t % tokens].at[rows[..., t // tokens]].get(mode="promise_in_bounds")
         return jnp.where(weight != 0, weight * value, 0)
@@ -146,18 +146,18 @@ def paged_attention(
     within, along = math.gcd(piece, CHAIN), math.gcd(dim, LANES)  # a chain's tokens in one piece, numbers side by side
     chains = BLOCK_TOKENS // CHAIN * within // piece, dim // along, piece // within, along
 
-    def wanted(index):
+    def wanted(index: Array) -> Array:
         first = index * BLOCK_TOKENS + jnp.arange(0, BLOCK_TOKENS, piece)
         page = page_table[:, jnp.minimum(first // (count * piece), page_table.shape[1] - 1)]
         page = layer * num_pages + jnp.where(first < lengths[:, None], page, 0)
         return 2 * (page * count + first // piece % count)
 
-    def scores(index):
+    def scores(index: Array) -> Array:
         keys = as_keys(pages, dim)
         keys = keys.reshape(-1, *keys.shape[3:])
         return jnp.moveaxis(score_groups(grouped, keys, wanted(index)), 1, 3).reshape(*grouped.shape[:3], BLOCK_TOKENS)
 
-    def weighted(index, weights):
+    def weighted(index: Array, weights: Array) -> Array:
         parts = jnp.moveaxis(weights.reshape(*weights.shape[:3], chains[0], -1, CHAIN), 3, 1)
         values = as_values(pages, dim).reshape(-1, kv_heads, *chains[1:3], within, along)
         rows = wanted(index).reshape(batch, chains[0], -1) + 1

@@ -131,7 +131,7 @@ def attend_block(walk: Walk, queries: Any, block: Any, state: tuple[Array, Array
     buffer, valid = walk.buffer(block), walk.length - block * BLOCK_TOKENS
     plgpu.barrier_wait(walk.arrived[0].at[buffer])
 
-    def multiply(scores):
+    def multiply(scores: Any) -> Array:
         plgpu.wgmma(scores, queries, walk.keys.at[buffer].transpose((1, 0)))
         return scores[...]
 
@@ -145,7 +145,7 @@ def attend_block(walk: Walk, queries: Any, block: Any, state: tuple[Array, Array
     walk.weights[...] = weights.astype(walk.weights.dtype)
     plgpu.commit_smem()
 
-    def weigh(sums):
+    def weigh(sums: Any) -> Array:
         plgpu.wgmma(sums, walk.weights, walk.values.at[buffer])
         return sums[...]
 
@@ -164,7 +164,10 @@ def load_queries(q: Any, queries: Any) -> None:
     plgpu.commit_smem()
 
 
-def kernel(q, pages, layer, lengths, table, out, queries, keys, values, weights, results, *arrived):
+def kernel(
+    q: Any, pages: Any, layer: Any, lengths: Any, table: Any, out: Any, queries: Any, keys: Any, values: Any,
+    weights: Any, results: Any, *arrived: Any,
+) -> None:  # fmt: skip
     """Attend with the queries of one kv head to one sequence."""
     row, head = jax.lax.axis_index("row"), jax.lax.axis_index("head")
     walk = Walk(pages, table, keys, values, weights, arrived, row, head, layer[0], lengths[row])
@@ -174,7 +177,7 @@ def kernel(q, pages, layer, lengths, table, out, queries, keys, values, weights,
         pl.when(block < blocks)(functools.partial(fetch, walk, jnp.int32(block)))
     load_queries(q.at[row, head], queries)
 
-    def step(block, state):
+    def step(block: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         state = attend_block(walk, queries, block, state)
         pl.when(block + buffers < blocks)(lambda: fetch(walk, block + buffers))
         return state

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,39 +119,41 @@ class Shape:
 # Fetching
 
 
-def page_copies(shape: Shape, refs: "Refs", sequence, block, slot, do):
+def page_copies(
+    shape: Shape, refs: "Refs", sequence: Array, block: Array, slot: Array, do: Callable[[Any], None]
+) -> None:
     """Apply `do`, start or wait, to the DMA of every page that the block of the sequence has."""
     first = block * shape.block_pages
     pages = (refs.lengths[sequence] + shape.page_size - 1) // shape.page_size
 
-    def one(entry, _):
+    def one(entry: Array, _: None) -> None:
         source = refs.pages.at[refs.layer[0], refs.table[sequence * shape.max_pages + first + entry]]
         do(pltpu.make_async_copy(source, refs.buffers.at[slot, entry], refs.arrived.at[slot]))
 
     jax.lax.fori_loop(0, jnp.minimum(shape.block_pages, pages - first), one, None)
 
 
-def start(copy):
+def start(copy: Any) -> None:
     """Start a DMA."""
     copy.start()
 
 
-def wait(copy):
+def wait(copy: Any) -> None:
     """Wait for a DMA to end."""
     copy.wait()
 
 
-def num_blocks(shape: Shape, length):
+def num_blocks(shape: Shape, length: Array) -> Array:
     """Return the number of blocks of a sequence; an empty one has one block without pages."""
     return jnp.maximum(1, (length + shape.block - 1) // shape.block)
 
 
-def fetch_next(shape: Shape, refs: "Refs"):
+def fetch_next(shape: Shape, refs: "Refs") -> None:
     """Start the DMAs of the cursor's block and move the cursor on, after the last block into the next sequence."""
     sequence, block, slot = refs.cursor[0], refs.cursor[1], refs.cursor[2]
 
     @pl.when(sequence < shape.batch)
-    def _():
+    def _() -> None:
         page_copies(shape, refs, sequence, block, slot, start)
         last = block + 1 == num_blocks(shape, refs.lengths[sequence])
         refs.cursor[0] = jnp.where(last, sequence + 1, sequence)
@@ -158,15 +161,15 @@ def fetch_next(shape: Shape, refs: "Refs"):
         refs.cursor[2] = next_slot(shape, slot)
 
 
-def next_slot(shape: Shape, slot):
+def next_slot(shape: Shape, slot: Array) -> Array:
     """Return the buffer after `slot` in the ring."""
     return jnp.where(slot + 1 == shape.buffers, 0, slot + 1)
 
 
-def fill_with_zeros(shape: Shape, refs: "Refs", slot, valid):
+def fill_with_zeros(shape: Shape, refs: "Refs", slot: Array, valid: Array) -> None:
     """Clear a buffer from row `valid` on: its old contents may be NaN, and 0 * NaN is not 0."""
 
-    def clear(entry, _):
+    def clear(entry: Array, _: None) -> None:
         page = refs.buffers[slot, entry]
         kept = jax.lax.broadcasted_iota(jnp.int32, page.shape, 0) < valid - entry * shape.page_size
         refs.buffers[slot, entry] = jnp.where(kept, page.astype(jnp.float32), 0).astype(page.dtype)
@@ -177,7 +180,7 @@ def fill_with_zeros(shape: Shape, refs: "Refs", slot, valid):
 # Attending
 
 
-def kv_lanes(shape: Shape, rows, part: int):
+def kv_lanes(shape: Shape, rows: Array, part: int) -> Array:
     """Take keys (part 0) or values (part 1) of rows [S, 2*K*H] -> [S, width]; all lanes if they are not split."""
     if not shape.split:
         return rows
@@ -185,14 +188,14 @@ def kv_lanes(shape: Shape, rows, part: int):
     return jnp.concatenate(pieces, axis=1)
 
 
-def owned(shape: Shape, kv_head: int):
+def owned(shape: Shape, kv_head: int) -> Array:
     """Return [N, 1], True for query heads that share this kv head."""
     group = shape.heads // shape.kv_heads
     head = jax.lax.broadcasted_iota(jnp.int32, (shape.heads, 1), 0)
     return (head >= kv_head * group) & (head < (kv_head + 1) * group)
 
 
-def block_diagonal(shape: Shape, q):
+def block_diagonal(shape: Shape, q: Array) -> Array:
     """Arrange q [N, H] as [N, width], each head's vector in the key lanes of its kv head."""
     pieces = []
     for k in range(shape.kv_heads):
@@ -200,7 +203,7 @@ def block_diagonal(shape: Shape, q):
     return jnp.concatenate(pieces, axis=1)
 
 
-def diagonal(shape: Shape, acc):
+def diagonal(shape: Shape, acc: Array) -> Array:
     """Extract [N, H] from [N, width]: each head's output from the value lanes of its kv head."""
     stride, offset = (shape.dim, 0) if shape.split else (2 * shape.dim, shape.dim)
     out = jnp.zeros((shape.heads, shape.dim), jnp.float32)
@@ -209,14 +212,16 @@ def diagonal(shape: Shape, acc):
     return out
 
 
-def dot(a, b, contract: tuple[int, int]):
+def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     """Contract one dim of each operand, in float32; float32 operands are multiplied in full precision."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = ((contract[:1], contract[1:]), ((), ()))
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def attend_block(shape: Shape, refs: "Refs", q, slot, valid, state):
+def attend_block(
+    shape: Shape, refs: "Refs", q: Array, slot: Array, valid: Array, state: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
     """Update the running softmax with one more block; `valid` rows of the buffer are tokens of the sequence."""
     peak, total, acc = state
     rows = refs.buffers[slot].reshape(shape.block, -1)
@@ -244,12 +249,12 @@ class Refs:
     cursor: Any  # SMEM int32 [4]: sequence, block and slot to fetch next; slot to attend to next
 
 
-def kernel(shape: Shape, *args):
+def kernel(shape: Shape, *args: Any) -> None:
     """Attend to one sequence. Blocks are fetched `buffers - 1` ahead of the current one."""
     refs, sequence = Refs(*args), pl.program_id(0)
 
     @pl.when(sequence == 0)
-    def _():
+    def _() -> None:
         for index in range(4):
             refs.cursor[index] = 0
         for _ in range(shape.buffers - 1):
@@ -258,7 +263,7 @@ def kernel(shape: Shape, *args):
     length = refs.lengths[sequence]
     q = block_diagonal(shape, refs.q[0])
 
-    def step(block, state):
+    def step(block: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         slot = refs.cursor[3]
         fetch_next(shape, refs)
         page_copies(shape, refs, sequence, block, slot, wait)

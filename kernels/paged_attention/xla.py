@@ -86,7 +86,7 @@ def attend_blocks(
     """
     lead, ones = (len(lengths), *heads), (1,) * len(dims)
 
-    def block(index, state):
+    def block(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, acc = state
         here = jnp.where(inside(index, size, lengths)[:, None, None], scores(index), -jnp.inf)
         new_peak = jnp.maximum(peak, here.max(axis=-1))
@@ -114,17 +114,17 @@ def paged_attention(
     piece, count, size = width // dim, pairs // 2, BLOCK_TOKENS
     pieces = pages.reshape(layers, -1, 2, kv_heads, width)
 
-    def wanted(index):
+    def wanted(index: Array) -> Array:
         first = index * size + jnp.arange(0, size, piece)
         entry = jnp.minimum(first // (count * piece), page_table.shape[1] - 1)
         return jnp.where(first < lengths[:, None], page_table[:, entry] * count + first // piece % count, 0)
 
-    def scores(index):
+    def scores(index: Array) -> Array:
         keys = pieces[layer, wanted(index), 0].reshape(batch, -1, kv_heads, dim, piece)
         keys = jnp.moveaxis(keys, 1, 3).reshape(batch, kv_heads, dim, size)
         return jnp.einsum("BKGH,BKHS->BKGS", grouped, keys.astype(jnp.float32))
 
-    def weighted(index, weights):
+    def weighted(index: Array, weights: Array) -> Array:
         values = pieces[layer, wanted(index), 1].reshape(batch, -1, kv_heads, piece, dim)
         values = values.swapaxes(1, 2).reshape(batch, kv_heads, size, dim)
         values = jnp.where(inside(index, size, lengths)[:, None, :, None], values, 0)

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from minigrpo.config import DataOptions, UsageError
-from minigrpo.data.chat import Message
 from minigrpo.data.rows import CellError, Row
+from minigrpo.data.template import Message
 
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = (

@@ -365,7 +365,7 @@ def pack(spec: PackingSpec, prompts: list[list[int]], batch: Batch) -> PackedBat
     layout = (1, spec.packed_tokens) if spec.share_prefixes else (spec.rows, spec.row_tokens)
     for name in ("tokens", "position_ids"):
         arrays[name] = arrays[name].reshape(*arrays[name].shape[:2], *layout)
-    segments = arrays.pop("segment_ids")
+    segments: Int[np.ndarray, "A M R T"] | None = arrays.pop("segment_ids")
     used = np.int32(max(1, *map(len, devices)))
     in_order = take_in_order(batch, arrays["order"])
     segments = segments if spec.sequences_per_row > 1 else None

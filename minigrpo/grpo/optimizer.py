@@ -71,7 +71,7 @@ def init_state(
 ) -> TrainState:
     """Return a fresh state; the moments are laid out on the mesh like the parameters, counters are replicated."""
 
-    def start(params):
+    def start(params: Params) -> tuple[Any, Array]:
         return optimizer.init(params), jnp.int32(0)
 
     shardings = shardings_of(mesh, jax.eval_shape(start, params))

@@ -41,12 +41,12 @@ def expand(x: Float[Array, "M N H"], shared: SharedPrefixIndex) -> Float[Array, 
     return x.at[shared.tokens].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
-def expand_forward(x, shared):
+def expand_forward(x: Array, shared: SharedPrefixIndex) -> tuple[Array, SharedPrefixIndex]:
     """Copy as `expand` -> its result, and the index tables for the backward pass."""
     return expand(x, shared), shared
 
 
-def expand_backward(shared, cotangent):
+def expand_backward(shared: SharedPrefixIndex, cotangent: Array) -> tuple[Array, None]:
     """Sum each packed token's gradients over its copies."""
     flat = cotangent.reshape(-1, *cotangent.shape[2:])
     grads, prefix = gather_or_zero(flat, shared.first[0]), shared.copies.shape[1]
@@ -63,12 +63,12 @@ def permute(x: Float[Array, "M N H"], index: Int[Array, "*P"], inverse: Int[Arra
     return gather_or_zero(x, index)
 
 
-def permute_forward(x, index, inverse):
+def permute_forward(x: Array, index: Array, inverse: Array) -> tuple[Array, Array]:
     """Gather as `permute` -> its result, and the inverse for the backward pass."""
     return gather_or_zero(x, index), inverse
 
 
-def permute_backward(inverse, cotangent):
+def permute_backward(inverse: Array, cotangent: Array) -> tuple[Array, None, None]:
     """Gather gradients back to the places of their entries."""
     return gather_or_zero(cotangent.reshape(-1, *cotangent.shape[-2:]), inverse), None, None
 

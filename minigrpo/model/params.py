@@ -155,12 +155,12 @@ def split_trainable(config: ModelConfig, params: Params) -> tuple[Params, Params
     return select(params, is_adapter), select(params, lambda name: not is_adapter(name))
 
 
-def leaf_name(path: tuple) -> str:
+def leaf_name(path: tuple[Any, ...]) -> str:
     """Return the parameter's own name, its key in DIMS, from a jax tree path."""
     return path[-1].key
 
 
-def leaf_sharding(mesh: Mesh, path: tuple) -> NamedSharding:
+def leaf_sharding(mesh: Mesh, path: tuple[Any, ...]) -> NamedSharding:
     """Return the sharding of a leaf of parameters or state: its path's last parameter's, or replicated."""
     name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else ""
     return NamedSharding(mesh, spec_of(DIMS.get(name, "")))

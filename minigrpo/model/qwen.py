@@ -151,7 +151,7 @@ def drop_out(x: Float[Array, "B T *D"], keys: Array, rate: float) -> Float[Array
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
-def parameter(config: ModelConfig, name: str) -> nnx.Param:
+def parameter(config: ModelConfig, name: str) -> nnx.Param[Array]:
     """Declare one layer's parameter."""
     return nnx.Param(jnp.zeros(config.shape(name)[1:], jnp.int8 if config.quantized(name) else jnp.float32))
 
@@ -264,7 +264,7 @@ class Block(nnx.Module):
 
 
 @functools.cache
-def abstract_block(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
+def abstract_block(config: ModelConfig) -> tuple[nnx.GraphDef[Any], Params]:
     """Return the graph of a block and the shapes of one layer's parameters."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Block(config)))
     return graph, nnx.to_pure_dict(state)
@@ -350,7 +350,7 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     Adapters start as PEFT's do: A uniform within 1/sqrt(inputs), B zero.
     """
 
-    def init(path, leaf):
+    def init(path: tuple[Any, ...], leaf: Any) -> Array:
         name = leaf_name(path)
         if name.endswith("norm"):
             return jnp.ones(leaf.shape)

@@ -75,7 +75,7 @@ def top_k_limit(probs: Float[Array, "B N"], k: int) -> Float[Array, " B"]:
 def top_p_limit(probs: Float[Array, "B N"], p: float) -> Float[Array, " B"]:
     """Return the least probability in the smallest set of tokens that holds p of the mass (arXiv:1904.09751)."""
 
-    def mass(limit):
+    def mass(limit: Array | int) -> Array:
         return jnp.where(probs >= limit, probs, 0).sum(axis=-1)
 
     wanted = p * mass(0)
@@ -88,7 +88,7 @@ def bisect(holds: Callable[[Float[Array, "B 1"]], Bool[Array, " B"]], rows: int)
     Such numbers are ordered like their bits, which are found one by one, the first two of 32 being 0.
     """
 
-    def attempt(turn, found):
+    def attempt(turn: Array, found: Array) -> Array:
         tried = found | (1 << (29 - turn))
         return jnp.where(holds(jax.lax.bitcast_convert_type(tried, jnp.float32)[:, None]), tried, found)
 
