@@ -24,7 +24,7 @@ MOST_TOKENS, LARGEST_PAGE, MOST_PAGES, MOST_SLOTS = 2**20, 4096, 2**24, 2**16
 
 
 class UsageError(ValueError):
-    """Bad input from the person running a command; its text is one line naming what, the value and the fix."""
+    """Bad input from the person running a command; its text is one line that names the input, its value and the fix."""
 
 
 def option(

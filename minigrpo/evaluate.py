@@ -58,7 +58,7 @@ def greedy_options(options: RolloutOptions) -> RolloutOptions:
 
 
 def prompts_per_rollout(problems: int, slots: int, devices: int) -> int:
-    """Return the prompts of each of the equal rollouts that ask `problems`, QUEUE times the slots at most."""
+    """Return the number of prompts in each of the equal rollouts, QUEUE times the slots at most."""
     rounds = -(-problems // (QUEUE * slots * devices))
     return -(-problems // rounds)
 
@@ -128,7 +128,7 @@ def figures(grades: Grades) -> dict[str, float]:
 def accuracy(
     built: Build, params: Params, problems: PromptSet, decoding: RolloutOptions, resident: int
 ) -> dict[str, float]:
-    """Return the share of the problems that are answered rightly, one answer each; "dropped" were too long to ask."""
+    """Return the share of problems answered rightly, one answer each; "dropped" were too long to ask."""
     texts, lengths = ask(built, params, problems, decoding, 1, 0, resident)
     counts = {"problems": len(problems), "dropped": problems.dropped, "mean_length": float(lengths.mean())}
     return figures(grade(texts, problems)) | counts

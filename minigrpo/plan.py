@@ -417,7 +417,7 @@ def roofline_seconds(phase: Phase, chip: Chip) -> float:
 
 
 def describe(name: str, phase: Phase, chip: Chip) -> str:
-    """Return what a person reads of a phase."""
+    """Format a phase for the terminal."""
     parts = phase.memory
     if not parts.arguments:
         return f"{name:<10} {phase.total / GIB:6.2f} GiB of {chip.hbm_gib:g}: the compiler refuses it\n"
@@ -438,7 +438,7 @@ def describe(name: str, phase: Phase, chip: Chip) -> str:
 
 
 def figures(phase: Phase, chip: Chip) -> dict[str, Any]:
-    """Return what the last line says of a phase."""
+    """Return the figures of a phase for the last line."""
     return {
         "hbm_gib": round(phase.total / GIB, 3),
         "resident_gib": round(phase.resident / GIB, 3),
@@ -524,7 +524,7 @@ def advice(settings: Settings, chip: Chip, failed: set[str]) -> str:
 
 
 def announce(shapes: Shapes, chip: Chip) -> None:
-    """Print what is planned, before anything is compiled."""
+    """Print the plan's subject, before anything is compiled."""
     spec, steps, packing = shapes.spec, shapes.spec.settings.steps, shapes.packing
     made, prompts, group, _ = rollout_inputs(
         spec, spec.settings.rollout, steps.batch_size, steps.num_generations, count_resident(shapes).total

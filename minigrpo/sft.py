@@ -54,7 +54,7 @@ def make_batch(packing: PackingSpec, data: PromptSet, completions: Ragged, indic
 
 
 def step_line(step: int, steps: int, metrics: dict[str, Any], seconds: float, skipped: float) -> str:
-    """Return what a person reads of a step."""
+    """Format a step's metrics as a line for people."""
     loss, norm, rate = (float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate"))
     text = f"step {step}/{steps}  loss {loss:.4f}  grad_norm {norm:.3f}  lr {rate:.2e}  {seconds:.3f} s/step"
     return text + (f"  skipped, not finite: {skipped:.0f}" if skipped else "") + "\n"

@@ -77,7 +77,7 @@ class Log:
 
 
 def as_plain(value: Any) -> Any:
-    """Return what JSON can hold: the value itself, its number, or its text."""
+    """Convert a value to something JSON can hold: itself, its number, or its text."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return value if isinstance(value, str | int | float | None) else shown(value)
 
@@ -162,7 +162,7 @@ ATOMS = (str, int, float, bytes, type(None))
 
 
 def fresh(value: Any) -> Any:
-    """Copy lists, dictionaries and objects, so that what a function changes is seen by nobody else."""
+    """Copy lists, dictionaries and objects, so that a function's changes to them are seen by nobody else."""
     if isinstance(value, ATOMS):
         return value
     if type(value) is list:
@@ -183,7 +183,7 @@ class Overtime(BaseException):
 
 
 def in_thread(work: Callable[[], Any], seconds: float = math.inf) -> Any:
-    """Run work in a thread of its own; Overtime when it is not done in time, and it is left to itself then."""
+    """Run work in a thread of its own; raise Overtime and abandon it when it is not done in time."""
     outcome: dict[str, Any] = {}
 
     def run() -> None:
@@ -231,7 +231,7 @@ def interrupted_after(seconds: float) -> Iterator[None]:
 
 
 def within(seconds: float, work: Callable[[], Any]) -> Any:
-    """Run work in the main thread, where libraries that use signals, such as math-verify, need to be; else in one."""
+    """Run work with a time limit: in the main thread, as libraries that use signals need, or else in a thread."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_kill"):
         return in_thread(work, seconds)
     with interrupted_after(seconds):

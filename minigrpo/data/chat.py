@@ -50,11 +50,11 @@ class Tokenizer:
         return max(self.hub.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of texts, special ones only where the text spells them; UsageError for what is no text."""
+        """Tokenize texts, special tokens only where the text spells them; UsageError for anything but text."""
         return self.tokens_of(texts, add_special_tokens=False)
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of rendered prompts, those of `raw` ones with what the tokenizer adds by itself."""
+        """Tokenize rendered prompts; `raw` ones get the tokens that the tokenizer adds by itself."""
         return self.tokens_of(texts, add_special_tokens=self.raw)
 
     def tokens_of(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
@@ -121,7 +121,7 @@ def read_tokenizer(path: Path) -> HubTokenizer:
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """Return the named special tokens that transformers would give to a template; UsageError for one that is no text.
+    """Return the named special tokens that transformers would give to a template; UsageError unless they are text.
 
     Of tokenizer_config.json, and of an older special_tokens_map.json where that lists no added tokens.
     """
@@ -227,7 +227,7 @@ def stop_tokens(
 
 
 def file_ends(path: Path, hub: HubTokenizer) -> tuple[int, ...]:
-    """Return the end tokens that a file lists, () for none or null; UsageError for what is no token."""
+    """Return the end tokens that a file lists, () for none or null; UsageError for anything that is not a token."""
     value = read_object(path, {}).get("eos_token_id")
     if value is None:
         return ()
@@ -246,7 +246,7 @@ def is_token(value: Any, hub: HubTokenizer) -> bool:
 
 
 def eos_of(folder: Path, hub: HubTokenizer, special: dict[str, str]) -> int | None:
-    """Return the tokenizer's eos_token; UsageError for one that is named and that it does not have."""
+    """Return the tokenizer's eos_token; UsageError for a token that the tokenizer does not have."""
     token = special.get("eos_token")
     number = None if token is None else hub.token_to_id(token)
     if token is not None and number is None and token not in END_TOKENS:

@@ -86,7 +86,7 @@ def is_struct(value: Any) -> bool:
 
 
 def describe(value: Any) -> str:
-    """Return a cell for an error: its kind, and its beginning."""
+    """Describe a cell for an error: its kind and its beginning."""
     if value is None or value == "":
         return "nothing"
     return f"{type(value).__name__} {reprlib.repr(value)}"
@@ -103,7 +103,7 @@ def messages_of(value: list[Any]) -> list[Message]:
 
 
 def message_of(where: str, message: Any) -> Message:
-    """Return one message; other texts in it, such as reasoning_content, are kept."""
+    """Return one message; its other texts, such as reasoning_content, are kept."""
     if not isinstance(message, dict):
         raise CellError(f"has {describe(message)} as {where}; a message has a role and content")
     role = message.get("role") or message.get("from")
@@ -209,7 +209,7 @@ def system_text(row: Row) -> str:
 
 
 def prompt_reader(row: Row, options: DataOptions) -> Reader:
-    """Return how to read the prompts of rows such as this one; UsageError when none is found.
+    """Return a function that reads the prompts of rows with these columns; UsageError when none is found.
 
     The named column wins, then the usual ones, then Alpaca's, then a chat.
     """
@@ -264,7 +264,7 @@ def completion_text(column: str, value: Any) -> str:
 
 
 def number_of(value: Any) -> float:
-    """Return a score, which may be written as text as in CSV; CellError when it is no number or huge."""
+    """Return a score, which may be text as in CSV; CellError when it is not a number or is huge."""
     try:
         score = float(value) if isinstance(value, int | float | str) else math.nan
     except (ValueError, OverflowError):
@@ -284,7 +284,7 @@ def value_or_cell(column: str, row: Row) -> Any:
 
 
 def answer_reader(row: Row, options: DataOptions, prompt: Reader, required: bool) -> Reader | None:
-    """Return how to read reference answers; None when there are none and none are required.
+    """Return a function that reads reference answers; None when there are none and none are required.
 
     The named column wins, then the usual ones, then a chat's last answer where the chat is the prompt.
     """
@@ -297,7 +297,7 @@ def answer_reader(row: Row, options: DataOptions, prompt: Reader, required: bool
 
 
 def completion_readers(row: Row, options: DataOptions) -> tuple[Reader, Reader]:
-    """Return how to read prompts and completions: named or usual columns, else a chat and its last answer."""
+    """Return functions that read prompts and completions: named or usual columns, else a chat and its last answer."""
     chosen = find_column(row, CHAT_COLUMNS)
     named = options.prompt_column != "auto" or options.answer_column != "auto"
     usual = find_column(row, (*PROMPT_COLUMNS, "instruction")) and find_column(row, COMPLETION_COLUMNS)

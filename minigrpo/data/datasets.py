@@ -128,7 +128,7 @@ def read_prompts(path: Path, options: DataOptions) -> list[Prompt]:
 
 
 def held_out_options(data: DataOptions, run: RunOptions) -> DataOptions:
-    """Return where the prompts of --eval_steps come from; UsageError when only the training prompts are there."""
+    """Return the options of the prompts of --eval_steps; UsageError when only the training prompts are there."""
     own = run.eval_dataset == "auto"
     if own and run.eval_split == "auto" and (is_file(data.dataset) or data.offline):
         raise UsageError(

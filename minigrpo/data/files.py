@@ -52,7 +52,7 @@ def is_file(name: str) -> bool:
 
 
 def suffix(path: Path) -> str:
-    """Return the suffix that tells what a file holds: `.csv` for rows.csv.gz."""
+    """Return the suffix that tells the kind of a file: `.csv` for rows.csv.gz."""
     name = path.name.lower()
     inner = name.removesuffix(Path(name).suffix) if Path(name).suffix in PACKED else name
     return Path(inner).suffix
@@ -99,7 +99,7 @@ def refuse_empty(flag: str, name: Path | str, rows: Rows) -> Rows:
 
 
 def magic(path: Path) -> str:
-    """Return the suffix that a file's first bytes ask for, or ''."""
+    """Return the suffix that a file's first bytes call for, or ''."""
     with open(path, "rb") as file:
         start = file.read(8)
     return next((kind for begin, kind in MAGIC.items() if start.startswith(begin)), "")
@@ -181,7 +181,7 @@ def bounded_lines(file: io.BufferedIOBase) -> Iterator[bytes]:
 
 
 def parse(where: str, text: bytes) -> Any:
-    """Return the JSON value of a text; UsageError beginning with `where` when it is none."""
+    """Parse a text as JSON; UsageError beginning with `where` when it is not."""
     try:
         return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -193,7 +193,7 @@ def parse(where: str, text: bytes) -> Any:
 
 
 def check_row(where: str, row: Any, noun: str) -> None:
-    """Refuse a JSON value that is no row; UsageError beginning with `where`."""
+    """Refuse a JSON value that is not a row; UsageError beginning with `where`."""
     if not isinstance(row, dict):
         raise UsageError(f"{where}: a {noun} must be a JSON object, not {type(row).__name__}")
     level: list[Any] = [row]
@@ -279,7 +279,7 @@ def load(label: str, function: str, *arguments: Any, **named: Any) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """Return in one line what an error of the datasets library comes from, and the flag that may cure it."""
+    """Return the cause of an error of the datasets library in one line, and the flag that may cure it."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split())[:300] or type(error).__name__

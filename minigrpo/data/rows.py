@@ -18,7 +18,7 @@ else:
 
 
 class CellError(ValueError):
-    """Says why a row cannot be used, as the end of a sentence that begins with the row's number."""
+    """A row that cannot be used; the text ends a sentence that begins with the row's number."""
 
 
 class Rows:

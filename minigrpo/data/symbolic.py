@@ -43,7 +43,7 @@ WARM_UP = (
 
 
 def parse(text: str) -> list[Any]:
-    """Parse LaTeX, by a grammar and not by eval; [] for what is no expression."""
+    """Parse LaTeX, by a grammar and not by eval; [] for anything that is not an expression."""
     import math_verify  # slow to import, and only wanted in this process
 
     parsed: list[Any] = math_verify.parse(f"${text}$", [math_verify.LatexExtractionConfig()], parsing_timeout=None)
@@ -209,7 +209,7 @@ PROCESS = Process()
 
 @functools.lru_cache(maxsize=10_000)
 def verdict(given: str, wanted: str) -> str:
-    r"""Return true, false or undecided: whether two expressions mean the same, as 1/2 and \frac{1}{2} do."""
+    r"""Return "true", "false" or "undecided": whether two expressions mean the same, as 1/2 and \frac{1}{2} do."""
     if max(len(given), len(wanted)) > LONGEST:
         return "undecided"
     return PROCESS.ask(given, wanted)

@@ -140,7 +140,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             yield value
 
     def written(self, value: Any) -> Any:
-        """Return what goes into the prompt, once counted."""
+        """Count a value and return the text that goes into the prompt."""
         self.spend(weight(value))
         return value
 
@@ -244,7 +244,7 @@ class ChatTemplate:
         return self.compiled.render(messages=list(messages), **names)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **settings: Any) -> str:
-        """Return the chat as text, ending where the assistant's answer begins; UsageError for what cannot be.
+        """Render the chat, ending where the assistant's answer begins; UsageError if it cannot be rendered.
 
         `settings` are more names of the template's, such as `enable_thinking`.
         """

@@ -200,7 +200,7 @@ def take_groups(experience: Experience, groups: np.ndarray) -> Experience:
 def advantages_of(
     experience: Experience, options: RewardOptions, weights: dict[str, float], lone: float = 0.0
 ) -> Float[np.ndarray, " B"]:
-    """Return how much better than its group every completion is.
+    """Compute the advantage of every completion over its group.
 
     `weights` are the reward functions'; `lone` times its reward is the advantage of a completion without others.
     """

@@ -64,7 +64,7 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
 
 
 def sizes(raw: dict[str, Any], source: str) -> dict[str, int]:
-    """Return the sizes of a config.json, with transformers' values for what it leaves out."""
+    """Return the sizes of a config.json, with transformers' values for missing ones."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     found = {name: whole(raw, source, name) for name in names}
     heads, hidden = found["num_attention_heads"], found["hidden_size"]
@@ -155,7 +155,7 @@ def switch(raw: dict[str, Any], source: str, name: str, default: bool = False) -
 
 
 def is_set(value: Any) -> bool:
-    """Return whether a setting says anything: it is not null, false, empty or 0."""
+    """Tell if a setting says anything: it is not null, false, empty or 0."""
     return bool(value)
 
 
@@ -215,7 +215,7 @@ def parse_rope(raw: dict[str, Any], source: str) -> tuple[float, RopeScaling | N
 
 
 def rope_table(raw: dict[str, Any], source: str, name: str) -> dict[str, Any]:
-    """Return rope_scaling or rope_parameters; UsageError for what is no object or holds what is not understood."""
+    """Return rope_scaling or rope_parameters; UsageError unless it is an object with known fields only."""
     table = raw[name]
     if not isinstance(table, dict):
         raise refuse(source, name, table, "an object such as {'rope_type': 'default'}, or null")

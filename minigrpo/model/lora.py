@@ -116,7 +116,7 @@ def read_adapter_config(folder: Path) -> tuple[Lora, str]:
 
 
 def adapter_numbers(path: Path, raw: dict[str, Any]) -> tuple[int, float, float]:
-    """Return rank, alpha and dropout; UsageError for what cannot be."""
+    """Return rank, alpha and dropout; UsageError for impossible values."""
     rank, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout") or 0
     numbers = type(rank) is int and all(type(value) in (int, float) for value in (alpha, dropout))
     if not numbers or not isinstance(raw.get("use_rslora") or False, bool):

@@ -223,7 +223,7 @@ class Attention(Projections):
         return q[:, None], k[:, None], v[:, None]
 
     def __call__(self, x: Array, layer: Array, carry: Any, context: LayerContext) -> tuple[Array, Any]:
-        """Attend from x [B, T, D] -> output [B, T, D] and the carry, such as KV pages, after this layer."""
+        """Attend from x [B, T, D] -> output [B, T, D], and the carry that `context.attend` made of `carry`."""
         heads = self.fused_heads if context.fused.heads else self.heads
         out, carry = context.attend(layer, *heads(x, context), carry)
         return self.project("o", out, context), carry

@@ -1,4 +1,4 @@
-"""The frozen facts of a run that its device programs and their memory follow from."""
+"""The frozen facts of a run that determine its device programs and their memory."""
 
 import dataclasses
 from typing import Any
@@ -14,7 +14,7 @@ from minigrpo.model.qwen import ComputeSpec, Qwen
 
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
-    """Everything that a run's device programs are made of."""
+    """Everything that determines a run's device programs."""
 
     settings: Settings
     config: ModelConfig

@@ -42,7 +42,7 @@ def sample(
 
 
 def truncate(sampler: Sampler, probs: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    """Zero what top-k, then top-p, then min-p leave out; `probs` are relative to their row's maximum of 1.
+    """Zero the tokens that top-k, then top-p, then min-p leave out; `probs` are relative to a row's maximum of 1.
 
     Each keeps the tokens at or above a limit. Those of top-k and top-p are bisected, as sorting takes longer. Equals of
     the k-th token are all kept; top-p may count some of them only.
@@ -111,7 +111,7 @@ def in_blocks(probs: Float[Array, "B V"]) -> Float[Array, "B N S"]:
 
 
 def running_sums(blocks: Float[Array, "B N S"]) -> Float[Array, "B N"]:
-    """Sum all numbers up to each block's last: the one pass over the vocabulary that uses of the same blocks share."""
+    """Sum all numbers up to each block's last, in one pass over the vocabulary that all uses of the blocks share."""
     return jnp.cumsum(blocks.sum(axis=-1), axis=-1)
 
 

@@ -148,7 +148,7 @@ def reserved_pages(spec: PageSpec, prompts: PromptBatch, state: State) -> Int[Ar
 
 
 def next_waiting(state: State) -> Int[Array, ""]:
-    """Return the first completion that waits."""
+    """Return the first waiting completion."""
     return jnp.argmax(state.status == WAITING)
 
 
@@ -227,7 +227,7 @@ def is_short(spec: PageSpec, state: State) -> Bool[Array, ""]:
 
 
 def preempt(spec: PageSpec, state: State) -> State:
-    """Take the youngest completion's slot and pages; it waits with the tokens that it has.
+    """Take the youngest completion's slot and pages; it waits with the tokens that it has so far.
 
     The oldest unfinished completion is never preempted and its pages always fit, so every completion ends.
     """
@@ -237,7 +237,7 @@ def preempt(spec: PageSpec, state: State) -> State:
 
 
 def schedule(spec: PageSpec, prompts: PromptBatch, prompt_table: Int[Array, "P M"], state: State) -> State:
-    """Free what ended, admit what fits, and preempt the youngest while pages are short."""
+    """Free slots that ended, admit waiting completions that fit, and preempt the youngest while pages are short."""
     state = free(spec, state, state.ended, DONE)
     fits, put = functools.partial(can_admit, spec, prompts), functools.partial(admit, spec, prompts, prompt_table)
     state = jax.lax.while_loop(fits, put, state)

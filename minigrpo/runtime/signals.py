@@ -133,7 +133,7 @@ class StopRequest:
             self.end(EXIT_STOPPED, f"stopped within a step, which took longer than --grace_seconds; {self.resume}")
 
     def save_and_end(self, saver: Callable[[], int]) -> None:
-        """Save the state that a rollout leaves as it was, close what is open, and end the process."""
+        """Save the state, which a rollout does not change, close what is open, and end the process."""
         try:
             step = saver()
         except Exception as error:  # whatever it is, the process ends in one line
