@@ -11,6 +11,7 @@ import pathlib
 import re
 import sys
 import tempfile
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -21,8 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from minigrpo.config import Options, Settings, UsageError, option, run_command
 from minigrpo.kernels.paged_attention import tpu
-from minigrpo.plan import topology_devices
-from minigrpo.runtime.chips import CHIPS
+from minigrpo.plan import find_chip, topology_devices
 
 BUNDLE = re.compile(r"^\s*0x[0-9a-f]+\s+([A-Z]{2})?\s*:\s*(>*)\s*(\{\})?", re.MULTILINE)
 """A line of the schedule: LB where a loop's body starts, a mark for each loop around it, {} if empty and unmarked."""
@@ -43,10 +43,18 @@ class BenchOptions(Options):
     dtype: str = option("bfloat16", "of queries and pages", choices=("bfloat16", "float32"))
 
 
+@dataclasses.dataclass(frozen=True)
+class KernelSettings(Settings):
+    """The flags of this bench."""
+
+    kernel: BenchOptions = BenchOptions()
+
+
 def compile_kernel(options: BenchOptions, tuning: tpu.Tuning) -> None:
+    """Compile the kernel for one chip."""
     mesh = Mesh(np.array(topology_devices(options.topology)[:1]), ("x",))
 
-    def shape(sizes, dtype):
+    def shape(sizes: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     entries = -(-options.tokens // options.page_size)
@@ -74,7 +82,7 @@ class Cycles:
 
 
 def read_schedule(text: str) -> Cycles:
-    """The loops of the kernel's schedule: over sequences, in it last over blocks, in that over pages three times."""
+    """Find the schedule's loops: over sequences, in it last over blocks, in that over pages three times."""
     depths: list[int] = []
     starts: dict[int, list[int]] = {1: [], 2: [], 3: []}
     for label, marks, empty in BUNDLE.findall(text):
@@ -90,12 +98,12 @@ def read_schedule(text: str) -> Cycles:
 
 
 def length_of_loop(depths: list[int], start: int) -> int:
-    """Bundles from an innermost loop's start on that are as deep as it."""
+    """Count the bundles from an innermost loop's start on that are as deep as it."""
     return next(length for length in range(len(depths)) if depths[start + length] < depths[start])
 
 
 def counted_cycles(options: BenchOptions, pages: int, cycles: Cycles) -> tuple[int, int]:
-    """Cycles of computing one sequence, and of one block that is full, of so many pages."""
+    """Count the cycles of computing one sequence, and of one block that is full, of so many pages."""
     entries = -(-options.tokens // options.page_size)
     blocks = -(-entries // pages)
     full = cycles.block + pages * (cycles.fetch + cycles.wait)
@@ -104,23 +112,30 @@ def counted_cycles(options: BenchOptions, pages: int, cycles: Cycles) -> tuple[i
     return whole + cleared * cycles.clear, full
 
 
-def main(settings: Settings) -> int:
-    options: BenchOptions = settings[BenchOptions]
-    jax.config.update("jax_platforms", "cpu")
-    if options.heads % options.kv_heads:
-        raise UsageError(f"--heads={options.heads}: must be a multiple of --kv_heads={options.kv_heads}")
+def read_cycles(options: BenchOptions) -> tuple[tpu.Tuning, Cycles]:
+    """Compile the kernel and read its schedule -> the tuning that it was compiled with, and its cycles."""
     with tempfile.TemporaryDirectory() as folder:
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         regex = "--xla_jf_dump_llo_pass_label_regex=.*packed-bundles-post-ra.*"
         os.environ["LIBTPU_INIT_ARGS"] = f"{dump} {regex}"
-        devices = topology_devices(options.topology)
-        chip = CHIPS[options.topology.partition(":")[0]]
-        tuning = tpu.read_tuning(devices[0].device_kind)
+        tuning = tpu.read_tuning(topology_devices(options.topology)[0].device_kind)
         if options.block_bytes:
             tuning = dataclasses.replace(tuning, block_bytes=options.block_bytes)
         compile_kernel(options, tuning)
         schedule = next(pathlib.Path(folder).glob("*paged_attention*-01-packed-bundles-post-ra.txt"))
-        cycles = read_schedule(schedule.read_text())
+        return tuning, read_schedule(schedule.read_text())
+
+
+def main(settings: KernelSettings) -> int:
+    """Count the kernel's cycles and compare them with those its bytes take."""
+    options = settings.kernel
+    jax.config.update("jax_platforms", "cpu")
+    if options.heads % options.kv_heads:
+        raise UsageError(f"--heads={options.heads}: must be a multiple of --kv_heads={options.kv_heads}")
+    chip = find_chip(options.topology)
+    if not chip.tflops:
+        raise UsageError(f"--topology={options.topology}: the kernel is the TPU's; use such as v6e:2x2")
+    tuning, cycles = read_cycles(options)
     row_bytes = 2 * options.kv_heads * options.head_dim * jnp.dtype(options.dtype).itemsize
     page_bytes = options.page_size * row_bytes
     pages = tpu.pages_per_block(tuning, page_bytes, -(-options.tokens // options.page_size))
@@ -153,4 +168,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    run_command("python bench/kernel_cycles.py", __doc__ or "", (BenchOptions,), main)
+    run_command("python bench/kernel_cycles.py", __doc__ or "", ("kernel",), main, kind=KernelSettings)

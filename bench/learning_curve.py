@@ -29,8 +29,15 @@ class CurveOptions(Options):
     picture: str = option("bench/learning_curve.png", "file the curve is drawn to")
 
 
+@dataclasses.dataclass(frozen=True)
+class CurveSettings(Settings):
+    """The flags of this bench."""
+
+    curve: CurveOptions = CurveOptions()
+
+
 def train(options: CurveOptions, seed: int) -> pathlib.Path:
-    """The folder of the finished run of this seed."""
+    """Train with this seed, unless that is done already -> the run's folder."""
     folder = pathlib.Path(options.output_dir).absolute() / f"seed{seed}"
     if not (folder / "final").exists():
         started = time.perf_counter()
@@ -50,11 +57,13 @@ def train(options: CurveOptions, seed: int) -> pathlib.Path:
 
 
 def read_curve(folder: pathlib.Path) -> tuple[list[int], list[float]]:
+    """Read the steps and accuracies of a run's evaluations."""
     rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     return [row["step"] for row in rows], [row["accuracy"] for row in rows]
 
 
 def draw(curves: dict[int, tuple[list[int], list[float]]], path: str) -> None:
+    """Draw accuracy against steps."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for seed, (steps, accuracies) in curves.items():
         axes.plot(steps, [100 * a for a in accuracies], marker="o", label=f"seed {seed}")
@@ -65,8 +74,9 @@ def draw(curves: dict[int, tuple[list[int], list[float]]], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(settings: Settings) -> int:
-    options: CurveOptions = settings[CurveOptions]
+def main(settings: CurveSettings) -> int:
+    """Train every seed and draw the curves."""
+    options = settings.curve
     folders = {seed: train(options, seed) for seed in range(options.seeds)}
     curves = {seed: read_curve(folder) for seed, folder in folders.items()}
     start = curves[0][1][0]
@@ -84,4 +94,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    run_command("python bench/learning_curve.py", __doc__ or "", (CurveOptions,), main)
+    run_command("python bench/learning_curve.py", __doc__ or "", ("curve",), main, kind=CurveSettings)

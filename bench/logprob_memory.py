@@ -11,16 +11,19 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
-from minigrpo.build import choose_tiles
 from minigrpo.config import Options, Settings, option, parse_mesh, run_command
-from minigrpo.grpo.logprobs import Head, token_logprobs
+from minigrpo.grpo.logprobs import LMHead, token_logprobs
+from minigrpo.kernels.backend import backend_for
 from minigrpo.plan import topology_mesh
 from minigrpo.planning import hlo
 from minigrpo.runtime.chips import CHIPS
@@ -42,26 +45,39 @@ class BenchOptions(Options):
     variant: str = option("both", "measure one variant in this process", choices=("both", *VARIANTS))
 
 
-def naive_logprobs(head: Head, hidden, weights, targets):
-    """The whole logits, as one would write it first; sequences over all devices, the vocabulary over tp."""
+@dataclasses.dataclass(frozen=True)
+class LogprobSettings(Settings):
+    """The flags of this bench."""
+
+    logprobs: BenchOptions = BenchOptions()
+
+
+def make_head(options: BenchOptions, mesh: Mesh) -> LMHead:
+    """Return the head with the tiles of the mesh's devices."""
+    return LMHead(mesh, options.vocab, 1.0, backend_for(mesh.devices.flat[0]).head_tiles)
+
+
+def naive_logprobs(head: LMHead, hidden: Array, weights: Array, targets: Array) -> tuple[Array, Array]:
+    """Compute log-probs from the whole logits: sequences over all devices, the vocabulary over tp."""
     logits = jnp.einsum("MD,VD->MV", hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
     logits = jax.lax.with_sharding_constraint(logits, NamedSharding(head.mesh, PartitionSpec(FSDP, TP)))
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), targets[:, None], axis=-1)
     return chosen[:, 0], jnp.zeros(len(targets))
 
 
-def programs(variant: str, head: Head):
-    """The variant's forward pass and its gradients, jitted."""
-    function = token_logprobs if variant == "ours" else naive_logprobs
+def programs(variant: str, head: LMHead) -> tuple[Any, Any]:
+    """Return the variant's forward pass and its gradients, jitted."""
+    function: Callable[..., Any] = token_logprobs if variant == "ours" else naive_logprobs
 
-    def loss(hidden, weights, targets):
-        return function(head, hidden, weights, targets)[0].sum()
+    def loss(hidden: Array, weights: Array, targets: Array) -> Array:
+        total: Array = function(head, hidden, weights, targets)[0].sum()
+        return total
 
     return jax.jit(lambda *args: function(head, *args)[0]), jax.jit(jax.grad(loss, argnums=(0, 1)))
 
 
-def arguments(options: BenchOptions, mesh: Mesh, dtype):
-    """Abstract hidden states, weights and targets, laid out as in training."""
+def arguments(options: BenchOptions, mesh: Mesh, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return abstract hidden states, weights and targets, laid out as in training."""
     rows = NamedSharding(mesh, PartitionSpec(DATA))
     count = options.tokens * mesh.size
     return (
@@ -74,23 +90,22 @@ def arguments(options: BenchOptions, mesh: Mesh, dtype):
 
 
 def forget_peak() -> None:
-    """Makes the kernel's record of this process's peak start over (proc(5))."""
+    """Make the kernel's record of this process's peak start over (proc(5))."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def status_bytes(name: str) -> int:
-    """A size from /proc/self/status: VmRSS now, VmHWM the peak."""
+    """Read a size from /proc/self/status: VmRSS now, VmHWM the peak."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def measure(options: BenchOptions) -> dict:
-    """Seconds of forward plus backward, and the bytes that the process grew by, in this process."""
+def measure(options: BenchOptions) -> dict[str, float]:
+    """Measure seconds of forward plus backward, and the bytes that the process grew by, in this process."""
     start_platform(options.mesh)
     mesh = make_mesh(options.mesh)
     jax.config.update("jax_default_matmul_precision", "highest")
-    tiles = choose_tiles(mesh)
-    gradients = programs(options.variant, Head(mesh, options.vocab, 1.0, tiles))[1]
+    gradients = programs(options.variant, make_head(options, mesh))[1]
     shapes = arguments(options, mesh, jnp.float32)
     keys = jax.random.split(jax.random.key(0), 3)
     values = (
@@ -111,9 +126,9 @@ def measure(options: BenchOptions) -> dict:
     }
 
 
-def in_turn(options: BenchOptions) -> dict:
-    """Medians of both variants, each process after one of the other."""
-    found: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
+def in_turn(options: BenchOptions) -> dict[str, Any]:
+    """Return medians of both variants, each process after one of the other."""
+    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
     given = {name: value for name, value in dataclasses.asdict(options).items() if name != "variant"}
     for _ in range(options.repeats):
         for variant in VARIANTS:
@@ -127,8 +142,8 @@ def in_turn(options: BenchOptions) -> dict:
     }
 
 
-def counted(mesh: Mesh, program, shapes) -> tuple[int, int | None]:
-    """Bytes of temporaries and estimated cycles per chip; if it does not fit, all bytes that were wanted, and None."""
+def counted(mesh: Mesh, program: Any, shapes: tuple[Any, ...]) -> tuple[int, int | None]:
+    """Count bytes of temporaries and cycles per chip; for a program that does not fit, all wanted bytes and None."""
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             done = program.lower(*shapes).compile()
@@ -137,13 +152,13 @@ def counted(mesh: Mesh, program, shapes) -> tuple[int, int | None]:
     return hlo.memory_of(done).temporaries, hlo.estimated_cycles(done.as_text())
 
 
-def compiled_for(options: BenchOptions) -> dict:
-    """Scratch and counted milliseconds per chip of forward and of gradients, for both variants."""
+def compiled_for(options: BenchOptions) -> dict[str, Any]:
+    """Count scratch and milliseconds per chip of forward and of gradients, for both variants."""
     mesh = topology_mesh(options.topology, options.mesh)
-    head = Head(mesh, options.vocab, 1.0, choose_tiles(mesh))
+    head = make_head(options, mesh)
     shapes = arguments(options, mesh, jnp.bfloat16)
     clock = CHIPS[options.topology.split(":")[0]].clock * 1e6
-    report: dict[str, dict] = {}
+    report: dict[str, dict[str, Any]] = {}
     for variant in VARIANTS:
         report[variant] = {}
         for name, program in zip(("forward", "gradients"), programs(variant, head), strict=True):
@@ -155,13 +170,14 @@ def compiled_for(options: BenchOptions) -> dict:
     return report
 
 
-def main(settings: Settings) -> int:
-    options: BenchOptions = settings[BenchOptions]
+def main(settings: LogprobSettings) -> int:
+    """Measure both variants here, or count them for a TPU."""
+    options = settings.logprobs
     if options.variant != "both":
         sys.stdout.write(json.dumps(measure(options)) + "\n")
         return 0
     parse_mesh(options.mesh)
-    report: dict = {"bench": "logprob_memory", "jax": jax.__version__, **dataclasses.asdict(options)}
+    report: dict[str, Any] = {"bench": "logprob_memory", "jax": jax.__version__, **dataclasses.asdict(options)}
     least = 4 * options.tokens * options.vocab
     sys.stderr.write(f"full logits of {options.tokens} tokens: {least / 1e9:.2f} GB in float32 on each device\n")
     if options.topology != "none":
@@ -182,4 +198,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    run_command("python bench/logprob_memory.py", __doc__ or "", (BenchOptions,), main)
+    run_command("python bench/logprob_memory.py", __doc__ or "", ("logprobs",), main, kind=LogprobSettings)

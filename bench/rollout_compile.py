@@ -8,6 +8,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "peers")]
@@ -15,12 +16,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "peers")]
 import jax
 from environment import last_json
 
-from minigrpo.build import Programs
-from minigrpo.config import DataOptions, Options, RolloutOptions, Settings, StepOptions, UsageError, option, run_command
-from minigrpo.plan import SECTIONS, PlanOptions, count_resident, make_programs, own_rows, plan_rollout, prompt_rows
+from minigrpo.config import Options, PlanOptions, Settings, UsageError, option, run_command
+from minigrpo.plan import SECTIONS, count_resident, count_work, make_shapes, plan_rollout, plan_spec, rollout_inputs
 from minigrpo.planning import memory
-from minigrpo.planning.cost import Phase, Work
-from minigrpo.rollout.generator import least_pages
+from minigrpo.planning.cost import Phase
+from minigrpo.planning.run_spec import RunSpec
 from minigrpo.runtime.chips import GIB
 
 MIB = 1 << 20
@@ -35,39 +35,46 @@ class BenchOptions(Options):
     layouts: str = option("v6e:1x1=1,1;v6e:2x4=4,2;v6e:2x4=8,1;v6e:4x4=8,2", "topology=mesh, separated by ;")
 
 
+@dataclasses.dataclass(frozen=True)
+class CompileSettings(Settings):
+    """The plan's settings but its one layout, and this bench's."""
+
+    compiled: BenchOptions = BenchOptions()
+
+
 def parse_layouts(flag: str) -> list[tuple[str, str]]:
+    """Parse 'v6e:2x4=4,2;v6e:2x4=8,1' into pairs of topology and mesh."""
     pairs = [part.split("=") for part in flag.split(";")]
     if any(len(pair) != 2 or pair[0].startswith("gpu") for pair in pairs):
         raise UsageError(f"--layouts={flag}: must be TPU topology=mesh pairs separated by ;, such as v6e:2x4=4,2")
     return [(topology, mesh) for topology, mesh in pairs]
 
 
-def programs_for(settings: Settings, topology: str, mesh: str, pool_pages: int) -> Programs:
-    """What `minigrpo.train` would run there."""
+def spec_for(settings: CompileSettings, topology: str, mesh: str, pool_pages: int) -> RunSpec:
+    """Return the spec of the run that `minigrpo.train` would make there."""
     layout = PlanOptions(topology=topology, mesh=mesh)
-    pool = dataclasses.replace(settings[RolloutOptions], pool_pages=pool_pages)
-    sections = dict(settings.sections) | {PlanOptions: layout, RolloutOptions: pool}
-    return make_programs(Settings(sections, settings.explicit))[0]
+    pool = dataclasses.replace(settings.rollout, pool_pages=pool_pages)
+    return plan_spec(dataclasses.replace(settings, plan=layout, rollout=pool))
 
 
-def worst_case(programs: Programs) -> tuple[int, int]:
-    """Fewest pages of a pool, and those with which every slot may reach its full length."""
-    plan, prompts = prompt_rows(programs, count_resident(programs, programs.trainer(1, 1)))
-    own = own_rows(prompts)
-    least, slots = least_pages(plan, own), min(plan.slots, own.tokens.shape[0] * plan.group)
-    return least, least + (slots - 1) * plan.own_pages()
+def worst_case(spec: RunSpec) -> tuple[int, int]:
+    """Return the fewest pages of a pool, and those with which every slot may reach its full length."""
+    steps, held = spec.settings.steps, count_resident(make_shapes(spec)).total
+    inputs = rollout_inputs(spec, spec.settings.rollout, steps.batch_size, steps.num_generations, held)
+    made, prompts, group, _ = inputs
+    least = made.least_pages(prompts)
+    return least, least + (made.slot_count(prompts, group) - 1) * made.completion_pages
 
 
-def compile_rollout(programs: Programs) -> Phase:
-    """The whole rollout program."""
-    steps, data, rollout = (programs.settings[kind] for kind in (StepOptions, DataOptions, RolloutOptions))
-    lengths = data.max_prompt_length, rollout.max_completion_length
-    work = Work(programs.config, steps.batch_size, steps.num_generations, *lengths)
-    held = count_resident(programs, programs.trainer(1, 1))
-    return plan_rollout(programs, work, held)
+def compile_rollout(spec: RunSpec) -> Phase:
+    """Compile the whole rollout program."""
+    shapes, steps = make_shapes(spec), spec.settings.steps
+    work = count_work(spec, steps.batch_size, steps.num_generations)
+    return plan_rollout(shapes, work, count_resident(shapes), spec.settings.rollout)
 
 
 def describe(topology: str, mesh: str, pool: str, pool_bytes: int, phase: Phase) -> str:
+    """Return a line of the table."""
     used = phase.memory
     return (
         f"{topology:<9} {mesh:<5} {pool:<5} {pool_bytes / GIB:>6.2f} {used.arguments / GIB:>9.3f} "
@@ -86,7 +93,8 @@ HEADER = (
 )
 
 
-def figures(topology: str, mesh: str, pool: str, pool_bytes: int, phase: Phase) -> dict:
+def figures(topology: str, mesh: str, pool: str, pool_bytes: int, phase: Phase) -> dict[str, Any]:
+    """Return what the last line has of a rollout."""
     return {
         "topology": topology,
         "mesh": mesh,
@@ -99,29 +107,28 @@ def figures(topology: str, mesh: str, pool: str, pool_bytes: int, phase: Phase) 
     }
 
 
-def kernel_cycles(settings: Settings, topology: str) -> dict:
-    """Counted in a process of its own: the compiler writes its schedule down only if asked before it starts."""
-    page_size = settings[RolloutOptions].page_size
-    tokens = settings[DataOptions].max_prompt_length + settings[RolloutOptions].max_completion_length
-    flags = f"--topology={topology}", f"--page_size={page_size}", f"--tokens={tokens}"
+def kernel_cycles(settings: Settings, topology: str) -> dict[str, Any]:
+    """Count the kernel's cycles in a process of its own, as the compiler must be asked for its schedule first."""
+    tokens = settings.data.max_prompt_length + settings.rollout.max_completion_length
+    flags = f"--topology={topology}", f"--page_size={settings.rollout.page_size}", f"--tokens={tokens}"
     return last_json(sys.executable, str(ROOT / "bench" / "kernel_cycles.py"), *flags)
 
 
-def main(settings: Settings) -> int:
+def main(settings: CompileSettings) -> int:
+    """Compile every layout, with the whole pool and with half of it."""
     jax.config.update("jax_platforms", "cpu")
     settings = settings.with_defaults(JOB)
-    if settings[RolloutOptions].pool_pages:
+    if settings.rollout.pool_pages:
         raise UsageError("--pool_pages: this bench takes the worst case's pages and half of them; leave it out")
-    layouts = parse_layouts(settings[BenchOptions].layouts)
-    pools = [worst_case(programs_for(settings, *layout, 0)) for layout in layouts]  # all are tried before any compiles
+    layouts = parse_layouts(settings.compiled.layouts)
+    pools = [worst_case(spec_for(settings, *layout, 0)) for layout in layouts]  # all are tried before any compiles
     cycles = kernel_cycles(settings, layouts[0][0])
     sys.stderr.write(HEADER)
     rows = []
     for (topology, mesh), (least, most) in zip(layouts, pools, strict=True):
         for pool, pages in (("whole", most), ("half", max(least, most // 2))):
-            programs = programs_for(settings, topology, mesh, pages)
-            phase = compile_rollout(programs)
-            pool_bytes = pages * memory.page_bytes(programs, settings[RolloutOptions].page_size)
+            spec = spec_for(settings, topology, mesh, pages)
+            phase, pool_bytes = compile_rollout(spec), pages * memory.page_bytes(spec)
             sys.stderr.write(describe(topology, mesh, pool, pool_bytes, phase))
             rows.append(figures(topology, mesh, pool, pool_bytes, phase))
     report = {"bench": "rollout_compile", "jax": jax.__version__, "rollouts": rows, "kernel": cycles}
@@ -130,5 +137,5 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    sections = (*(section for section in SECTIONS if section is not PlanOptions), BenchOptions)
-    run_command("python bench/rollout_compile.py", __doc__ or "", sections, main, FOOTER)
+    sections = (*(name for name in SECTIONS if name != "plan"), "compiled")
+    run_command("python bench/rollout_compile.py", __doc__ or "", sections, main, FOOTER, CompileSettings)

@@ -12,5 +12,6 @@ def backend(device_kind: str, compute_capability: str) -> Backend:
         causal_attention=causal_attention.attend,
         paged_cache=lambda page_size, head_dim, dtype: cache,
         unroll_layers=False,
+        micro_batch_tokens=4096,
         share_prefixes=False,
     )

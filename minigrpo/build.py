@@ -19,7 +19,7 @@ from minigrpo.grpo.optimizer import learning_rate, make_optimizer
 from minigrpo.grpo.update import Objective, UpdateSpec
 from minigrpo.kernels.backend import backend_for
 from minigrpo.model.hub import Source, find_source, load_adapters, load_base
-from minigrpo.model.hub_config import read_config
+from minigrpo.model.hub_config import check_lengths, read_config
 from minigrpo.model.lora import make_lora, save_adapter
 from minigrpo.model.params import Lora, ModelConfig, Params, join, merge_adapters
 from minigrpo.model.qwen import quantize, random_adapters
@@ -258,6 +258,8 @@ def build(settings: Settings, mesh_flag: str, recipes: Recipes = MappingProxyTyp
     int8 = settings.model.quantize == "int8"
     config = dataclasses.replace(config, lora=choose_lora(settings, source), int8=int8)
     check_divisible(config.sizes, mesh)
+    limits = settings.sft if "sft" in settings.sections else settings.rollout
+    check_lengths(config, settings.data.max_prompt_length, limits.max_completion_length)
     data = settings.data
     tokenizer = load_tokenizer(
         source.tokenizer_folder, data.enable_thinking, data.chat_template, data.keep_special_tokens, source.folder

@@ -181,7 +181,8 @@ class RewardOptions(Options):
 
     reward: str = option(
         "auto",
-        "reward functions, NAME or path.py:FUNCTION, each with *WEIGHT or not, by commas; auto is the dataset's own",
+        "comma-separated reward functions, each with an optional *WEIGHT: NAME, FILE.py:FUNCTION or "
+        "PACKAGE.MODULE:FUNCTION; auto is the dataset's own",
     )
     reward_timeout: float = option(
         60.0, "seconds one call of a reward function may take (Python code; C code is not interrupted)", above=0.0
@@ -236,8 +237,8 @@ class LossOptions(Options):
     mask_truncated_completions: bool = option(False, "completions cut at the length limit teach nothing")
     zero_std_groups: str = option(
         "keep",
-        "groups whose first reward function scores all alike: trained on, left out, or replaced by other prompts' "
-        "(DAPO's dynamic sampling)",
+        "what to do with groups in which every completion gets the same score from the first reward: keep, skip, or "
+        "resample other prompts (DAPO)",
         choices=("keep", "skip", "resample"),
     )
     max_resamples: int = option(3, "most extra rollouts of one step that replace groups", low=1)
@@ -267,8 +268,8 @@ class OptimizerOptions(Options):
     max_grad_norm: float = option(0.1, "gradients are clipped to this global norm", above=0.0)
     remat: str = option(
         "full",
-        "what the backward pass recomputes: nothing, all but products, all but attention with gate and up, "
-        "all but attention, or whole layers",
+        "activations that the backward pass recomputes, from fastest to smallest: none; dots (keeps matmul outputs); "
+        "mlp (keeps attention, gate and up); attention (keeps attention outputs); full",
         choices=("none", "dots", "mlp", "attention", "full"),
     )
 
@@ -282,7 +283,7 @@ class StepOptions(Options):
     num_iterations: int = option(1, "passes of the update over a rollout", low=1)
     num_minibatches: int = option(1, "updates per pass, each on an equal share of the prompts", low=1)
     gradient_accumulation_steps: str = option(
-        "auto", "parts the update is computed in, which changes no number; auto fits memory"
+        "auto", "micro-batches of an update at full length, which changes no number; auto fits memory"
     )
     packing: bool = option(
         True, "short sequences share rows in the update, changing no number; not with --lora_dropout"
@@ -315,7 +316,7 @@ class RunOptions(Options):
 
     mesh: str = option(
         "auto",
-        "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU, where small models roll out on a device per core",
+        "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU",
     )
     output_dir: str = option("auto", "run folder; auto is runs/ and the time")
     resume: bool = option(False, "continue the run in --output_dir from its newest complete checkpoint")

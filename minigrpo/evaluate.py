@@ -26,6 +26,7 @@ from minigrpo.data.grading import Extract, extract_answer, marked_answer, most_c
 from minigrpo.model.hub import run_defaults
 from minigrpo.model.params import Params
 from minigrpo.planning.memory import device_share_bytes, pool_limit
+from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import write_lines
 
 QUEUE, QUEUE_SLOTS = 2, 64
@@ -189,13 +190,21 @@ def build_one(settings: Settings, model: str, asked: dict[str, Any]) -> Build:
 
 
 def main(settings: Settings) -> int:
-    """Evaluate --model, and --base if given, and print the figures; return the exit code."""
+    """Evaluate as the settings say; return the exit code."""
+    with Progress() as progress:
+        return run_evaluation(settings, progress)
+
+
+def run_evaluation(settings: Settings, progress: Progress) -> int:
+    """Evaluate the model, and the base beside it if one is named."""
     options = settings.evaluate
     models = [settings.model.model] + ([options.base] if options.base else [])
     check_output(options.output)
+    progress.phase("loading")
     builds = [build_one(settings, model, run_defaults(models[0])) for model in models]
     results, answers = [], []
     for built in builds:
+        progress.phase("evaluation")
         greedy = {"temperature": 0.0} if options.num_generations == 1 else {}
         final = built.settings.with_defaults(greedy)
         problems = held_out(built.tokenizer, final.data, options.eval_size)

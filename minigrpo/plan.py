@@ -32,7 +32,7 @@ from minigrpo.grpo.update import UpdateSpec, batch_logprobs, gradients
 from minigrpo.kernels import gpu as gpu_kernels
 from minigrpo.kernels.backend import backend_for
 from minigrpo.model.hub import placed
-from minigrpo.model.hub_config import parse_config, read_config
+from minigrpo.model.hub_config import check_lengths, parse_config, read_config
 from minigrpo.model.lora import make_lora
 from minigrpo.model.params import ModelConfig, join, split_trainable
 from minigrpo.model.qwen import abstract_params
@@ -142,6 +142,7 @@ def plan_spec(settings: Settings) -> RunSpec:
     config = dataclasses.replace(config, lora=make_lora(settings.lora), int8=options.quantize == "int8")
     mesh = virtual_mesh(wanted.mesh) if on_gpu else topology_mesh(wanted.topology, wanted.mesh)
     check_divisible(config.sizes, mesh)
+    check_lengths(config, settings.data.max_prompt_length, settings.rollout.max_completion_length)
     check_loss(settings)
     check_lora(settings, config)
     check_quantize(config)
@@ -330,7 +331,9 @@ def plan_rollout(shapes: Shapes, work: Work, held: Resident, options: RolloutOpt
     slots = made.slot_count(prompts, group)
     pool = made.num_pages(prompts, group) * memory.page_bytes(spec)
     scratch = memory.rollout_scratch(spec, slots, pool) + result_bytes(spec, work.rows)
-    moved = work.rollout_bytes(chips, slots, spec.dtype.itemsize)
+    free = made.num_pages(prompts, group) - prompts * (made.prompt_width // made.page_size)
+    served = max(1, min(slots, free // made.completion_pages))  # at full length the pool holds so many at once
+    moved = work.rollout_bytes(chips, served, spec.dtype.itemsize)
     counted = Counted(held.total, work.rollout_flops() / chips, moved, scratch)
     return measure(spec, counted, rollout_program(spec.backend), made, decoded_shapes(shapes, made), *inputs, seed)
 

@@ -21,6 +21,7 @@ from minigrpo.grpo.optimizer import TrainState, init_state
 from minigrpo.grpo.update import update
 from minigrpo.model.params import Params, split_trainable
 from minigrpo.planning.memory import packing_spec
+from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import check_empty, check_writable
 
 SECTIONS = ("model", "lora", "data", "optimizer", "sft")
@@ -92,9 +93,13 @@ def main(settings: Settings) -> int:
     folder = Path(settings.sft.output_dir).absolute()
     check_empty(folder)
     check_writable(folder)
-    built = build(settings, settings.sft.mesh)
-    state, frozen = train(built)
-    built.export(folder, folder / "adapter", state.params, frozen)
+    with Progress() as progress:
+        progress.phase("loading")
+        built = build(settings, settings.sft.mesh)
+        progress.phase("update")
+        state, frozen = train(built)
+        progress.phase("export")
+        built.export(folder, folder / "adapter", state.params, frozen)
     sys.stderr.write(f"model written to {folder}\n")
     return 0
 

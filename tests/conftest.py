@@ -137,7 +137,7 @@ def make_generator(
     from minigrpo.rollout.generator import Generator, rollout_spec
 
     backend = backend_for(jax.devices()[0])
-    spec = rollout_spec(config, mesh_of(*mesh), backend, dtype, options, prompt_tokens, 250, stops)
+    spec = rollout_spec(config, mesh_of(*mesh), backend, dtype, options, prompt_tokens, num_tokens, stops)
     return Generator(dataclasses.replace(spec, **more))
 
 
@@ -151,7 +151,8 @@ def forward(config, params, tokens, mesh=(1, 1), **more):
 
     device_mesh, params = mesh_of(*mesh), jax.tree.map(jnp.asarray, params)
     attend = attend_on(device_mesh, backend_for(jax.devices()[0]).causal_attention)
-    context = LayerContext(attend, ComputeSpec(jnp.dtype("float32"), device_mesh), **more)
+    compute = more.pop("compute", ComputeSpec(jnp.dtype("float32"), device_mesh))
+    context = LayerContext(attend, compute, **more)
     tokens = jnp.asarray(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = Qwen(config)(params, tokens, positions, context)

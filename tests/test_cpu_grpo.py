@@ -1,36 +1,39 @@
 """Advantages, losses and the update against formulas written out in float64, over meshes and accumulation."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import mesh_of, place
+from conftest import make_update_spec, mesh_of, place
 
-from minigrpo.build import Programs
-from minigrpo.config import LossOptions, OptimizerOptions, UsageError, parse_flags
+from minigrpo.config import LossOptions, OptimizerOptions, Settings, UsageError
 from minigrpo.grpo import losses
-from minigrpo.grpo import update as grpo
-from minigrpo.grpo.logprobs import Head
-from minigrpo.grpo.optimizer import apply_gradients, clip, decayed, init_state, learning_rate, make_optimizer
+from minigrpo.grpo.advantages import group_advantages, normalised_separately
+from minigrpo.grpo.batch import Batch, PackingSpec, pack, pad_batch, put_batch
+from minigrpo.grpo.optimizer import apply_gradients, decayed, init_state, learning_rate, make_optimizer
+from minigrpo.grpo.update import gradients, update
+from minigrpo.kernels.backend import backend_for
 from minigrpo.model.qwen import abstract_params
 from minigrpo.planning.memory import saved_bytes
-from minigrpo.runtime.mesh import Layout, by_sequence, put
+from minigrpo.planning.run_spec import RunSpec
 
 REAL = 250
 LENGTHS = np.array([5, 1, 8, 3, 8, 2, 7, 4], np.int32)
 
 
+PROMPTS = [np.random.default_rng(9).integers(0, REAL, n).tolist() for n in (3, 6, 1, 4, 9, 2, 5, 8)]
+
+
 def host_batch(seed=0, old=False, ref=False):
+    """Completions of PROMPTS, one each."""
     rng = np.random.default_rng(seed)
-    prompts = [rng.integers(0, REAL, n).tolist() for n in (3, 6, 1, 4, 9, 2, 5, 8)]
-    batch = grpo.assemble(prompts, rng.integers(0, REAL, (8, 8)).astype(np.int32), LENGTHS, (16, 16))
-    shape = batch.completions.shape
-    return dataclasses.replace(
-        batch,
+    shape = (8, 8)
+    return Batch(
+        completions=rng.integers(0, REAL, shape).astype(np.int32) * (np.arange(8) < LENGTHS[:, None]),
+        completion_lengths=LENGTHS,
         advantages=rng.normal(size=8).astype(np.float32),
         rollout_logprobs=rng.normal(-5, 1, shape).astype(np.float32),
         old_logprobs=rng.normal(-5.5, 0.3, shape).astype(np.float32) if old else None,
@@ -38,30 +41,25 @@ def host_batch(seed=0, old=False, ref=False):
     )
 
 
-def make_trainer(config, mesh, parts=1, optimizer=None, remat="full", loss=None):
-    loss = loss or LossOptions()
-    return grpo.Trainer(
-        graph=abstract_params(config)[0],
-        head=Head(mesh, REAL, 0.9),
-        layout=Layout(jnp.dtype("float32"), mesh),
-        remat=remat,
-        optimizer=optimizer or optax.sgd(1.0),
-        objective=functools.partial(grpo.policy_loss, loss),
-        weigh=functools.partial(losses.token_weights, loss.loss_type, max_tokens=16),
-        parts=parts,
-    )
+def place_batch(mesh, batch, prompts=PROMPTS, rows=8, limits=(16, 16), **more):
+    """The batch packed for a mesh; each sequence in its own row unless told otherwise."""
+    spec = PackingSpec(mesh.size, rows, *limits, **{"sequences_per_row": 1} | more)
+    return put_batch(mesh, pack(spec, prompts, batch))
 
 
-def one_update(config, params, mesh=(1, 1), batch=None, **kwargs):
-    """Loss, metrics, and the gradients (as the change of one plain SGD step)."""
-    device_mesh = mesh_of(*mesh)
-    trainer = make_trainer(config, device_mesh, **kwargs)
-    batch = grpo.pad_rows(batch or host_batch(), device_mesh.size * trainer.parts)
-    placed = place(params, device_mesh)
-    state = init_state(trainer.optimizer, jax.tree.map(jnp.copy, placed), device_mesh)
-    new, metrics = grpo.update(trainer, state, put(device_mesh, batch, by_sequence(device_mesh)), {})
+def run_update(spec, params, packed, updates=0):
+    """Loss and metrics, and the gradients: the change of one plain SGD step."""
+    mesh = spec.head.mesh
+    state = init_state(spec.optimizer, jax.tree.map(jnp.copy, place(params, mesh)), mesh)
+    new, metrics = update(spec, dataclasses.replace(state, updates=jnp.int32(updates)), packed, {})
     grads = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, new.params)
     return {name: float(value) for name, value in metrics.items()}, grads
+
+
+def one_update(config, params, mesh=(1, 1), batch=None, packing=None, **more):
+    device_mesh = mesh_of(*mesh)
+    packed = place_batch(device_mesh, batch or host_batch(), **packing or {})
+    return run_update(make_update_spec(config, device_mesh, **more), params, packed)
 
 
 def assert_close(got, want, relative=1e-5):
@@ -73,12 +71,10 @@ def test_advantages_by_group_batch_and_none():
     rewards = np.array([1.0, 0.0, 0.0, 1.0, 2.0, 5.0, 2.0, 2.0])
     centred = np.array([0.5, -0.5, -0.5, 0.5, -0.75, 2.25, -0.75, -0.75])
     groups = np.repeat([np.std(rewards[:4], ddof=1), np.std(rewards[4:], ddof=1)], 4)
-    np.testing.assert_allclose(grpo.group_advantages(rewards, 4, "group"), centred / (groups + 1e-4), rtol=1e-6)
-    np.testing.assert_allclose(
-        grpo.group_advantages(rewards, 4, "batch"), centred / (rewards.std(ddof=1) + 1e-4), rtol=1e-6
-    )
-    np.testing.assert_allclose(grpo.group_advantages(rewards, 4, "none"), centred, rtol=1e-6)
-    assert (grpo.group_advantages(np.ones(4), 4, "group") == 0).all()
+    np.testing.assert_allclose(group_advantages(rewards, 4, "group"), centred / (groups + 1e-4), rtol=1e-6)
+    np.testing.assert_allclose(group_advantages(rewards, 4, "batch"), centred / (rewards.std(ddof=1) + 1e-4), rtol=1e-6)
+    np.testing.assert_allclose(group_advantages(rewards, 4, "none"), centred, rtol=1e-6)
+    assert (group_advantages(np.ones(4), 4, "group") == 0).all()
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "cispo", "dr_grpo"])
@@ -169,7 +165,7 @@ def test_policy_loss_and_gradient_equal_the_formulas(variant):
     device_batch = jax.tree.map(jnp.asarray, batch)
 
     def ours(x):
-        return grpo.policy_loss(options, device_batch, weights, x, jnp.zeros_like(x))[0]
+        return losses.policy_loss(options, device_batch, weights, x, jnp.zeros_like(x))[0]
 
     at = np.asarray(logprobs, np.float64)
     loss, grad = jax.value_and_grad(ours)(logprobs)
@@ -187,15 +183,15 @@ def test_clipped_tokens_are_counted():
     positive = batch.advantages[:, None] > 0
     device_batch = jax.tree.map(jnp.asarray, batch)
     for variant, low, high in [({}, 0.8, 1.2), ({"loss_type": "cispo", "epsilon_high": 1.3}, 0.0, 1.3)]:
-        sums = grpo.policy_loss(LossOptions(**variant), device_batch, jnp.asarray(mask / 8), logprobs, logprobs)[1][
+        sums = losses.policy_loss(LossOptions(**variant), device_batch, jnp.asarray(mask / 8), logprobs, logprobs)[1][
             "sums"
         ]
         assert int(sums["clip_ratio/high_mean"]) == ((ratio > high) & positive & mask).sum() > 0
         assert int(sums["clip_ratio/low_mean"]) == ((ratio < low) & ~positive & mask).sum()
 
 
-def test_left_out_completions_stay_in_the_denominator():
-    batch = dataclasses.replace(host_batch(), left_out=np.arange(8) == 2)
+def test_excluded_completions_stay_in_the_denominator():
+    batch = dataclasses.replace(host_batch(), loss_excluded=np.arange(8) == 2)
     got = losses.token_weights("grpo", jnp.asarray(batch.loss_mask), jnp.int32(8), 16)
     want = np.asarray(batch.completion_mask) / LENGTHS[:, None] / 8
     want[2] = 0
@@ -205,15 +201,15 @@ def test_left_out_completions_stay_in_the_denominator():
 def test_rloo_advantages_leave_each_completion_out_of_its_own_baseline():
     rewards = np.array([1.0, 0.0, 0.0, 1.0, 2.0, 5.0, 2.0, 2.0])
     want = [1 - 1 / 3, -2 / 3, -2 / 3, 1 - 1 / 3, -1, 3, -1, -1]
-    np.testing.assert_allclose(grpo.group_advantages(rewards, 4, "none", "rloo"), want, rtol=1e-6)
+    np.testing.assert_allclose(group_advantages(rewards, 4, "none", "rloo"), want, rtol=1e-6)
 
 
-def test_rewards_normalised_apart_weigh_alike_whatever_their_scale():
+def test_separately_normalised_rewards_weigh_the_same_at_any_scale():
     right = np.array([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
     brief = np.array([1.0, 2.0, 3.0, 4.0, 4.0, 3.0, 2.0, 1.0])
     weights = {"right": 1.0, "brief": 0.5}
-    got = grpo.normalised_apart({"right": right, "brief": brief}, weights, 4)
-    large = grpo.normalised_apart({"right": right, "brief": 1000 * brief}, weights, 4)
+    got = normalised_separately({"right": right, "brief": brief}, weights, 4)
+    large = normalised_separately({"right": right, "brief": 1000 * brief}, weights, 4)
     np.testing.assert_allclose(got, large, atol=2e-4)
     own = [
         w
@@ -223,6 +219,28 @@ def test_rewards_normalised_apart_weigh_alike_whatever_their_scale():
     ]
     total = sum(own).reshape(-1)
     np.testing.assert_allclose(got, (total - total.mean()) / (total.std(ddof=1) + 1e-4), rtol=1e-5)
+
+
+def test_a_completion_counts_if_any_function_scores_it():
+    """One function is for the first group alone, another for some of the second; the last completion has no score."""
+    nan = np.nan
+    scores = {
+        "first": np.array([1.0, 0.0, 0.0, 4.0, nan, nan, nan, nan]),
+        "some": np.array([nan, nan, nan, nan, 2.0, nan, 5.0, nan]),
+        "both": np.array([3.0, 1.0, 2.0, 2.0, 0.0, 7.0, 1.0, nan]),
+    }
+    weights = {"first": 1.0, "some": 2.0, "both": 0.5}
+    total = [0.0] * 8
+    for name, values in scores.items():
+        for group in (range(4), range(4, 8)):
+            scored = [i for i in group if values[i] == values[i]]
+            if len(scored) > 1:
+                own = np.array([values[i] for i in scored])
+                for i in scored:
+                    total[i] += weights[name] * (values[i] - own.mean()) / (own.std(ddof=1) + 1e-4)
+    counted = np.array(total[:7])
+    want = [*((counted - counted.mean()) / (counted.std(ddof=1) + 1e-4)), 0.0]
+    np.testing.assert_allclose(normalised_separately(scores, weights, 4), want, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -259,9 +277,13 @@ def test_meshes_give_the_same_loss_and_gradients(tiny_config, tiny_params, singl
     assert_close(grads, single[1])
 
 
-@pytest.mark.parametrize(("parts", "mesh"), [(2, (1, 1)), (4, (1, 1)), (2, (2, 2)), (3, (1, 1))])
-def test_accumulation_gives_the_same_update(tiny_config, tiny_params, single, parts, mesh):
-    metrics, grads = one_update(tiny_config, tiny_params, mesh, host_batch(2, old=True, ref=True), parts=parts)
+@pytest.mark.parametrize(("rows", "mesh", "count"), [(4, (1, 1), 2), (2, (1, 1), 4), (1, (2, 2), 2), (3, (1, 1), 3)])
+def test_accumulation_gives_the_same_update(tiny_config, tiny_params, single, rows, mesh, count):
+    """In so many micro-batches, the last of three not full."""
+    batch, spec = host_batch(2, old=True, ref=True), make_update_spec(tiny_config, mesh_of(*mesh))
+    packed = place_batch(mesh_of(*mesh), batch, rows=rows)
+    assert int(packed.micro_batches) == count == packed.tokens.shape[1]
+    metrics, grads = run_update(spec, tiny_params, packed)
     for name, value in metrics.items():
         assert value == pytest.approx(single[0][name], rel=1e-5, abs=1e-7), name
     assert_close(grads, single[1])
@@ -277,24 +299,26 @@ def test_remat_policies_change_memory_not_numbers(tiny_config, tiny_params, sing
 def test_remat_policies_keep_as_much_as_they_say(tiny_config, tiny_params):
     mesh = mesh_of(1, 1)
     config = dataclasses.replace(tiny_config, num_hidden_layers=32)  # so that they are most of the scratch
-    batch = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.zeros((64, *x.shape[1:]), x.dtype), host_batch()))
+    spec = PackingSpec(1, 64, 16, 16, sequences_per_row=1)
+    prompts, batch = pad_batch(PROMPTS, host_batch(), 64)
+    packed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), pack(spec, prompts, batch))
 
     def scratch(remat):
-        trainer = make_trainer(config, mesh, remat=remat)
-        lowered = grpo.gradients.lower(trainer, abstract_params(config)[1], jnp.int32(0), batch, {})
+        spec = make_update_spec(config, mesh, remat=remat)
+        lowered = gradients.lower(spec, abstract_params(config), jnp.int32(0), packed, {})
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     kept = {remat: scratch(remat) for remat in ("none", "mlp", "attention", "full")}
     assert kept["full"] < kept["attention"] < kept["mlp"] < 0.5 * kept["none"]
-    inner = 2 * 4 * config.num_hidden_layers * config.intermediate_size * batch.tokens.size
+    inner = 2 * 4 * config.num_hidden_layers * config.intermediate_size * packed.tokens.size
     assert kept["mlp"] - kept["attention"] == pytest.approx(inner, rel=0.1)
 
 
 def test_saved_bytes_are_those_that_the_policy_names(tiny_config):
     def saved(remat):
-        settings = parse_flags([f"--remat={remat}"], (OptimizerOptions,))
-        graph = abstract_params(tiny_config)[0]
-        return saved_bytes(Programs(settings, tiny_config, graph, mesh_of(1, 1), jnp.dtype("float32"), 200, (0,)), 10)
+        settings = dataclasses.replace(Settings(), optimizer=OptimizerOptions(remat=remat))
+        backend, dtype = backend_for(jax.devices()[0]), jnp.dtype("float32")
+        return saved_bytes(RunSpec(settings, tiny_config, mesh_of(1, 1), backend, "cpu", 1 << 30, dtype, 200, (0,)), 10)
 
     numbers = 10 * 4 * tiny_config.num_hidden_layers
     assert saved("full") == numbers * tiny_config.hidden_size
@@ -311,34 +335,39 @@ def test_non_finite_gradients_skip_the_update(tiny_config, tiny_params):
 
 
 @pytest.mark.parametrize(("share", "kept"), [(0.25, 0.25), (4.0, 1.0)])
-def test_gradients_are_clipped_to_the_norm_and_the_norm_is_logged(tiny_config, tiny_params, single, share, kept):
+def test_gradients_are_clipped_to_the_norm_and_the_norm_is_logged(tiny_params, single, share, kept):
+    """AdamW's first moment is (1 - b1) times the clipped gradient."""
     norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(single[1])))
     assert single[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    optimizer = optax.chain(clip(share * norm), optax.sgd(1.0))
-    batch = host_batch(2, old=True, ref=True)
-    _, clipped = one_update(tiny_config, tiny_params, batch=batch, optimizer=optimizer)
-    assert_close(clipped, jax.tree.map(lambda g: kept * g, single[1]), 1e-4)
+    optimizer = make_optimizer(OptimizerOptions(max_grad_norm=share * norm, adam_b1=0.75), 10)
+    grads, params = (jax.tree.map(jnp.asarray, tree) for tree in (single[1], tiny_params))
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    moment = jax.tree.map(np.asarray, optax.tree.get(state, "mu"))
+    assert_close(moment, jax.tree.map(lambda g: 0.25 * kept * np.asarray(g), single[1]), 1e-4)
 
 
 def test_gradients_of_zero_are_not_clipped():
-    zeros = {"w": jnp.zeros(3)}
-    assert (clip(1.0).update(zeros, optax.EmptyState())[0]["w"] == 0).all()
+    zeros, optimizer = {"up": jnp.zeros((1, 3, 3))}, make_optimizer(OptimizerOptions(weight_decay=0.0), 10)
+    assert (optimizer.update(zeros, optimizer.init(zeros), zeros)[0]["up"] == 0).all()
 
 
-def test_gradients_lie_like_weights_and_a_new_shape_compiles_no_optimizer(tiny_config, tiny_params):
+def test_gradients_are_laid_out_like_weights_and_other_lengths_compile_nothing(tiny_config, tiny_params):
     mesh, traced = mesh_of(2, 2), []
     optimizer = optax.stateless(lambda grads, _: traced.append(grads) or grads)
-    trainer, placed = make_trainer(tiny_config, mesh, optimizer=optimizer), place(tiny_params, mesh)
-    state = init_state(optimizer, jax.tree.map(jnp.copy, placed), mesh)
-    for rows in (8, 4):
-        batch = put(mesh, jax.tree.map(lambda x, rows=rows: x[:rows], host_batch()), by_sequence(mesh))
-        grads = grpo.gradients(trainer, state.params, state.updates, batch, {})[1]
+    spec, placed = make_update_spec(tiny_config, mesh, optimizer=optimizer), place(tiny_params, mesh)
+    state, traces, objective = init_state(optimizer, jax.tree.map(jnp.copy, placed), mesh), [], spec.objective
+    spec = dataclasses.replace(spec, objective=lambda *part: traces.append(part) or objective(*part))
+    first = 0
+    for lengths in (LENGTHS, np.ones(8, np.int32), np.array([8, 0, 0, 0, 3, 0, 0, 0], np.int32)):
+        packed = place_batch(mesh, dataclasses.replace(host_batch(), completion_lengths=lengths), rows=1)
+        grads = gradients(spec, state.params, state.updates, packed, {})[1]
+        first = first or len(traces)
         for grad, weight in zip(jax.tree.leaves(grads), jax.tree.leaves(placed), strict=True):
             assert grad.sharding.is_equivalent_to(weight.sharding, weight.ndim)
         old = jax.tree.leaves(state.params)
-        state, _ = grpo.update(trainer, state, batch, {})
+        state, _ = update(spec, state, packed, {})
         assert all(leaf.is_deleted() for leaf in old)
-    assert len(traced) == 1
+        assert len(traced) == 1 and len(traces) == first
 
 
 @pytest.mark.parametrize(("loss", "grad"), [(np.nan, 1.0), (np.inf, 1.0), (1.0, np.nan), (1.0, -np.inf), (1.0, 1e30)])
@@ -347,7 +376,8 @@ def test_a_loss_or_a_gradient_that_is_not_finite_changes_nothing(tiny_params, lo
     state = init_state(optimizer, place(tiny_params, mesh), mesh)
     before = jax.tree.map(np.array, state)
     grads = jax.tree.map(lambda w: jnp.full(w.shape, grad), state.params)
-    after, metrics = apply_gradients(optimizer, state, jnp.float32(loss), grads)
+    schedule = optax.constant_schedule(1.0)
+    after, metrics = apply_gradients(optimizer, schedule, state, jnp.float32(loss), grads)
     jax.tree.map(np.testing.assert_array_equal, after, before)
     assert metrics["skipped_updates"] == 1
 
@@ -364,7 +394,7 @@ def test_learning_rate_schedule():
 
 def test_weight_decay_spares_norms_and_biases(tiny_config):
     qwen2 = dataclasses.replace(tiny_config, model_type="qwen2", tie_word_embeddings=False)
-    mask = decayed(abstract_params(qwen2)[1])
+    mask = decayed(abstract_params(qwen2))
     assert mask["embed"] and mask["head"] and mask["layers"]["attention"]["o"] and mask["layers"]["mlp"]["down"]
     spared = [mask["final_norm"], mask["layers"]["attn_norm"], mask["layers"]["attention"]["q_bias"]]
     assert not any(spared)
@@ -381,9 +411,24 @@ def test_adamw_step_equals_the_formula():
     np.testing.assert_allclose(updates["final_norm"], [-0.1], rtol=1e-5)
 
 
-def test_batches_are_as_short_as_their_longest_row():
-    batch = grpo.assemble([[1, 2, 3], [4]], np.array([[7, 8, 0, 0], [9, 9, 9, 0]]), np.array([2, 3]), (100, 200))
-    assert batch.completions.shape == (2, 25) and batch.tokens.shape == (2, 38)
-    assert batch.tokens[0, :6].tolist() == [1, 2, 3, 7, 8, 0] and batch.tokens[1, :5].tolist() == [4, 9, 9, 9, 0]
-    padded = grpo.pad_rows(batch, 4)
-    assert padded.completion_lengths.tolist() == [2, 3, 0, 0]
+def test_the_learning_rate_logged_is_the_one_applied(tiny_config, tiny_params):
+    options, mesh = OptimizerOptions(learning_rate=1e-3, warmup_ratio=0.5), mesh_of(1, 1)
+    schedule = learning_rate(options, 4)
+    spec = make_update_spec(tiny_config, mesh, optimizer=optax.sgd(schedule))
+    spec = dataclasses.replace(spec, schedule=schedule)
+    packed = place_batch(mesh, host_batch())
+    state = init_state(spec.optimizer, jax.tree.map(jnp.copy, place(tiny_params, mesh)), mesh)
+    for step in range(3):
+        grads = gradients(spec, state.params, state.updates, packed, {})[1]
+        before = np.asarray(state.params["final_norm"])
+        state, metrics = update(spec, state, packed, {})
+        moved = before - np.asarray(state.params["final_norm"])
+        assert metrics["learning_rate"] == schedule(step)
+        np.testing.assert_allclose(moved, metrics["learning_rate"] * grads["final_norm"], rtol=1e-3, atol=1e-7)
+
+
+def test_batches_of_fewer_prompts_are_filled_with_empty_completions():
+    fields = np.array([[7, 8], [9, 0]], np.int32), np.array([2, 1], np.int32), np.ones(2, np.float32)
+    prompts, padded = pad_batch([[1, 2, 3]], Batch(*fields), 3)
+    assert prompts == [[1, 2, 3], [0], [0]] and padded.completion_lengths.tolist() == [2, 1, 0, 0, 0, 0]
+    assert padded.completions.tolist() == [[7, 8], [9, 0], *[[0, 0]] * 4] and padded.old_logprobs is None

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 
-from minigrpo.grpo import logprobs as logprobs_module
-from minigrpo.grpo.logprobs import Head, Tiles, completion_logprobs, token_logprobs
+from minigrpo.grpo.logprobs import LMHead, logprobs_after, token_logprobs
+from minigrpo.kernels.backend import HeadTiles
 
 ROWS, DIM, VOCAB, REAL = 48, 16, 88, 83
 
@@ -26,27 +26,19 @@ def oracle(hidden, weights, targets, temperature, cotangent):
     return picked, -(probs * logprobs).sum(axis=1), grad_logits @ w, grad_logits.T @ h
 
 
-def by_vocab(entries):
-    """A backward pass through the vocabulary, so many entries at a time on one device."""
-    return Tiles(backward_bytes=4 * ROWS * entries)
-
-
 @pytest.mark.parametrize("mesh", [(1, 1), (4, 2), (2, 4), (8, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize(
     "tiles",
     [
-        Tiles(),
-        Tiles(5, 7, 3),
-        Tiles(6, 11, 4),
-        Tiles(1, 3, 1),
-        Tiles(48, 88, 48),
-        by_vocab(7),
-        by_vocab(11),
-        by_vocab(99),
+        HeadTiles(),
+        HeadTiles(5, 7, 3),
+        HeadTiles(6, 11, 4),
+        HeadTiles(1, 3, 1),
+        HeadTiles(48, 88, 48),
+        HeadTiles(7, 87, 47),
     ],
 )
-def test_equals_oracle(mesh, tiles, monkeypatch):
-    monkeypatch.setattr(logprobs_module, "LEAST_PART", 1)
+def test_equals_oracle(mesh, tiles):
     rng = np.random.default_rng(3)
     hidden, weights = (
         rng.normal(size=(ROWS, DIM)),
@@ -56,7 +48,7 @@ def test_equals_oracle(mesh, tiles, monkeypatch):
     hidden, weights = jnp.asarray(hidden), jnp.asarray(weights)
     targets, cotangent = rng.integers(0, REAL, ROWS), rng.normal(size=ROWS).astype(np.float32)
     targets[:8] = 0, 21, 22, 43, 44, 65, 66, REAL - 1  # the first and the last that a device holds
-    head = Head(mesh_of(*mesh), REAL, 0.8, tiles)
+    head = LMHead(mesh_of(*mesh), REAL, 0.8, tiles)
 
     def total(hidden, weights):
         logprobs, entropy = token_logprobs(head, hidden, weights, jnp.asarray(targets, jnp.int32))
@@ -68,13 +60,12 @@ def test_equals_oracle(mesh, tiles, monkeypatch):
         assert np.abs(np.asarray(got) - want).max() <= 1e-6 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("tiles", [Tiles(), by_vocab(11), by_vocab(99)])
-def test_bfloat16(tiles, monkeypatch):
-    """Products of bfloat16 are not all there on the CPU; those that the passes need are, in one part and in several."""
-    monkeypatch.setattr(logprobs_module, "LEAST_PART", 1)
+@pytest.mark.parametrize("tiles", [HeadTiles(), HeadTiles(7, 11, 5)])
+def test_bfloat16(tiles):
+    """Matmuls of bfloat16 are not all there on the CPU; those that the passes need are, in one chunk and in several."""
     rng = np.random.default_rng(4)
     hidden, weights = (jnp.asarray(rng.normal(size=(size, DIM)), jnp.bfloat16) for size in (ROWS, VOCAB))
-    targets, head = rng.integers(0, REAL, ROWS), Head(mesh_of(1, 1), REAL, 1.0, tiles)
+    targets, head = rng.integers(0, REAL, ROWS), LMHead(mesh_of(1, 1), REAL, 1.0, tiles)
 
     def total(hidden, weights):
         return token_logprobs(head, hidden, weights, jnp.asarray(targets, jnp.int32))[0].sum()
@@ -88,7 +79,7 @@ def test_bfloat16(tiles, monkeypatch):
 def test_padding_rows_get_no_probability_and_no_gradient():
     hidden = jnp.ones((8, DIM))
     weights = jnp.zeros((VOCAB, DIM)).at[REAL:].set(50.0)
-    head = Head(mesh_of(1, 1), REAL)
+    head = LMHead(mesh_of(1, 1), REAL, 1.0, HeadTiles())
     logprobs, entropy = token_logprobs(head, hidden, weights, jnp.zeros(8, jnp.int32))
     np.testing.assert_allclose(logprobs, -np.log(REAL), rtol=1e-6)
     np.testing.assert_allclose(entropy, np.log(REAL), rtol=1e-6)
@@ -99,7 +90,7 @@ def test_padding_rows_get_no_probability_and_no_gradient():
 def test_no_array_of_rows_by_vocabulary_exists():
     """Neither pass may hold [rows, V]: the compiled program's scratch stays far below it."""
     rows, vocab, dim = 16384, 32768, 8
-    head = Head(mesh_of(1, 1), vocab)
+    head = LMHead(mesh_of(1, 1), vocab, 1.0, HeadTiles())
     shapes = [
         jax.ShapeDtypeStruct(s, t)
         for s, t in (((rows, dim), jnp.float32), ((vocab, dim), jnp.float32), ((rows,), jnp.int32))
@@ -109,20 +100,17 @@ def test_no_array_of_rows_by_vocabulary_exists():
     assert scratch < rows * vocab * 4 / 4
 
 
-def test_completion_positions_only():
-    """Row b is scored at the position before each of its completion tokens, wherever its prompt ends."""
+def test_successors_of_the_positions_given_are_scored():
+    """Anywhere in a row, in any order, and the same position several times."""
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(2, 9, DIM)).astype(np.float32)
     weights = rng.normal(size=(VOCAB, DIM)).astype(np.float32)
-    completions = rng.integers(0, REAL, (2, 4)).astype(np.int32)
-    logprobs, _ = completion_logprobs(
-        Head(mesh_of(1, 1), REAL),
-        jnp.asarray(hidden),
-        jnp.asarray(weights),
-        jnp.array([3, 5]),
-        jnp.asarray(completions),
-    )
-    for row, prompt in enumerate((3, 5)):
-        logits = (hidden[row, prompt - 1 : prompt + 3] @ weights.T)[:, :REAL].astype(np.float64)
+    targets = rng.integers(0, REAL, (2, 4)).astype(np.int32)
+    before = np.array([[2, 3, 4, 5], [8, 0, 4, 4]], np.int32)
+    head = LMHead(mesh_of(1, 1), REAL, 1.0, HeadTiles())
+    got = logprobs_after(head, *(jnp.asarray(x) for x in (hidden, weights, before, targets)))
+    for row in range(2):
+        logits = (hidden[row, before[row]] @ weights.T)[:, :REAL].astype(np.float64)
         want = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        np.testing.assert_allclose(logprobs[row], want[np.arange(4), completions[row]], rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(got[0][row], want[np.arange(4), targets[row]], rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(got[1][row], -(np.exp(want) * want).sum(axis=1), rtol=2e-6, atol=2e-6)

@@ -7,48 +7,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, mesh_of, place
-from flax import nnx
-from test_cpu_grpo import assert_close, host_batch, make_trainer
+from conftest import ROOT, forward, make_generator, make_update_spec, mesh_of, place
+from test_cpu_grpo import assert_close, host_batch, place_batch
 
 from minigrpo.config import LoraOptions, RolloutOptions, UsageError
-from minigrpo.grpo import update as grpo
+from minigrpo.grpo.batch import Batch, micro_batch, restore_order
 from minigrpo.grpo.optimizer import init_state
+from minigrpo.grpo.update import batch_logprobs, score, update, weigh_tokens
 from minigrpo.model import lora
-from minigrpo.model.attention import attend_on
 from minigrpo.model.hub import find_source
 from minigrpo.model.hub_config import parse_config, read_config
-from minigrpo.model.qwen import (
-    Lora,
-    abstract_params,
-    is_adapter,
-    join,
-    select,
-    split_trained,
-    unembed,
-)
+from minigrpo.model.params import Lora, is_adapter, join, merge_adapters, select, split_trainable
+from minigrpo.model.qwen import abstract_params, quantize, random_adapters
 from minigrpo.model.weights import load_params
-from minigrpo.rollout.generator import Roller
-from minigrpo.runtime.mesh import Layout, by_sequence, put
 
 RANK4 = Lora(rank=4, alpha=6.0, dropout=0.0, targets=("q", "v", "o", "gate", "down"))
 
 
 def logits(config, params, tokens, mesh=(1, 1)):
-    device_mesh = mesh_of(*mesh)
-    model = nnx.merge(abstract_params(config)[0], jax.tree.map(jnp.asarray, params))
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = model(
-        jnp.asarray(tokens), positions, attend_on(device_mesh), None, Layout(jnp.dtype("float32"), device_mesh)
-    )
-    return np.asarray(unembed(hidden, model.head_weights()))
+    return np.asarray(forward(config, params, tokens, mesh))
 
 
 def adapters_of(config, scale=0.1):
     """Adapters that do change something."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda x: rng.normal(0, scale, x.shape).astype(np.float32), select(abstract_params(config)[1], is_adapter)
+        lambda x: rng.normal(0, scale, x.shape).astype(np.float32), select(abstract_params(config), is_adapter)
     )
 
 
@@ -64,78 +48,87 @@ TOKENS = np.random.default_rng(5).integers(0, 250, (8, 12)).astype(np.int32)
 def test_fresh_adapters_change_nothing_and_merged_ones_equal_those_beside(tiny_config, tiny_params, adapted):
     config, params = adapted
     plain = logits(tiny_config, tiny_params, TOKENS)
-    fresh = lora.random_adapters(config, mesh_of(1, 1), 0)
+    fresh = random_adapters(config, mesh_of(1, 1), 0)
     np.testing.assert_array_equal(logits(config, join(tiny_params, fresh), TOKENS), plain)
     beside = logits(config, params, TOKENS)
     assert np.abs(beside - plain).max() > 0.1 * np.abs(plain).max()
-    merged = logits(tiny_config, lora.merge(config, params), TOKENS)
+    merged = logits(tiny_config, merge_adapters(config, params), TOKENS)
     np.testing.assert_allclose(merged, beside, atol=1e-5 * np.abs(beside).max())
 
 
 def test_only_adapters_are_trained_and_meshes_agree(adapted):
     config, params = adapted
     device_mesh = mesh_of(4, 2)
-    trainer = make_trainer(config, device_mesh)
-    trained, frozen = split_trained(config, place(params, device_mesh))
-    state = init_state(trainer.optimizer, jax.tree.map(jnp.copy, trained), device_mesh)
-    batch = put(device_mesh, grpo.pad_rows(host_batch(), device_mesh.size), by_sequence(device_mesh))
-    new, _ = grpo.update(trainer, state, batch, frozen)
+    spec = make_update_spec(config, device_mesh)
+    trained, frozen = split_trainable(config, place(params, device_mesh))
+    state = init_state(spec.optimizer, jax.tree.map(jnp.copy, trained), device_mesh)
+    new, _ = update(spec, state, place_batch(device_mesh, host_batch(), rows=1), frozen)
     assert jax.tree.structure(new.params) == jax.tree.structure(trained)
     grads = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), trained, new.params)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
-    whole = dataclasses.replace(trainer, graph=abstract_params(config)[0])
-    loss = jax.grad(lambda adapters: grpo_loss(whole, join(adapters, jax.tree.map(np.asarray, frozen)), host_batch()))(
+    loss = jax.grad(lambda adapters: one_device_loss(config, join(adapters, jax.tree.map(np.asarray, frozen))))(
         jax.tree.map(np.asarray, trained)
     )
     assert_close(grads, loss, 1e-4)
 
 
-def grpo_loss(trainer, params, batch):
-    """The loss on one device, without parts or placement."""
-    mesh = mesh_of(1, 1)
-    head = dataclasses.replace(trainer.head, mesh=mesh)
-    single = dataclasses.replace(trainer, head=head, layout=Layout(jnp.dtype("float32"), mesh))
-    batch, params = jax.tree.map(jnp.asarray, (batch, params))
-    logprobs, entropy = grpo.score(single, params, batch)
-    weights = single.weigh(batch.loss_mask, (batch.completion_lengths > 0).sum())
-    return single.objective(batch, weights, logprobs, entropy)[0]
+def one_device_loss(config, params):
+    """The loss of one micro-batch on one device, differentiable in all parameters."""
+    spec, packed = make_update_spec(config, mesh_of(1, 1)), place_batch(mesh_of(1, 1), host_batch())
+    part = micro_batch(packed, 0)
+    logprobs, entropy = score(spec, jax.tree.map(jnp.asarray, params), part)
+    weights = weigh_tokens(spec, packed.batch)[:, 0].reshape(logprobs.shape)
+    return spec.objective(part.batch, weights, logprobs, entropy)[0]
 
 
-def test_dropout_depends_on_the_update_and_the_row_alone(adapted):
+def test_dropout_depends_on_the_update_and_the_sequence_alone(adapted):
+    """On other meshes, in other micro-batches and among other sequences."""
     config = dataclasses.replace(adapted[0], lora=dataclasses.replace(RANK4, dropout=0.5))
 
-    def one(mesh, parts=1, updates=0):
+    def one(mesh, rows=8, updates=0, seed=3, lengths=None):
         device_mesh = mesh_of(*mesh)
-        trainer = dataclasses.replace(make_trainer(config, device_mesh, parts=parts), dropout_seed=3)
-        trained, frozen = split_trained(config, place(adapted[1], device_mesh))
-        state = init_state(trainer.optimizer, jax.tree.map(jnp.copy, trained), device_mesh)
+        spec = make_update_spec(config, device_mesh, dropout_seed=seed)
+        trained, frozen = split_trainable(config, place(adapted[1], device_mesh))
+        state = init_state(spec.optimizer, jax.tree.map(jnp.copy, trained), device_mesh)
         state = dataclasses.replace(state, updates=jnp.int32(updates))
-        batch = put(device_mesh, grpo.pad_rows(host_batch(), device_mesh.size * parts), by_sequence(device_mesh))
-        new, metrics = grpo.update(trainer, state, batch, frozen)
+        batch = host_batch()
+        batch = batch if lengths is None else dataclasses.replace(batch, completion_lengths=lengths)
+        new, metrics = update(spec, state, place_batch(device_mesh, batch, rows=rows), frozen)
         return jax.tree.map(np.asarray, new.params), float(metrics["entropy"])
 
     first, entropy = one((1, 1))
-    assert_close(one((4, 2), parts=2)[0], first, 1e-4)
-    assert one((1, 1), updates=1)[1] != entropy
+    for mesh, rows in (((1, 1), 3), ((2, 1), 2), ((4, 2), 1)):
+        again, same = one(mesh, rows)
+        assert_close(again, first, 1e-4)
+        assert same == pytest.approx(entropy, rel=1e-5)
+    assert one((1, 1), updates=1)[1] != entropy != one((1, 1), seed=4)[1]
+    halves = [np.where(np.arange(8) % 2 == odd, host_batch().completion_lengths, 0) for odd in (0, 1)]
+    sums = [one((1, 1), lengths=lengths)[1] * lengths.sum() for lengths in halves]
+    assert sum(sums) == pytest.approx(entropy * host_batch().completion_lengths.sum(), rel=1e-5)
+
+
+def score_rollout(config, params, prompts, rollout, temperature, num_tokens):
+    """The trainer's log-probs of a rollout, beside the sampler's: the largest difference."""
+    mesh, width = mesh_of(1, 1), rollout.tokens.shape[1]
+    spec = make_update_spec(config, mesh, temperature=temperature, num_tokens=num_tokens)
+    batch = Batch(rollout.tokens, rollout.lengths, np.zeros(len(rollout.lengths), np.float32))
+    packed = place_batch(mesh, batch, prompts, 4, (16, width), group=len(rollout.lengths) // len(prompts))
+    scored = np.asarray(batch_logprobs(spec, jax.tree.map(jnp.asarray, params), packed))
+    mask = np.arange(width) < rollout.lengths[:, None]
+    return np.abs(restore_order(packed, scored, len(rollout.lengths)) - rollout.logprobs)[mask].max()
 
 
 def test_rollouts_of_adapters_equal_those_of_the_merged_model(tiny_config, adapted):
     config, params = adapted
-    options = RolloutOptions(max_completion_length=8, temperature=0.0, page_size=8, slots=4)
+    options = RolloutOptions(max_completion_length=8, temperature=0.0, page_size=8, slots="4")
 
     def roll(config, params):
-        roller = Roller(config, mesh_of(1, 1), jnp.dtype("float32"), options, 250, (1,))
-        return roller(jax.tree.map(jnp.asarray, params), TOKENS[:, :5].tolist(), list(range(8)), 2, (0, 0))
+        generator = make_generator(config, options, stops=(1,), prompt_tokens=8)
+        return generator(jax.tree.map(jnp.asarray, params), TOKENS[:, :5].tolist(), list(range(8)), 2, (0, 0))
 
-    beside, merged = roll(config, params), roll(tiny_config, lora.merge(config, params))
+    beside, merged = roll(config, params), roll(tiny_config, merge_adapters(config, params))
     np.testing.assert_array_equal(beside.tokens, merged.tokens)
-    trainer = make_trainer(config, mesh_of(1, 1))
-    trainer = dataclasses.replace(trainer, head=dataclasses.replace(trainer.head, temperature=1.0))
-    prompts = [row for row in TOKENS[:, :5].tolist() for _ in range(2)]
-    batch = grpo.assemble(prompts, beside.tokens, beside.lengths, (8, 8))
-    scored = np.asarray(grpo.batch_logprobs(trainer, jax.tree.map(jnp.asarray, params), batch))
-    mask = np.arange(scored.shape[1]) < beside.lengths[:, None]
-    assert np.abs(scored - beside.logprobs[:, : scored.shape[1]])[mask].max() < 1e-4
+    assert score_rollout(config, params, TOKENS[:, :5].tolist(), beside, 1.0, 250) < 1e-4
 
 
 # int8
@@ -152,7 +145,7 @@ def test_int8_halves_the_weights_and_keeps_the_logits(builtin):
     config, params = builtin
     int8 = dataclasses.replace(config, int8=True)
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
-    quantized = lora.quantize(int8, half, mesh_of(1, 1))
+    quantized = quantize(int8, half, mesh_of(1, 1))
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (quantized, half)]
     assert sizes[0] < 0.52 * sizes[1]
     tokens = np.random.default_rng(1).integers(0, 400, (8, 40)).astype(np.int32)
@@ -163,16 +156,11 @@ def test_int8_halves_the_weights_and_keeps_the_logits(builtin):
 def test_int8_rollouts_are_scored_alike_by_the_trainer(builtin):
     config, params = builtin
     config = dataclasses.replace(config, int8=True, lora=dataclasses.replace(RANK4, targets=("q", "down")))
-    whole = join(lora.quantize(config, params, mesh_of(1, 1)), adapters_of(config, 0.02))
-    options = RolloutOptions(max_completion_length=16, temperature=0.9, page_size=8, slots=8)
-    roller = Roller(config, mesh_of(1, 1), jnp.dtype("float32"), options, 400, (1,))
-    rollout = roller(jax.tree.map(jnp.asarray, whole), TOKENS.tolist(), list(range(8)), 1, (0, 0))
-    trainer = make_trainer(config, mesh_of(1, 1))
-    trainer = dataclasses.replace(trainer, head=dataclasses.replace(trainer.head, num_tokens=400))
-    batch = grpo.assemble(TOKENS.tolist(), rollout.tokens, rollout.lengths, (16, 16))
-    scored = np.asarray(grpo.batch_logprobs(trainer, jax.tree.map(jnp.asarray, whole), batch))
-    mask = np.arange(scored.shape[1]) < rollout.lengths[:, None]
-    assert np.abs(scored - rollout.logprobs[:, : scored.shape[1]])[mask].max() < 1e-4
+    whole = join(quantize(config, params, mesh_of(1, 1)), adapters_of(config, 0.02))
+    options = RolloutOptions(max_completion_length=16, temperature=0.9, page_size=8, slots="8")
+    generator = make_generator(config, options, stops=(1,), prompt_tokens=16, num_tokens=400)
+    rollout = generator(jax.tree.map(jnp.asarray, whole), TOKENS.tolist(), list(range(8)), 1, (0, 0))
+    assert score_rollout(config, whole, TOKENS.tolist(), rollout, 0.9, 400) < 1e-4
 
 
 # What is kept, and files
@@ -183,8 +171,8 @@ def test_lora_state_is_small(tiny_config):
     families = json.loads((ROOT / "minigrpo" / "builtin" / "families.json").read_text())
     config = parse_config(families["Qwen/Qwen3-0.6B"], "families.json")
     targets = LoraOptions(lora_rank=16)
-    adapters = select(abstract_params(dataclasses.replace(config, lora=lora.make_lora(targets)))[1], is_adapter)
-    counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (adapters, abstract_params(config)[1])]
+    adapters = select(abstract_params(dataclasses.replace(config, lora=lora.make_lora(targets))), is_adapter)
+    counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (adapters, abstract_params(config))]
     assert counts[0] < 0.05 * counts[1]
 
 

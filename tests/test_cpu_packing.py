@@ -1,4 +1,4 @@
-"""Sequences that share rows: the layout, attention within segments, and the same log-probs and update as without."""
+"""Packing: every sequence once, in arrays of fixed shapes, and the same log-probs and update as without."""
 
 import dataclasses
 
@@ -6,298 +6,362 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import mesh_of, place
-from test_cpu_grpo import assert_close, host_batch, make_trainer
+from conftest import forward, make_update_spec, mesh_of, place
+from test_cpu_grpo import REAL, assert_close, host_batch, place_batch, run_update
 
-from minigrpo.build import Programs
-from minigrpo.config import LossOptions, StepOptions, parse_flags
-from minigrpo.grpo import batch as packing
-from minigrpo.grpo import update as grpo
+from minigrpo.config import LossOptions, Settings, StepOptions
 from minigrpo.grpo.batch import (
-    ARRANGEMENTS,
-    MOST_IN_A_ROW,
-    deal,
-    lay_out,
+    SEQUENCES_PER_ROW,
+    Batch,
+    Lengths,
+    PackingSpec,
+    arrange,
     pack,
-    place_batch,
-    rows_per_part,
-    sequences_in,
-    tokens_of,
-    with_queries,
+    pad_batch,
+    restore_order,
 )
-from minigrpo.grpo.optimizer import init_state
-from minigrpo.model.attention import any_place, attend_sequence, splash_attention
-from minigrpo.model.qwen import Lora, abstract_params
+from minigrpo.grpo.update import batch_logprobs
+from minigrpo.kernels.backend import backend_for
+from minigrpo.model.attention import expand, query_tokens
+from minigrpo.model.params import Lora
+from minigrpo.planning.memory import packing_spec
+from minigrpo.planning.run_spec import RunSpec
+
+LIMITS = 24, 40
 
 
-def random_batch(seed, rows, group, limits=(24, 40)):
-    """Sequences of all sizes, `group` of them with the same prompt, a few of them without a completion."""
+def make_batch(prompt_lengths, completion_lengths, seed=0):
+    """Prompts, and completions named by their advantage, all tokens at random."""
+    rng, lengths = np.random.default_rng(seed), np.array(completion_lengths, np.int32)
+    prompts = [rng.integers(1, 200, length).tolist() for length in prompt_lengths]
+    completions = rng.integers(1, 200, (len(lengths), LIMITS[1])).astype(np.int32)
+    completions *= np.arange(LIMITS[1]) < lengths[:, None]
+    return prompts, Batch(completions, lengths, np.arange(len(lengths), dtype=np.float32))
+
+
+def random_batch(seed, rows, group):
+    """Sequences of all sizes, a few of them without a completion."""
     rng = np.random.default_rng(seed)
-    lengths = np.minimum(rng.geometric(1 / rng.integers(2, 30), rows), limits[1])
+    lengths = np.minimum(rng.geometric(1 / rng.integers(2, 30), rows), LIMITS[1])
     lengths[rng.random(rows) < 0.1] = 0
-    lengths[0] = max(1, lengths[0])
-    prompts = [rng.integers(1, 200, rng.integers(1, limits[0] + 1)).tolist() for _ in range(-(-rows // group))]
-    completions = rng.integers(1, 200, (rows, limits[1])).astype(np.int32)
-    return grpo.assemble([prompts[row // group] for row in range(rows)], completions, lengths, limits)
+    return make_batch(rng.integers(1, LIMITS[0] + 1, rows // group), lengths, seed)
 
 
-def unpack(batch, sheets):
-    """The packed sequences as (tokens, completion), read back slowly; asserts that all else is nothing."""
-    packed, found = batch.packed, []
-    tokens, positions = (x.reshape(sheets, -1) for x in (batch.tokens, packed.positions))
-    segments = packed.rows.segments.reshape(sheets, -1, packed.rows.segments.shape[1])
-    as_they_lie = np.broadcast_to(np.arange(segments[0].size), (sheets, segments[0].size))
-    places = (as_they_lie if packed.rows.tokens is None else packed.rows.tokens).reshape(sheets, -1)
-    starts, lengths = (x.reshape(sheets, -1) for x in (packed.starts, batch.completion_lengths))
-    completions = batch.completions.reshape(sheets, -1, batch.completions.shape[1])
-    for sheet in range(sheets):
-        sequences = {}  # a sequence's places in the sheet's rows, by the last of them
-        for number, ids in enumerate(segments[sheet]):
-            for segment in range(1, ids.max() + 1):
-                where = np.flatnonzero(ids == segment)
-                np.testing.assert_array_equal(where, np.arange(where[0], where[0] + len(where)))
-                where = where + number * len(ids)
-                np.testing.assert_array_equal(positions[sheet, places[sheet, where]], np.arange(len(where)))
-                sequences[where[-1]] = where
-        used = [(start, length, i) for i, (start, length) in enumerate(zip(starts[sheet], lengths[sheet], strict=True))]
-        for start, length, slot in filter(lambda one: one[1], used):
-            scored = slice(start, start + length)
-            last, targets = packed.scored[sheet, scored], packed.targets[sheet, scored]
-            where = sequences.pop(last[-1] + 1)
-            np.testing.assert_array_equal(where[-length - 1 : -1], last)
-            own = places[sheet, where]
-            np.testing.assert_array_equal(tokens[sheet, own[-length:]], targets)
-            np.testing.assert_array_equal(completions[sheet, slot, :length], targets)
-            found.append(tuple(tokens[sheet, own].tolist()) + (int(length),))
-        assert not sequences
-    return sorted(found)
+def whole_sequences(prompts, batch, group):
+    """Number in the batch -> tokens, of sequences that have a completion."""
+    rows = enumerate(zip(batch.completions, batch.completion_lengths, strict=True))
+    return {i: prompts[i // group] + tokens[:length].tolist() for i, (tokens, length) in rows if length}
 
 
-def sequences_of(batch):
-    rows = zip(batch.tokens, batch.prompt_lengths, batch.completion_lengths, strict=True)
-    return sorted((*tokens[: prompt + length].tolist(), int(length)) for tokens, prompt, length in rows if length)
+def taken(packed, *index):
+    """One device's micro-batch."""
+    return jax.tree.map(lambda x: x[index], dataclasses.replace(packed, micro_batches=None))
 
 
-LAYOUTS = [(1, 1, 1), (1, 4, 4), (4, 1, 8), (2, 3, 2), (8, 2, 4), (3, 2, 5)]
+def row_segments(part, width):
+    """Segment ids of the rows, which are all ones where each row holds one sequence."""
+    rows = len(part.order) if part.segment_ids is None else len(part.segment_ids)
+    return np.ones((rows, width), np.int32) if part.segment_ids is None else part.segment_ids
 
 
-@pytest.mark.parametrize("devices,parts,group", LAYOUTS)
-@pytest.mark.parametrize("rows", [8, 13, 32, 64, 100, 5])
+def read_part(part, count, width):
+    """A micro-batch's sequences, read back slowly -> number in the batch -> tokens."""
+    tokens, positions = part.tokens.reshape(-1), part.position_ids.reshape(-1)
+    segments, found = row_segments(part, width), {}
+    spans = set()
+    for start, number, length, name, completion in zip(
+        part.starts,
+        part.order,
+        part.batch.completion_lengths,
+        part.batch.advantages,
+        part.batch.completions,
+        strict=True,
+    ):
+        if not length:
+            assert number == count
+            continue
+        assert number not in found and name == number
+        scored = part.loss_positions[start : start + length]
+        np.testing.assert_array_equal(scored, np.arange(scored[0], scored[0] + length))
+        row, last = divmod(int(scored[-1]) + 1, width)
+        own = np.flatnonzero(segments[row] == segments[row, last])
+        own = own[own <= last] if part.segment_ids is None else own
+        np.testing.assert_array_equal(own, np.arange(own[0], last + 1))
+        assert segments[row, last] > 0 and own[0] + row * width <= scored[0]
+        spans.add((row, int(segments[row, last])))
+        places = own + row * width
+        places = places if part.shared_prefix is None else part.shared_prefix.tokens.reshape(-1)[places]
+        np.testing.assert_array_equal(positions[places], np.arange(len(own)))
+        np.testing.assert_array_equal(part.targets[start : start + length], completion[:length])
+        np.testing.assert_array_equal(tokens[places[-length:]], completion[:length])
+        found[int(number)] = tokens[places].tolist()
+    if part.segment_ids is not None:
+        named = {(row, int(segment)) for row, ids in enumerate(segments) for segment in set(ids.tolist()) - {0}}
+        assert named == spans
+    assert len(spans) == len(found)
+    return found
+
+
+def read_back(spec, packed, count):
+    """All sequences; asserts that none is there twice, and that micro-batches past those in use are empty."""
+    found = {}
+    for device, number in np.ndindex(packed.order.shape[:2]):
+        own = read_part(taken(packed, device, number), count, spec.row_tokens)
+        assert not own.keys() & found.keys() and not (own and number >= packed.micro_batches)
+        found |= own
+    return found
+
+
+def check_spec(spec, prompts, batch):
+    count = len(batch.completion_lengths)
+    packed = pack(spec, prompts, batch)
+    assert read_back(spec, packed, count) == whole_sequences(prompts, batch, spec.group)
+    assert 1 <= packed.micro_batches <= spec.micro_batches(count) == packed.tokens.shape[1]
+    if packed.segment_ids is not None:
+        assert packed.segment_ids.max() <= spec.sequences_per_row
+    return packed
+
+
+LAYOUTS = [(1, 64, 1), (1, 16, 4), (4, 3, 8), (2, 5, 2), (8, 2, 4), (1, 1, 16), (3, 2, 16)]
+KINDS = {"apart": (1, False), "packed": (SEQUENCES_PER_ROW, False), "shared": (SEQUENCES_PER_ROW, True)}
+KINDS["pairs"] = 2, True
+
+
+def spec_of_kind(kind, devices, rows, group):
+    most, share = KINDS[kind]
+    return PackingSpec(devices, rows, *LIMITS, group, sequences_per_row=most, share_prefixes=share)
+
+
+@pytest.mark.parametrize(("devices", "rows", "group"), LAYOUTS)
+@pytest.mark.parametrize("count", [16, 48, 96])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_sequence_is_packed_once(devices, rows, group, count, kind):
+    for seed in range(4):
+        check_spec(spec_of_kind(kind, devices, rows, group), *random_batch(seed, count, group))
+
+
+HARD = {
+    "full length": (24, [40] * 48),
+    "of one token": (1, [1] * 48),
+    "tiny completions of long prompts": (24, [1] * 48),
+    "long completions of tiny prompts": (1, [40] * 48),
+    "one long among tiny ones": (24, [40] + [1] * 47),
+    "long and tiny by turns": (12, [40, 1] * 24),
+    "just more than half a row": (12, [21] * 48),
+    "one group alone": (24, [40] * 16 + [0] * 32),
+    "one completion": (24, [0] * 47 + [40]),
+    "none": (24, [0] * 48),
+}
+
+
+@pytest.mark.parametrize("lengths", HARD)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_lengths_exceed_what_the_arrays_hold(lengths, kind):
+    """And whatever they are, the arrays' shapes are the same."""
+    for devices, rows, group in LAYOUTS:
+        spec = spec_of_kind(kind, devices, rows, group)
+        prompt, completions = HARD[lengths]
+        packed = check_spec(spec, *make_batch([prompt] * (48 // group), completions))
+        usual = pack(spec, *random_batch(1, 48, group))
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), packed) == jax.tree.map(lambda x: (x.shape, x.dtype), usual)
+
+
 @pytest.mark.parametrize("share", [False, True])
-def test_every_sequence_is_laid_out_once(devices, parts, group, rows, share):
-    batch = random_batch(rows, rows, group)
-    packed = pack(batch, devices, parts, share)
-    assert unpack(packed, devices * parts) == sequences_of(batch)
-    assert packed.packed.rows.segments.max() <= MOST_IN_A_ROW
-    assert len(packed.packed.rows.segments) <= -(-rows // (devices * parts)) * devices * parts
+def test_at_most_eight_sequences_are_in_a_row(share):
+    """Nine would fit."""
+    spec = PackingSpec(1, 2, *LIMITS, group=9, share_prefixes=share)
+    packed = check_spec(spec, *make_batch([1], [1] * 9))
+    assert packed.segment_ids[0, 0].max(axis=1).tolist() == [8, 1] and packed.micro_batches == 1
 
 
-@pytest.mark.parametrize("devices,parts,group", LAYOUTS)
-def test_a_sheet_holds_each_prompt_once_and_knows_where_each_token_stands(devices, parts, group):
-    batch, sheets = random_batch(3, 64, group), devices * parts
-    packed = pack(dataclasses.replace(batch, advantages=np.arange(64.0)), devices, parts, share=True)
-    rows, on_sheets = (
-        packed.packed.rows,
-        [x.reshape(sheets, -1) for x in (packed.advantages, packed.completion_lengths)],
+def test_the_example_of_a_packed_batch():
+    """A row, a micro-batch of one, with the positions whose successors are scored."""
+    batch = Batch(np.array([[8, 2, 0], [9, 2, 0]], np.int32), np.array([2, 2], np.int32), np.zeros(2, np.float32))
+    packed = taken(pack(PackingSpec(1, 1, 3, 4), [[5, 6], [7]], batch), 0, 0)
+    assert packed.tokens.tolist() == [[5, 6, 8, 2, 7, 9, 2]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert packed.segment_ids.tolist() == [[1, 1, 1, 1, 2, 2, 2]]
+    assert packed.loss_positions.tolist() == [1, 2, 4, 5] and packed.targets.tolist() == [8, 2, 9, 2]
+    assert packed.starts.tolist() == [0, 2] and packed.order.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("devices", "rows", "group"), LAYOUTS)
+@pytest.mark.parametrize("most", [2, SEQUENCES_PER_ROW])
+def test_a_micro_batch_holds_each_prompt_once_and_knows_every_copy(devices, rows, group, most):
+    """`first` and `copies` invert the rows' tokens; every token is a query once."""
+    spec = PackingSpec(devices, rows, *LIMITS, group, sequences_per_row=most, share_prefixes=True)
+    prompts, batch = random_batch(3, 96, group)
+    packed = pack(spec, prompts, batch)
+    for device, number in np.ndindex(packed.order.shape[:2]):
+        part = taken(packed, device, number)
+        tokens, ids = part.shared_prefix.tokens.reshape(-1), part.segment_ids.reshape(-1)
+        there = [(int(tokens[place]), place) for place in np.flatnonzero(ids)]
+        first, copies = part.shared_prefix.first, part.shared_prefix.copies
+        told = [(token, place) for token, place in enumerate(first) if place < len(ids)]
+        told += [(token, place) for token, others in enumerate(copies) for place in others if place < len(ids)]
+        assert sorted(told) == sorted(there)
+        numbers = part.order[part.batch.completion_lengths > 0].tolist()
+        once = sum(len(prompts[one]) for one in {number // group for number in numbers})
+        assert len({token for token, _ in there}) == once + batch.completion_lengths[numbers].sum()
+        alone = dataclasses.replace(part.shared_prefix, first=first[None], copies=copies[None])
+        queries = np.asarray(query_tokens(jax.tree.map(jnp.asarray, alone)))
+        asked = queries[queries < spec.packed_tokens]
+        assert sorted(asked.tolist()) == sorted({token for token, _ in there})
+
+
+def test_the_gradient_of_expanded_tokens_is_the_sum_over_their_copies():
+    spec = PackingSpec(1, 4, *LIMITS, 8, share_prefixes=True)
+    part = taken(pack(spec, *random_batch(5, 32, 8)), 0, 0)
+    shared = dataclasses.replace(
+        part.shared_prefix, first=part.shared_prefix.first[None], copies=part.shared_prefix.copies[None]
     )
-    segments, places = (x.reshape(sheets, -1) for x in (rows.segments, rows.tokens))
-    for sheet, (ids, tokens) in enumerate(zip(segments, places, strict=True)):
-        standing = [(int(tokens[place]), place) for place in np.flatnonzero(ids)]
-        told = [(token, place) for token, place in enumerate(rows.first[sheet]) if place < len(ids)]
-        told += [
-            (token, place) for token, others in enumerate(rows.others[sheet]) for place in others if place < len(ids)
-        ]
-        assert sorted(told) == sorted(standing)
-        own = [int(row) for row, length in zip(*(x[sheet] for x in on_sheets), strict=True) if length]
-        prompts = {tuple(batch.tokens[row, : batch.prompt_lengths[row]].tolist()) for row in own}
-        assert len({token for token, _ in standing}) == sum(map(len, prompts)) + batch.completion_lengths[own].sum()
+    rng, used = np.random.default_rng(0), part.segment_ids > 0
+    x, cotangent = rng.normal(size=(spec.packed_tokens, 2, 3)), rng.normal(size=(*used.shape, 2, 3))
+    got, pull = jax.vjp(lambda x: expand(x, jax.tree.map(jnp.asarray, shared)), jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(np.asarray(got)[used], x[shared.tokens[used]], rtol=1e-6)
+    want = np.zeros(x.shape)
+    for at in zip(*np.nonzero(used), strict=True):
+        want[shared.tokens[at]] += cotangent[at]
+    np.testing.assert_allclose(pull(jnp.asarray(cotangent, jnp.float32))[0], want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("anywhere", [False, True])
-@pytest.mark.parametrize("devices,parts,group", LAYOUTS)
-def test_every_token_is_a_query_once(devices, parts, group, anywhere):
-    rows = with_queries(pack(random_batch(4, 64, group), devices, parts, share=True).packed.rows, anywhere)
-    sheets, tokens = rows.query_numbers.shape
-    width, most = rows.segments.shape[1], rows.query_tokens.shape[1]
-    assert most == width or anywhere
-    by_sheet = [
-        x.reshape(sheets, -1, x.shape[1]) for x in (rows.segments, rows.tokens, rows.query_tokens, rows.query_places)
-    ]
-    for sheet, (segments, stands, asking, places) in enumerate(zip(*by_sheet, strict=True)):
-        row, number = np.nonzero(asking < tokens)
-        place, token = places[row, number], asking[row, number]
-        assert (segments[row, place] > 0).all() and (stands[row, place] == token).all()
-        assert sorted(token) == sorted(set(stands[segments > 0].tolist()))
-        assert (rows.query_numbers[sheet, token] == row * most + number).all()
-        assert (np.delete(rows.query_numbers[sheet], token) == asking.size).all()
-        assert anywhere or (place == number).all()
-
-
-def test_rows_share_the_queries_of_their_prompt():
-    full = grpo.assemble([[1 + row // 8] * 24 for row in range(64)], np.full((64, 40), 3), np.full(64, 40), (24, 40))
-    assert [any_place(platform) for platform in ("cpu", "gpu", "tpu")] == [True, False, False]
-    rows = lay_out(mesh_of(1, 1), full, 1, "sheets").packed.rows
-    assert ((rows.query_tokens < rows.query_numbers.shape[1]).sum(axis=1) == 40 + 24 // 8).all()
-    assert rows.query_tokens.shape == (64, 48)  # 43, and a multiple of 16
-
-
-@pytest.mark.parametrize(
-    ("platform", "flags", "dropout", "arrangement"),
-    [
-        ("tpu", (), 0.0, "rows"),
-        ("tpu", ("--share_prompts=true",), 0.0, "sheets"),
-        ("gpu", (), 0.0, "sheets"),
-        ("cpu", ("--share_prompts=false",), 0.0, "rows"),
-        ("cpu", ("--packing=false",), 0.0, "apart"),
-        ("gpu", (), 0.1, "apart"),
-    ],
-)
-def test_sequences_are_arranged_as_flags_and_platform_ask(
-    monkeypatch, tiny_config, platform, flags, dropout, arrangement
-):
-    monkeypatch.setattr(Programs, "platform", platform)
-    config = dataclasses.replace(tiny_config, lora=Lora(4, 8.0, dropout, ("q",)))
-    settings = parse_flags(list(flags), (StepOptions,))
-    programs = Programs(settings, config, abstract_params(config)[0], mesh_of(1, 1), jnp.float32, 200, (0,))
-    assert programs.arrangement == arrangement
+# How much is packed
 
 
 def test_groups_stay_together_where_devices_are_few():
-    prompts = [[row // 8 + 1] * 24 for row in range(64)]
-    full = grpo.assemble(prompts, np.full((64, 40), 3, np.int32), np.full(64, 40), (24, 40))
-    on_one, on_eight, apart = (pack(full, devices, 1, share=True) for devices in (1, 8, 64))
-    assert on_one.tokens.size == 2816  # 8 prompts and 64 completions: 2,752 tokens, in lines of 256
-    assert on_eight.tokens.size == 8 * 352  # a prompt and 8 completions each: 344 tokens, in lines of 32
-    assert apart.tokens.size == 64 * 64
+    full = make_batch([24] * 8, [40] * 64)
+    for devices, tokens in ((1, 8 * 24 + 64 * 40), (8, 24 + 8 * 40)):  # every prompt once
+        spec = PackingSpec(devices, 64 // devices, *LIMITS, 8, share_prefixes=True)
+        packed = check_spec(spec, *full)
+        assert packed.micro_batches == 1 and packed.tokens.shape[-1] == tokens
 
 
-def pieces_batch(completions, group):
-    """Groups with prompts of a token, and completions of these lengths."""
-    prompts = [[1 + row // group] for row in range(len(completions))]
-    return grpo.assemble(prompts, np.full((len(completions), 40), 3, np.int32), np.array(completions), (24, 40))
+def device_tokens(devices, lengths, group):
+    """Packed tokens of every device, and its groups."""
+    spec = PackingSpec(devices, 64, *LIMITS, group, share_prefixes=True)
+    sizes = Lengths(np.ones(len(lengths), int), np.array(lengths), group)
+    dealt = arrange(spec, sizes)
+    groups = [len(set().union(*(one.members for one in own))) for own in dealt]
+    return sorted(sum(one.tokens for one in own) for own in dealt), sorted(groups)
 
 
-def test_groups_are_dealt_largest_first_and_in_parts_where_whole_ones_leave_devices_uneven():
-    batch = pieces_batch([8, 8, 7, 7, 6, 6, 5, 5], group=2)
-    assert sorted(tokens_of(batch, sequences_in(rows)) for rows in deal(batch, 2, share=True)) == [28, 28]
-    batch = pieces_batch([40] * 24, group=8)  # three groups on four devices with room for six each
-    assert sorted(len({i // 8 for i in sequences_in(rows)}) for rows in deal(batch, 4, share=True)) == [2, 2, 2, 2]
-
-
-def test_few_shapes_are_ever_compiled():
-    """26 in 50 batches, 7 of them in rows; with sheets of any size they would be 50."""
-    rng, shapes = np.random.default_rng(0), {"rows": set(), "sheets": set()}
-    for _ in range(50):
-        prompts = [rng.integers(1, 200, rng.integers(32, 129)).tolist() for _ in range(8)]
-        lengths = np.clip(rng.gamma(2, 40, 64), 1, 256).astype(np.int64)
-        completions = rng.integers(1, 200, (64, 256)).astype(np.int32)
-        batch = grpo.assemble([prompts[row // 8] for row in range(64)], completions, lengths, (128, 256))
-        for name, found in shapes.items():
-            found.add(tuple(x.shape for x in jax.tree.leaves(lay_out(mesh_of(8, 1), batch, 1, name))))
-    assert len(shapes["sheets"]) <= 4 * len(shapes["rows"]) <= 32
+def test_groups_are_dealt_largest_first_and_in_pieces_where_whole_ones_leave_devices_uneven():
+    assert device_tokens(2, [8, 8, 7, 7, 6, 6, 5, 5], 2)[0] == [28, 28]
+    assert device_tokens(4, [40] * 24, 8)[1] == [2, 2, 2, 2]  # three groups; each device has room for six of 24
 
 
 @pytest.mark.parametrize("share", [False, True])
-def test_short_sequences_take_fewer_rows_and_long_ones_no_more(share):
-    short = grpo.assemble([[1, 2]] * 64, np.full((64, 40), 3, np.int32), np.array([40] + [6] * 63), (24, 40))
-    rows = pack(short, 1, 1, share).packed.rows
-    assert len(rows.segments) == 16  # 63 in rows of 64 tokens, 40 of them completions: six a row, and one by itself
-    full = grpo.assemble([[1] * 24] * 64, np.full((64, 40), 3, np.int32), np.full(64, 40), (24, 40))
-    assert pack(full, 8, 2, share).packed.rows.segments.shape == full.tokens.shape
-    lengths = pack(short, 2, 4, share).completion_lengths.reshape(2, 4, -1)
-    assert (lengths[:, :1] > 0).any() and not (lengths[:, 1:] > 0).any(axis=(0, 2)).all()
+def test_short_sequences_take_fewer_micro_batches(share):
+    """63 of six completion tokens: a micro-batch of four rows has room for the scores of 26."""
+    spec = PackingSpec(1, 4, *LIMITS, 64, share_prefixes=share)
+    short, full = make_batch([2], [40] + [6] * 63), make_batch([24], [40] * 64)
+    longest = check_spec(spec, *full).micro_batches
+    assert longest == (22 if share else 16)  # of four rows, or of 161 packed tokens: four sequences, or three
+    assert check_spec(spec, *short).micro_batches == 3
 
 
-@pytest.mark.parametrize("share", [False, True])
-def test_a_batch_without_completions_has_nothing_to_compute(share):
-    batch = grpo.assemble([[1, 2], [3]], np.zeros((2, 40), np.int32), np.array([0, 0]), (24, 40))
-    packed = pack(batch, 2, 2, share)
-    assert not packed.packed.rows.segments.any() and not packed.completion_lengths.any()
+def test_a_batch_without_completions_has_nothing_to_compute():
+    spec = PackingSpec(2, 2, *LIMITS, 4, share_prefixes=True)
+    packed = check_spec(spec, *make_batch([2] * 4, [0] * 16))
+    assert packed.micro_batches == 1 and not packed.segment_ids.any()
+    assert not packed.batch.completion_lengths.any()
 
 
-def test_parts_are_few_and_rows_too():
-    assert [rows_per_part(rows, 16, 16) for rows in (1, 9, 16, 17, 33)] == [1, 4, 16, 4, 8]
-    assert rows_per_part(33, 64, 1) == 64 and rows_per_part(30, 64, 1) == 32
+def test_a_short_batch_has_the_shapes_of_a_full_one():
+    spec = PackingSpec(2, 2, *LIMITS, 4, share_prefixes=True)
+    full, short = random_batch(0, 32, 4), random_batch(1, 12, 4)
+    padded = check_spec(spec, *pad_batch(*short, 8))
+    assert jax.tree.map(np.shape, padded) == jax.tree.map(np.shape, pack(spec, *full))
+    assert read_back(spec, padded, 32) == whole_sequences(*short, 4)
 
 
-def test_attention_stays_within_segments():
-    rng = np.random.default_rng(0)
-    sizes = (70, 200, 37)
-    q, k, v = (jnp.asarray(rng.normal(size=(320, heads, 16)), jnp.float32) for heads in (4, 2, 2))
-    segments = jnp.asarray(np.repeat([1, 2, 3, 0], (*sizes, 320 - sum(sizes))))
-    got = attend_sequence(q, k, v, segments)
-    start = 0
-    for size in sizes:
-        own = slice(start, start + size)
-        np.testing.assert_allclose(got[own], attend_sequence(q[own], k[own], v[own]), atol=2e-6)
-        start += size
-    for count in (90, 300):  # in one block of queries and in two
-        places = jnp.asarray(np.sort(rng.permutation(320)[:count]))
-        np.testing.assert_allclose(attend_sequence(q[places], k, v, segments, places), got[places], atol=2e-6)
-    kv = (jnp.repeat(x, 2, axis=1)[None] for x in (k, v))
-    kernel = splash_attention(q[None], *kv, segments[None], interpret=True)[0]
-    np.testing.assert_allclose(kernel[:start], got[:start], atol=2e-5)
+@pytest.mark.parametrize(
+    ("steps", "group", "dropout", "expected"),
+    [
+        ({}, 8, 0.0, (SEQUENCES_PER_ROW, True)),
+        ({}, 1, 0.0, (SEQUENCES_PER_ROW, False)),
+        ({"share_prompts": "false"}, 8, 0.0, (SEQUENCES_PER_ROW, False)),
+        ({"packing": False}, 8, 0.0, (1, False)),
+        ({}, 8, 0.1, (1, False)),
+    ],
+)
+def test_sequences_are_arranged_as_flags_and_backend_ask(tiny_config, steps, group, dropout, expected):
+    config = dataclasses.replace(tiny_config, lora=Lora(4, 8.0, dropout, ("q",)))
+    backend, settings = backend_for(jax.devices()[0]), dataclasses.replace(Settings(), steps=StepOptions(**steps))
+    for share in (True, False):
+        own = dataclasses.replace(backend, share_prefixes=share)
+        run = RunSpec(settings, config, mesh_of(1, 1), own, "cpu", 1 << 30, jnp.dtype("float32"), 200, (0,))
+        spec = packing_spec(run, 64, group)
+        assert (spec.sequences_per_row, spec.share_prefixes) == (expected[0], share and expected[1])
+        assert 1 <= spec.rows <= 64
+    if settings.steps.packing:
+        forced = dataclasses.replace(settings, steps=dataclasses.replace(settings.steps, share_prompts="true"))
+        spec = packing_spec(dataclasses.replace(run, settings=forced), 64, group)
+        assert spec.share_prefixes == (group > 1 and expected[0] > 1)
 
+
+# The same numbers
 
 LOSSES = {
     "grpo": LossOptions(loss_type="grpo"),
     "gspo": LossOptions(importance_sampling_level="sequence", beta=0.05),
-    "left_out": LossOptions(mask_truncated_completions=True),
+    "excluded": LossOptions(mask_truncated_completions=True),
+}
+TWO_PROMPTS = [[7, 8, 9, 10, 11], [12, 13, 14]]
+PACKINGS = {
+    "apart": {},
+    "packed": {"sequences_per_row": SEQUENCES_PER_ROW},
+    "shared": {"sequences_per_row": SEQUENCES_PER_ROW, "share_prefixes": True},
 }
 
 
-def shared_batch(old=False, ref=False):
-    """Two groups of three with a prompt each, and two sequences by themselves."""
+def grouped_batch(loss="grpo", old=False, ref=False):
+    """Two groups of four, one completion of which is missing."""
     batch = host_batch(old=old, ref=ref)
-    limits = batch.tokens.shape[1] - 8, 8
-    prompts = [
-        [7, 8, 9, 10, 11],
-        [12, 13, 14],
-        [7, 8, 9, 10, 11],
-        [15],
-        [12, 13, 14],
-        [16, 17],
-        [7, 8, 9, 10, 11],
-        [12, 13, 14],
-    ]
-    again = grpo.assemble(prompts, batch.completions, batch.completion_lengths, limits)
-    return dataclasses.replace(batch, tokens=again.tokens, prompt_lengths=again.prompt_lengths)
+    lengths = batch.completion_lengths.copy()
+    lengths[5] = 0
+    excluded = np.arange(8) % 3 == 0 if loss == "excluded" else None
+    return dataclasses.replace(batch, completion_lengths=lengths, loss_excluded=excluded)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_config, tiny_params):
+    """The update by sequences in rows of their own, on one device in one micro-batch, for every loss."""
+    mesh = mesh_of(1, 1)
+    packed = {name: grouped_batch(name, old=True, ref=True) for name in LOSSES}
+    packed = {name: place_batch(mesh, batch, TWO_PROMPTS, limits=(8, 8), group=4) for name, batch in packed.items()}
+    specs = {name: make_update_spec(tiny_config, mesh, loss=loss) for name, loss in LOSSES.items()}
+    return {name: run_update(spec, tiny_params, packed[name]) for name, spec in specs.items()}
 
 
 @pytest.mark.parametrize(
-    "mesh,parts,loss",
-    [((1, 1), 1, "gspo"), ((1, 1), 2, "grpo"), ((1, 1), 4, "left_out"), ((2, 1), 2, "gspo"), ((4, 2), 1, "grpo")],
+    ("mesh", "rows", "loss"),
+    [((1, 1), 8, "gspo"), ((1, 1), 2, "grpo"), ((1, 1), 3, "excluded"), ((2, 1), 2, "gspo"), ((4, 2), 1, "grpo")],
 )
-@pytest.mark.parametrize("anywhere", [True, False])
-def test_packing_gives_the_same_update(monkeypatch, tiny_config, tiny_params, mesh, parts, loss, anywhere):
-    monkeypatch.setattr(packing, "any_place", lambda platform: anywhere)
-    batch, device_mesh = shared_batch(old=True, ref=True), mesh_of(*mesh)
-    if loss == "left_out":
-        batch = dataclasses.replace(batch, left_out=np.arange(8) % 3 == 0)
-    trainer = make_trainer(tiny_config, device_mesh, parts=parts, loss=LOSSES[loss])
-    results = []
-    for arrangement in ARRANGEMENTS:
-        placed = place_batch(device_mesh, batch, parts, arrangement)
-        state = init_state(trainer.optimizer, jax.tree.map(jnp.copy, place(tiny_params, device_mesh)), device_mesh)
-        new, metrics = grpo.update(trainer, state, placed, {})
-        grads = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), tiny_params, new.params)
-        results.append((grads, {name: float(value) for name, value in metrics.items()}))
-    for other in results[1:]:
-        assert_close(other[0], results[0][0], 1e-5)
-        assert other[1] == pytest.approx(results[0][1], rel=1e-5, abs=1e-6)
+@pytest.mark.parametrize("packing", ["packed", "shared"])
+def test_packing_gives_the_same_update(tiny_config, tiny_params, alone, mesh, rows, loss, packing):
+    batch, device_mesh = grouped_batch(loss, old=True, ref=True), mesh_of(*mesh)
+    packed = place_batch(device_mesh, batch, TWO_PROMPTS, rows, (8, 8), group=4, **PACKINGS[packing])
+    metrics, grads = run_update(make_update_spec(tiny_config, device_mesh, loss=LOSSES[loss]), tiny_params, packed)
+    assert_close(grads, alone[loss][1], 1e-5)
+    assert metrics == pytest.approx(alone[loss][0], rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("mesh,parts", [((1, 1), 2), ((4, 2), 1)])
-def test_packed_logprobs_are_those_of_the_sequences_by_themselves(tiny_config, tiny_params, mesh, parts):
-    batch, device_mesh = shared_batch(), mesh_of(*mesh)
-    trainer, params = make_trainer(tiny_config, device_mesh, parts=parts), place(tiny_params, device_mesh)
-    found = []
-    for arrangement in ARRANGEMENTS:
-        placed = place_batch(device_mesh, batch, parts, arrangement)
-        logprobs = np.asarray(grpo.batch_logprobs(trainer, params, placed))
-        lengths, names = np.asarray(placed.completion_lengths), np.asarray(placed.advantages)
-        found.append({float(names[row]): logprobs[row, : lengths[row]] for row in np.flatnonzero(lengths)})
-    assert len(found[0]) == 8 and all(set(other) == set(found[0]) for other in found)
-    for name, logprobs in found[0].items():
-        for other in found[1:]:
-            np.testing.assert_allclose(other[name], logprobs, rtol=1e-5)
+@pytest.mark.parametrize(("mesh", "rows"), [((1, 1), 2), ((2, 1), 2), ((4, 2), 1)])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_logprobs_are_those_of_whole_sequences(tiny_config, tiny_params, mesh, rows, packing):
+    """By a plain forward pass over one sequence at a time."""
+    batch, device_mesh = grouped_batch(), mesh_of(*mesh)
+    packed = place_batch(device_mesh, batch, TWO_PROMPTS, rows, (8, 8), group=4, **PACKINGS[packing])
+    spec = make_update_spec(tiny_config, device_mesh, temperature=0.8)
+    scored = restore_order(packed, np.asarray(batch_logprobs(spec, place(tiny_params, device_mesh), packed)), 8)
+    tokens = np.zeros((8, 16), np.int32)
+    for row, length in enumerate(batch.completion_lengths):
+        sequence = TWO_PROMPTS[row // 4] + batch.completions[row, :length].tolist()
+        tokens[row, : len(sequence)] = sequence
+    logits = np.asarray(forward(tiny_config, tiny_params, tokens), np.float64)[..., :REAL] / 0.8
+    want = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    for row, length in enumerate(batch.completion_lengths):
+        places = len(TWO_PROMPTS[row // 4]) - 1 + np.arange(length)
+        picked = want[row, places, batch.completions[row, :length]]
+        np.testing.assert_allclose(scored[row, :length], picked, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from minigrpo.kernels import reference
-from minigrpo.kernels.paged_attention import cpu, empty_pages, fill_pages, gpu, paged_attention, tpu, xla
+from minigrpo.kernels.backend import backend_for
+from minigrpo.kernels.paged_attention import cpu, gpu, tpu, xla
 
 TOLERANCE = {np.float32: 2e-6, jnp.bfloat16: 1e-2}
 
@@ -43,13 +44,28 @@ def split_rows(rows, dim):
     return pairs[..., 0, :], pairs[..., 1, :]
 
 
+def lay_out(cache, pages, dim):
+    """The same pages in a cache's own layout."""
+    layers, count, page_size, width = pages.shape
+    own = cache.empty_pages(layers, count, page_size, width // (2 * dim), dim, pages.dtype)
+    for layer in range(layers):
+        own = cache.fill_pages(own, jnp.int32(layer), jnp.arange(count)[:, None], *split_rows(pages[layer], dim))
+    return own
+
+
+def cache_here(page_size, dim, dtype):
+    return backend_for(jax.devices()[0]).paged_cache(page_size, dim, dtype)
+
+
 def attend_here(q, pages, *rest):
     """On this machine, with the same pages laid out for it."""
-    device, (layers, count, page_size, width), dim = jax.devices()[0], pages.shape, q.shape[2]
-    own = empty_pages(device, layers, count, page_size, width // (2 * dim), dim, pages.dtype)
-    for layer in range(layers):
-        own = fill_pages(device, own, jnp.int32(layer), jnp.arange(count)[:, None], *split_rows(pages[layer], dim))
-    return paged_attention(device, q, own, *rest)
+    cache = cache_here(pages.shape[2], q.shape[2], pages.dtype)
+    return cache.paged_attention(q, lay_out(cache, pages, q.shape[2]), *rest)
+
+
+def attend_xla(q, pages, *rest):
+    """In plain XLA, whatever the size of the heads."""
+    return xla.CACHE.paged_attention(q, lay_out(xla.CACHE, pages, q.shape[2]), *rest)
 
 
 def attend_pallas(q, pages, *rest):
@@ -62,12 +78,7 @@ def attend_emulated(q, pages, *rest):
 
 def attend_hopper(q, pages, *rest):
     """The GPU kernel, emulated."""
-    layers, count, page_size, width = pages.shape
-    heads = width // (2 * q.shape[2])
-    own = jnp.zeros((layers, count, *gpu.page_shape(page_size, heads, q.shape[2])), pages.dtype)
-    for layer in range(layers):
-        rows = split_rows(pages[layer], q.shape[2])
-        own = gpu.fill_pages(own, jnp.int32(layer), jnp.arange(count)[:, None], *rows)
+    own = lay_out(gpu.CACHE, pages, q.shape[2])
     return gpu.tuned_attention(q, own, *rest, gpu.Tuning(), interpret=plgpu.InterpretGPUParams())
 
 
@@ -172,23 +183,27 @@ def test_a_fault_in_the_gpu_kernel_is_seen(fault, monkeypatch, traced_anew):
         check(attend_hopper, 4, 2, 128, 16, jnp.bfloat16)
 
 
-@pytest.mark.parametrize("page_size", [16, 64, 256])
-def test_blocks_of_several_pieces_equal_oracle(page_size, monkeypatch):
-    """As a GPU walks them."""
-    monkeypatch.setattr(xla, "CPU_BLOCK_TOKENS", xla.BLOCK_TOKENS)
-    check(attend_here, 4, 2, 64, page_size, np.float32, extra=(131,))
+@pytest.mark.parametrize("page_size", [2, 4, 16, 48, 64, 256])
+@pytest.mark.parametrize("dim", [16, 64])
+def test_plain_xla_equals_oracle_with_heads_of_any_size(page_size, dim):
+    """In pages of several pieces, and with several pages in a block."""
+    check(attend_xla, 4, 2, dim, page_size, np.float32, extra=(131,))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (8, 4, 32), (4, 4, 32)])
 @pytest.mark.parametrize("page_size", [4, 8, 16, 24, 64, 128])
 def test_small_heads_are_read_where_they_lie(heads, kv_heads, dim, page_size):
     """No copy of the pool, nor of the keys: less is allocated than the keys that one turn reads."""
-    device, lengths = jax.devices()[0], jax.ShapeDtypeStruct((16,), jnp.int32)
-    pages = jax.eval_shape(lambda: empty_pages(device, 2, 8192 // page_size, page_size, kv_heads, dim, jnp.float32))
+    cache, lengths = cache_here(page_size, dim, jnp.float32), jax.ShapeDtypeStruct((16,), jnp.int32)
+    pages = jax.eval_shape(lambda: cache.empty_pages(2, 8192 // page_size, page_size, kv_heads, dim, jnp.float32))
     table = jax.ShapeDtypeStruct((16, 192 // page_size), jnp.int32)
-    attend, q = jax.jit(functools.partial(paged_attention, device)), jax.ShapeDtypeStruct((16, heads, dim), jnp.float32)
+    attend, q = jax.jit(cache.paged_attention), jax.ShapeDtypeStruct((16, heads, dim), jnp.float32)
     scratch = attend.lower(q, pages, jnp.int32(1), lengths, table).compile().memory_analysis().temp_size_in_bytes
-    assert scratch < 4 * 16 * cpu.BLOCK_TOKENS * kv_heads * dim
+    assert cache is cpu.CACHE and scratch < 4 * 16 * cpu.BLOCK_TOKENS * kv_heads * dim
+
+
+def test_large_heads_are_gathered_on_the_cpu():
+    assert cache_here(16, 64, jnp.float32) is xla.CACHE and cache_here(16, 32, jnp.bfloat16) is cpu.CACHE
 
 
 @pytest.mark.parametrize("dim", [16, 64])
@@ -233,26 +248,21 @@ def test_appending_tokens_and_filling_pages_are_the_same(path, page_size, dim):
 
 def test_more_queries_than_the_gpu_kernel_takes_are_refused():
     pages = jnp.zeros((1, 1, *gpu.page_shape(64, 1, 64)), jnp.bfloat16)
-    one = jnp.ones(1, jnp.int32)
+    q, one = jnp.zeros((1, 65, 64), jnp.bfloat16), jnp.ones(1, jnp.int32)
     with pytest.raises(ValueError, match="65 query heads for 1 kv heads: at most 64 for each"):
-        gpu.paged_attention(
-            jax.devices()[0],
-            jnp.zeros((1, 65, 64), jnp.bfloat16),
-            pages,
-            jnp.int32(0),
-            one,
-            jnp.zeros((1, 1), jnp.int32),
-        )
+        gpu.CACHE.paged_attention(q, pages, jnp.int32(0), one, jnp.zeros((1, 1), jnp.int32))
 
 
-def test_pages_of_other_heads_are_refused():
+CACHES = {"cpu": cpu.CACHE, "gpu": gpu.CACHE, "tpu": tpu.cache(tpu.Tuning()), "xla": xla.CACHE}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_pages_of_other_heads_are_refused(name):
+    """Both those whose size is no whole number of heads, and those of as many as the queries cannot share."""
     assert tpu.kv_heads(jnp.zeros((1, 1, 4, 24)), 16) == xla.kv_heads(jnp.zeros((1, 1, 2, 2, 24)), 16) == 0
-    with pytest.raises(ValueError, match="do not hold kv heads that 4 query heads of 16 can share"):
-        paged_attention(
-            jax.devices()[0],
-            jnp.zeros((1, 4, 16)),
-            jnp.zeros((1, 1, 2, 3, 64)),
-            jnp.int32(0),
-            jnp.ones(1, jnp.int32),
-            jnp.zeros((1, 1), jnp.int32),
-        )
+    assert gpu.kv_heads(jnp.zeros((1, 1, 2, 2, 4, 24)), 16) == 0
+    cache, one, table = CACHES[name], jnp.ones(1, jnp.int32), jnp.zeros((1, 1), jnp.int32)
+    for kv_heads, dim in ((3, 16), (2, 24)):
+        pages = cache.empty_pages(1, 1, 4, kv_heads, dim, jnp.float32)
+        with pytest.raises(ValueError, match="do not hold kv heads that 4 query heads of 16 can share"):
+            cache.paged_attention(jnp.zeros((1, 4, 16)), pages, jnp.int32(0), one, table)

@@ -458,3 +458,15 @@ def test_a_real_signal_is_heard_whatever_the_main_thread_does(mode, number, code
         assert process.poll() is None, process.stderr.read()
     process.send_signal(number)
     assert (process.wait(10), process.communicate()[1]) == (code, text)
+
+
+def test_a_device_without_memory_is_one_line_with_phase_and_cure():
+    import jax
+
+    text = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 34359738368 bytes."
+    with (
+        pytest.raises(UsageError, match="in the rollout phase, which wanted 34359738368 bytes; reduce --slots"),
+        Progress(io.StringIO()) as shown,
+    ):
+        shown.phase("rollout")
+        raise jax.errors.JaxRuntimeError(text)

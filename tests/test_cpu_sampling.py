@@ -121,7 +121,3 @@ def test_limits_are_found_to_the_last_bit():
     probs = jnp.array([[0.5, np.nextafter(np.float32(0.5), np.float32(1)), 1.0, 0.25]], jnp.float32)
     for sampler, kept in ((Sampler(top_k=2), [1, 2]), (Sampler(top_p=0.66), [1, 2]), (Sampler(top_p=1e-46), [2])):
         assert np.flatnonzero(truncate(sampler, probs)[0]).tolist() == kept
-
-
-def test_truncated_mass_is_said_to_bias():
-    assert not Sampler().truncates and Sampler(top_k=5).truncates and Sampler(top_p=0.9).truncates

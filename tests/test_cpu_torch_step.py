@@ -1,26 +1,24 @@
 """One whole optimizer step beside the same step written in torch, from the same weights."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import mesh_of
+from conftest import make_update_spec, mesh_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from test_cpu_grpo import REAL as HEAD_TOKENS
-from test_cpu_grpo import make_trainer
+from test_cpu_grpo import place_batch
 
 from minigrpo.config import LossOptions, OptimizerOptions
-from minigrpo.grpo import update as grpo
+from minigrpo.grpo.batch import Batch
 from minigrpo.grpo.optimizer import init_state, make_optimizer
-from minigrpo.model.qwen import read_config
+from minigrpo.grpo.update import update
+from minigrpo.model.hub_config import read_config
 from minigrpo.model.weights import hub_tensors, load_params
-from minigrpo.runtime.mesh import by_sequence, put
 
 TEMPERATURE = 0.9
 OPTIONS = OptimizerOptions(
@@ -58,21 +56,22 @@ def make_batch():
     prompts = [rng.integers(2, 250, size).tolist() for size in (3, 7, 5, 5, 2, 9, 4, 6)]
     lengths = np.array([4, 8, 1, 6, 8, 3, 5, 7], np.int32)
     completions = rng.integers(2, 250, (8, 8)).astype(np.int32)
-    batch = grpo.assemble(prompts, completions, lengths, (16, 8))
-    shape = batch.completions.shape
-    scored = {name: rng.normal(-5, 1, shape).astype(np.float32) for name in ("old_logprobs", "ref_logprobs")}
+    names = "old_logprobs", "ref_logprobs"
+    scored = {name: rng.normal(-5, 1, completions.shape).astype(np.float32) for name in names}
     advantages = rng.normal(size=8).astype(np.float32)
-    return dataclasses.replace(batch, advantages=advantages, **scored)
+    return prompts, Batch(completions, lengths, advantages, **scored)
 
 
-def torch_step(model, batch):
+def torch_step(model, prompts, batch):
     """Loss, gradients before clipping, their norm, and weights after the step, by name."""
-    rows = torch.tensor(np.asarray(batch.tokens, np.int64))
+    rows = torch.zeros(8, 24, dtype=torch.long)
+    for b, prompt in enumerate(prompts):
+        rows[b, : len(prompt) + 8] = torch.tensor([*prompt, *batch.completions[b].tolist()])
     logits = model(rows).logits.double()[:, :, :HEAD_TOKENS] / TEMPERATURE
     logprobs = torch.log_softmax(logits, dim=-1)
     total = 0.0
     for b in range(8):
-        start, length = int(batch.prompt_lengths[b]), int(batch.completion_lengths[b])
+        start, length = len(prompts[b]), int(batch.completion_lengths[b])
         at = torch.arange(start, start + length)
         now = logprobs[b, at - 1, rows[b, at]]
         old, ref = (torch.tensor(x[b, :length]).double() for x in (batch.old_logprobs, batch.ref_logprobs))
@@ -97,26 +96,26 @@ def assert_same(ours, theirs):
         assert np.abs(ours[name] - value.numpy()).max() <= 1e-4 * scale, name
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (4, 2)])
-def test_loss_gradients_norm_and_weights_are_torchs(model, mesh):
+@pytest.mark.parametrize(("mesh", "sequences_per_row"), [((1, 1), 1), ((1, 1), 8), ((4, 2), 8)])
+def test_loss_gradients_norm_and_weights_are_torchs(model, mesh, sequences_per_row):
     folder, theirs = model
     theirs.load_state_dict(transformers.Qwen3ForCausalLM.from_pretrained(folder).state_dict())
     theirs.zero_grad()
-    batch = make_batch()
+    prompts, batch = make_batch()
     config, device_mesh = read_config(folder / "config.json"), mesh_of(*mesh)
     params = load_params(folder, config, device_mesh)
     before = dict(hub_tensors(params, np.float32))
-    placed = put(device_mesh, grpo.pad_rows(batch, device_mesh.size), by_sequence(device_mesh))
+    packed = place_batch(device_mesh, batch, prompts, 2, (16, 8), sequences_per_row=sequences_per_row)
 
     def step(optimizer):
-        trainer = make_trainer(config, device_mesh, optimizer=optimizer, loss=LOSS)
+        spec = make_update_spec(config, device_mesh, optimizer=optimizer, loss=LOSS, temperature=TEMPERATURE)
         state = init_state(optimizer, jax.tree.map(jnp.copy, params), device_mesh)
-        new, metrics = grpo.update(trainer, state, placed, {})
+        new, metrics = update(spec, state, packed, {})
         return dict(hub_tensors(new.params, np.float32)), metrics
 
     stepped, _ = step(optax.sgd(1.0))
     after, metrics = step(make_optimizer(OPTIONS, 10))
-    loss, grads, norm, weights = torch_step(theirs, batch)
+    loss, grads, norm, weights = torch_step(theirs, prompts, batch)
     np.testing.assert_allclose(float(metrics["loss"]), loss, rtol=1e-4)
     np.testing.assert_allclose(float(metrics["grad_norm"]), norm, rtol=1e-4)
     assert_same({name: before[name] - stepped[name] for name in before}, grads)

@@ -3,22 +3,16 @@
 import json
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, mesh_of
-from flax import nnx
+from conftest import ROOT, forward, make_generator, mesh_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from minigrpo.config import RolloutOptions
-from minigrpo.model.attention import attend_on
-from minigrpo.model.qwen import abstract_params, read_config, unembed
+from minigrpo.model.hub_config import read_config
 from minigrpo.model.weights import export, load_params
-from minigrpo.rollout.generator import Roller
-from minigrpo.runtime.mesh import Layout
 
 SIZES = {
     "vocab_size": 320,
@@ -54,13 +48,8 @@ def write_model(folder, kind, tied):
 
 def our_logits(folder, tokens, mesh=(1, 1)):
     config = read_config(folder / "config.json")
-    device_mesh = mesh_of(*mesh)
-    params = load_params(folder, config, device_mesh)
-    model = nnx.merge(abstract_params(config)[0], jax.tree.map(jnp.asarray, params))
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    layout = Layout(jnp.dtype("float32"), device_mesh)
-    hidden, _ = model(jnp.asarray(tokens), positions, attend_on(device_mesh), None, layout)
-    return config, params, unembed(hidden, model.head_weights())
+    params = load_params(folder, config, mesh_of(*mesh))
+    return config, params, forward(config, params, tokens, mesh)
 
 
 @pytest.fixture(scope="module", params=[("qwen3", True), ("qwen3", False), ("qwen2", True), ("qwen2", False)], ids=str)
@@ -101,11 +90,10 @@ def test_greedy_text_equal(written, greedy, slots, page_size, pool_pages, mesh):
     config = read_config(folder / "config.json")
     prompts, want = greedy
     options = RolloutOptions(
-        max_completion_length=64, temperature=0.0, page_size=page_size, slots=slots, pool_pages=pool_pages
+        max_completion_length=64, temperature=0.0, page_size=page_size, slots=str(slots), pool_pages=pool_pages
     )
-    devices = mesh_of(*mesh)
-    roller = Roller(config, devices, jnp.dtype("float32"), options, 320, (1,))
-    ours = roller(load_params(folder, config, devices), prompts, list(range(16)), 1, (0, 0))
+    generator = make_generator(config, options, mesh, (1,), prompt_tokens=40, num_tokens=320)
+    ours = generator(load_params(folder, config, mesh_of(*mesh)), prompts, list(range(16)), 1, (0, 0))
     assert [row[:length].tolist() for row, length in zip(ours.tokens, ours.lengths, strict=True)] == want
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("trl")
 
 from minigrpo.config import LossOptions
 from minigrpo.grpo import losses
-from minigrpo.grpo import update as grpo
+from minigrpo.grpo.batch import Batch
 
 B, C = 6, 9
 LIMIT = 12
@@ -40,21 +40,19 @@ def random_batch(seed=0):
 def ours(options, data):
     """Loss, its gradient with respect to the log-probs, and the metrics."""
     lengths = jnp.asarray(data["lengths"])
-    batch = grpo.Batch(
-        tokens=jnp.zeros((B, C + 1), jnp.int32),
-        prompt_lengths=jnp.ones(B, jnp.int32),
+    batch = Batch(
         completions=jnp.zeros((B, C), jnp.int32),
         completion_lengths=lengths,
         advantages=jnp.asarray(data["advantages"]),
         rollout_logprobs=jnp.asarray(data["sampled"]),
         old_logprobs=jnp.asarray(data["old"]),
         ref_logprobs=jnp.asarray(data["ref"]) if options.beta else None,
-        left_out=jnp.asarray(data["cut"]) if options.mask_truncated_completions else None,
+        loss_excluded=jnp.asarray(data["cut"]) if options.mask_truncated_completions else None,
     )
     weights = losses.token_weights(options.loss_type, batch.loss_mask, jnp.int32(B), LIMIT)
 
     def loss(logprobs):
-        return grpo.policy_loss(options, batch, weights, logprobs, jnp.zeros((B, C)))
+        return losses.policy_loss(options, batch, weights, logprobs, jnp.zeros((B, C)))
 
     (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(data["logprobs"]))
     return float(value), np.asarray(gradient), {name: float(x) / lengths.sum() for name, x in aux["sums"].items()}
@@ -93,7 +91,7 @@ def theirs(options, data):
         aux_loss_enabled=False,
         beta=options.beta,
         current_gradient_accumulation_steps=1,
-        epsilon_high=grpo.upper_clip(options),
+        epsilon_high=losses.upper_clip(options),
         epsilon_low=options.epsilon,
         importance_sampling_level=options.importance_sampling_level,
         loss_type=options.loss_type,

@@ -11,18 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import mesh_of
-from flax import nnx
+from conftest import forward, make_generator
 from test_cpu_attention import oracle, oracle_gradients
-from test_cpu_fused_products import check_gated, check_heads
-from test_cpu_paged_attention import attend_here, check
+from test_cpu_fused_projections import check_gated, check_heads
+from test_cpu_paged_attention import attend_here, cache_here, check
 
 from minigrpo.config import RolloutOptions
-from minigrpo.kernels.paged_attention import HOPPER_RANK, empty_pages
-from minigrpo.model.attention import attend_on, causal_attention
-from minigrpo.model.qwen import abstract_params, init_params, unembed
-from minigrpo.rollout.generator import Roller
-from minigrpo.runtime.mesh import Layout
+from minigrpo.kernels.backend import backend_for
+from minigrpo.kernels.paged_attention import gpu
+from minigrpo.model.qwen import ComputeSpec, init_params
 
 pytestmark = pytest.mark.skipif(jax.devices()[0].platform != "gpu", reason="needs a GPU")
 BF16 = jnp.dtype("bfloat16")
@@ -37,13 +34,13 @@ hopper = pytest.mark.skipif(
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 128), (14, 2, 64), (12, 2, 128), (18, 2, 64)])
 @pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128])
 def test_the_hopper_kernel_equals_oracle(heads, kv_heads, dim, page_size):
-    assert empty_pages(jax.devices()[0], 1, 1, page_size, kv_heads, dim, BF16).ndim == HOPPER_RANK
+    assert cache_here(page_size, dim, BF16) is gpu.CACHE
     check(attend_here, heads, kv_heads, dim, page_size, jnp.bfloat16, extra=(131, *range(1, 2305, 256)))
 
 
 @hopper
 @pytest.mark.parametrize(("rows", "depth", "width"), [(64, 2048, 6144), (64, 128, 64), (5, 896, 4864)])
-def test_gated_products_equal_oracle(rows, depth, width):
+def test_gated_projections_equal_oracle(rows, depth, width):
     check_gated(rows, depth, width)
 
 
@@ -70,7 +67,7 @@ def test_fused_attention_and_its_gradients(length, heads, kv_heads, dim, pieces)
     segments = np.searchsorted(edges[1:], np.arange(length), side="right")[None]
     ids = None if pieces == 1 else jnp.asarray(segments, jnp.int32)
     arguments = [jnp.asarray(x, BF16) for x in (q, k, v)]
-    got, pull = jax.vjp(lambda *x: causal_attention("gpu", *x, ids), *arguments)
+    got, pull = jax.vjp(lambda *x: backend_for(jax.devices()[0]).causal_attention(*x, ids), *arguments)
     grads = pull(jnp.asarray(cotangent, BF16))
     for start, end in itertools.pairwise(edges):
         own = [x[:, start:end] for x in (q, k, v, cotangent)]
@@ -81,7 +78,7 @@ def test_fused_attention_and_its_gradients(length, heads, kv_heads, dim, pieces)
 
 @pytest.fixture(scope="module", params=[(32, 64), (128, 128)])
 def hopper_config(tiny_config, request):
-    """Without and with the kernels that fuse products."""
+    """Without and with the kernels that fuse projections."""
     hidden, dim = request.param
     return dataclasses.replace(tiny_config, hidden_size=hidden, head_dim=dim)
 
@@ -95,23 +92,17 @@ def test_a_rollout_in_bfloat16_is_what_the_whole_sequence_gives(hopper_config):
     drawn, times = init_params(hopper_config, jax.random.key(0)), 8 * math.sqrt(32 / hopper_config.hidden_size)
     params = jax.tree.map(lambda w: (w if w.ndim < 2 or (w == 1).all() else times * w).astype(BF16), drawn)
     prompts = [list(range(10, 10 + length)) for length in (1, 8, 30, 65)]
-    model, mesh = nnx.merge(abstract_params(hopper_config)[0], params), mesh_of(1, 1)
-
-    @jax.jit
-    def forward(tokens):
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = model(tokens, positions, attend_on(mesh), None, Layout(BF16))
-        return jax.nn.log_softmax(unembed(hidden, model.head_weights()))
-
-    for changes in ({}, {"page_size": 8, "slots": 4}, {"pool_pages": 40, "page_size": 16}):
+    for changes in ({}, {"page_size": 8, "slots": "4"}, {"pool_pages": 40, "page_size": 16}):
         options = dataclasses.replace(RolloutOptions(max_completion_length=80, temperature=1.0), **changes)
-        roller = Roller(hopper_config, mesh, BF16, options, hopper_config.vocab_size, (1,))
-        rollout = roller(params, prompts, [0, 1, 2, 3], 4, (7, 0))
+        sizes = {"prompt_tokens": 80, "num_tokens": hopper_config.vocab_size, "dtype": BF16}
+        generator = make_generator(hopper_config, options, stops=(1,), **sizes)
+        rollout = generator(params, prompts, [0, 1, 2, 3], 4, (7, 0))
         rows = [prompt for prompt in prompts for _ in range(4)]
         tokens = np.zeros((16, 160), np.int32)
         for row, (prompt, completion) in enumerate(zip(rows, rollout.completions, strict=True)):
             tokens[row, : len(prompt) + len(completion)] = prompt + completion
-        whole = np.asarray(forward(jnp.asarray(tokens)))
+        logits = forward(hopper_config, params, tokens, compute=ComputeSpec(BF16))
+        whole = np.asarray(jax.nn.log_softmax(logits))
         for row, (prompt, completion) in enumerate(zip(rows, rollout.completions, strict=True)):
             places = len(prompt) - 1 + np.arange(len(completion))
             want = whole[row, places, np.array(completion)]

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 PEERS = pathlib.Path(__file__).resolve().parent
 TUNIX = "google-tunix==0.1.7"
@@ -22,9 +23,9 @@ def output_of(*command: str) -> str:
     return result.stdout
 
 
-def last_json(*command: str) -> dict:
-    """The JSON line that a process ends with."""
-    return json.loads(output_of(*command).splitlines()[-1])
+def last_json(*command: str) -> dict[str, Any]:
+    """Return the JSON object of the line that a process ends with."""
+    return dict(json.loads(output_of(*command).splitlines()[-1]))
 
 
 def find_python() -> str:

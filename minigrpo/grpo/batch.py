@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minigrpo.model.attention import SharedPrefixIndex
 from minigrpo.runtime.mesh import by_sequence, put, replicated
 
-SEQUENCES_PER_ROW = 8
+SEQUENCES_PER_ROW = 16
 """Most sequences that share a row."""
 
 PREFIX_DIVISOR = 4

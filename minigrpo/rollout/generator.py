@@ -244,6 +244,8 @@ def prefill(
         context = LayerContext(attend, ComputeSpec(spec.dtype))
         return Qwen(spec.model)(weights, chunk.tokens, chunk.position_ids, context, pages)[1]
 
+    if len(rows.tokens) == size:  # around a loop XLA would keep q and k of all layers in a second layout
+        return fill(jnp.int32(0), pages)
     return jax.lax.fori_loop(0, rows.chunks[0], fill, pages)
 
 
@@ -483,13 +485,23 @@ def decode_config(config: ModelConfig) -> ModelConfig:
 
 @functools.partial(jax.jit, static_argnums=0)
 def decode_weights(spec: RolloutSpec, params: Params) -> Params:
-    """Lay the policy out for decoding: in the compute dtype, whole on every device, its layers as the backend wants."""
-    weights = cast_weights(params if spec.model == spec.policy else merge_adapters(spec.policy, params), spec.dtype)
+    """Lay the policy out for decoding: in the compute dtype, whole on every device, its layers as the backend wants.
+
+    Layers are gathered one after the other, so that one layer's temporaries are there at a time.
+    """
+    weights = params if spec.model == spec.policy else merge_adapters(spec.policy, params)
+
+    def gather(tree: Params) -> Params:
+        return jax.lax.with_sharding_constraint(cast_weights(tree, spec.dtype), replicated(spec.mesh))
+
+    layers = weights["layers"]
     if spec.backend.unroll_layers:
-        layers = range(spec.model.num_hidden_layers)
-        unstacked = [jax.tree.map(lambda w, layer=layer: w[layer], weights["layers"]) for layer in layers]
-        weights = weights | {"layers": unstacked}
-    return jax.lax.with_sharding_constraint(weights, replicated(spec.mesh))
+        count = range(spec.model.num_hidden_layers)
+        gathered: Any = [gather(jax.tree.map(lambda w, layer=layer: w[layer], layers)) for layer in count]
+    else:
+        gathered = jax.lax.with_sharding_constraint(jax.lax.map(gather, layers), replicated(spec.mesh))
+    ends = {name: value for name, value in weights.items() if name != "layers"}
+    return gather(ends) | {"layers": gathered}
 
 
 def is_decodable(spec: RolloutSpec, params: Params) -> bool:

@@ -1,5 +1,6 @@
 """The (fsdp, tp) mesh: platform start-up, how every parameter and activation is laid out on it."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -33,7 +34,8 @@ def start_platform(mesh_flag: str) -> None:
     platform = choose_platform(getattr(jax.config, PLATFORMS))
     if platform == "cpu":
         jax.config.update(PLATFORMS, "cpu")
-        jax.config.update(CPU_DEVICES, math.prod(mesh_sizes(mesh_flag, "cpu", 1)))
+        with contextlib.suppress(RuntimeError):  # a second run in one process has the devices of the first
+            jax.config.update(CPU_DEVICES, math.prod(mesh_sizes(mesh_flag, "cpu", 1)))
         # One CPU client runs programs one after another: with several virtual devices, concurrent
         # programs can starve each other's collectives of threads.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -46,8 +48,8 @@ def make_mesh(mesh_flag: str) -> Mesh:
     """Return the mesh of `--mesh`; UsageError when it does not match the devices there are."""
     devices = jax.devices()
     fsdp, tp = mesh_sizes(mesh_flag, devices[0].platform, len(devices))
-    if fsdp * tp == 1 and devices[0].platform == "cpu":
-        devices = devices[:1]
+    if devices[0].platform == "cpu":  # which are virtual: some may stay unused
+        devices = devices[: fsdp * tp]
     if fsdp * tp != len(devices):
         raise UsageError(
             f"--mesh={mesh_flag}: {fsdp * tp} devices wanted, {len(devices)} {devices[0].platform} devices found; "

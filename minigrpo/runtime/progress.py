@@ -1,6 +1,7 @@
 """Progress reports: a live line in a terminal, one line a minute elsewhere, and all of it in RUN/train.log."""
 
 import os
+import re
 import sys
 import threading
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+
+from minigrpo.config import UsageError
 
 TICK, MINUTE = 0.5, 60.0
 """Seconds between redrawings of the live line, and between lines where there is no terminal."""
@@ -33,6 +36,23 @@ def clock_text(seconds: float) -> str:
 def program_name(context: dict[str, Any]) -> str:
     """Return the name of the function that is compiled: jit(gradients) is gradients."""
     return str(context.get("fun_name", "a program")).removeprefix("jit(").removesuffix(")")
+
+
+REDUCE = {
+    "rollout": "--slots or --pool_pages, or decode over more chips",
+    "evaluation": "--slots, or --eval_size",
+    "update": "the rows of a micro-batch by a higher --gradient_accumulation_steps, or --remat=full, or --lora_rank=16",
+}
+"""Phase -> what to reduce when it does not fit a device."""
+
+
+def out_of_memory(phase: str, text: str) -> str:
+    """Return one line for a device that ran out of memory."""
+    wanted = re.search(r"(?:allocating|Used|allocate) ([\d.]+ ?[KMG]i?B?|\d+ bytes)", text)
+    size = f", which wanted {wanted[1]}" if wanted else ""
+    cure = REDUCE.get(phase, "--max_completion_length or the model's size")
+    where = f"a device ran out of memory in the {phase or 'first'} phase{size}"
+    return f"{where}; reduce {cure}; minigrpo.plan tells what fits"
 
 
 class Progress:
@@ -73,7 +93,13 @@ class Progress:
         self.thread.start()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Stop the clock, wipe the live line and close train.log. UsageError where a device ran out of memory."""
+        self.end()
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            raise UsageError(out_of_memory(self.name, str(error))) from error
+
+    def end(self) -> None:
         """Stop the clock, wipe the live line and close train.log."""
         self.ended.set()
         sys.stderr = self.original

@@ -1,0 +1,64 @@
+"""A run compiles each of its device programs once, whatever its lengths."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from minigrpo import sft, train
+from minigrpo.config import parse_flags
+
+MOST = {"gradients": 2, "batch_logprobs": 2, "run_mesh": 1, "apply_gradients": 1, "decode_weights": 1}
+SMALL = ["--batch_size=4", "--num_generations=4", "--report_to=none", "--save_steps=0", "--max_completion_length=48"]
+
+
+def scored_file(folder):
+    """Responses of 1 to 40 words."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "prompt": f"Count {n}." * int(rng.integers(1, 6)),
+            "responses": ["one two three four " * int(rng.integers(1, 10)) for _ in range(4)],
+            "scores": [1.0, 0.0, 0.5, 0.0],
+        }
+        for n in range(40)
+    ]
+    (folder / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"--dataset={folder}/scored.jsonl"
+
+
+CASES = {
+    "one device": (["--mesh=1,1", "--max_steps=60"], 1),
+    "mesh": (["--mesh=4,2", "--max_steps=12", "--beta=0.1", "--num_iterations=2", "--num_minibatches=2"], 1),
+    "evaluation": (["--mesh=2,1", "--max_steps=6", "--eval_steps=3", "--eval_size=150"], 2),
+    "adapters": (["--mesh=2,1", "--max_steps=12", "--lora_rank=4", "--lora_dropout=0.1", "--beta=0.1"], 1),
+    "offline": (["--mesh=2,1", "--max_steps=12", "--offline", "--beta=0.1", "--learning_rate=1e-3"], 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_compiles_each_program_once(name, tmp_path, capsys, traced_anew):
+    flags, rollouts = CASES[name]
+    flags = [*flags, scored_file(tmp_path)] if name == "offline" else flags
+    assert train.main(parse_flags([*SMALL, *flags, f"--output_dir={tmp_path}/run"], train.SECTIONS)) == 0
+    said = re.search(r"^compiled: (.*)$", capsys.readouterr().err, re.M)[1]
+    counts = {program: int(count) for program, count in (part.rsplit(" ", 1) for part in said.split(", "))}
+    assert counts.pop("run_mesh", 0) == rollouts
+    assert all(count <= MOST[program] for program, count in counts.items()), counts
+    lengths = [json.loads(line)["completions/mean_length"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert max(lengths) > 1.2 * min(lengths)
+
+
+@pytest.mark.slow
+def test_supervised_training_compiles_one_gradient(tmp_path, monkeypatch):
+    from minigrpo.grpo import update
+
+    traced, real = [], update.score
+    monkeypatch.setattr(update, "score", lambda *args: traced.append(1) or real(*args))
+    rows = [{"prompt": "say " * (1 + n % 7), "completion": "yes " * (1 + n % 11)} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [f"--dataset={tmp_path}/rows.jsonl", "--batch_size=8", "--max_steps=8", "--mesh=2,1"]
+    assert sft.main(parse_flags([*flags, f"--output_dir={tmp_path}/out"], sft.SECTIONS)) == 0
+    assert len(traced) <= 3  # shapes and the gradient of one program
