@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,9 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 LARGEST_SEED = 2**31 - 1
 LARGEST_RANK = 4096
+HELP_WIDTH = 100
+"""Characters of a line of --help."""
+
 MOST_TOKENS, LARGEST_PAGE, MOST_PAGES, MOST_SLOTS = 2**20, 4096, 2**24, 2**16
 """Of a prompt or a completion, beyond any model's context; of a page; and pages, a thousand million tokens in all."""
 
@@ -548,7 +552,8 @@ def help_text(command: str, caption: str, options: Iterable[type[Options]], foot
         for field in dataclasses.fields(area):
             choices = "|".join(map(str, field.metadata["choices"])) or field_type(field).__name__
             default = "" if field.default in (None, "") else f" [{field.default}]"
-            lines += [f"  --{field.name}={choices}{default}", f"      {field.metadata['help']}"]
+            text = textwrap.wrap(field.metadata["help"], HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += [f"  --{field.name}={choices}{default}", *text]
     return "\n".join([*lines, "", footer] if footer else lines)
 
 

@@ -29,6 +29,28 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
 
+SLOW = {
+    "test_cpu_commands",
+    "test_cpu_compiles",
+    "test_cpu_fused_projections",
+    "test_cpu_lora",
+    "test_cpu_packing",
+    "test_cpu_paged_attention",
+    "test_cpu_rollout",
+    "test_cpu_torch_step",
+    "test_cpu_tpu",
+    "test_cpu_train",
+    "test_cpu_transformers",
+}
+"""Files whose tests compile device programs; `-m "not slow"` leaves them out."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 def mesh_of(fsdp, tp):
     axis_types = (jax.sharding.AxisType.Auto,) * 2
     return jax.sharding.Mesh(

@@ -37,7 +37,6 @@ CASES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_compiles_each_program_once(name, tmp_path, capsys, traced_anew):
     flags, rollouts = CASES[name]
@@ -51,7 +50,6 @@ def test_a_run_compiles_each_program_once(name, tmp_path, capsys, traced_anew):
     assert max(lengths) > 1.2 * min(lengths)
 
 
-@pytest.mark.slow
 def test_supervised_training_compiles_one_gradient(tmp_path, monkeypatch):
     from minigrpo.grpo import update
 

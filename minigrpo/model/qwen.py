@@ -73,7 +73,8 @@ class ComputeSpec:
     """The dtype of a forward pass, and the mesh it is laid out on (None: inside one device).
 
     On a mesh, activations are sharded by sequence over every device and each layer's weights are gathered for use: at
-    these model sizes that moves fewer bytes than tensor-parallel layers (BUILD_NOTES.md#data-parallel-activations-or-tensor-parallel-layers).
+    these model sizes that moves fewer bytes than tensor-parallel layers
+    (BUILD_NOTES.md#data-parallel-activations-or-tensor-parallel-layers).
     """
 
     dtype: Any = jnp.float32
