@@ -75,7 +75,11 @@ def fill_pages(
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """State of one kernel instance that walks its sequence's pages."""
+    """State of one kernel instance that walks its sequence's pages.
+
+    Example with pages of 64 tokens: row 0, head 1, length 130, table [[7, 9, 31, ...], ...]; tokens 128 and 129 are in
+    page 31, and the third block is the last.
+    """
 
     pages: Any  # [L, P, 2, K, S, H] in device memory
     table: Any  # [B, M], likewise

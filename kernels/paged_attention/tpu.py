@@ -236,7 +236,11 @@ def attend_block(
 
 @dataclasses.dataclass(frozen=True)
 class Refs:
-    """References to everything that the kernel reads and writes."""
+    """References to everything that the kernel reads and writes.
+
+    Example with M = 3: lengths [130, 5], table [7, 9, 31, 4, 0, 0]; cursor [0, 1, 1, 0] fetches block 1 of sequence 0
+    into slot 1 next, while slot 0 is attended to.
+    """
 
     layer: Any  # SMEM int32 [1]
     lengths: Any  # SMEM int32 [B]

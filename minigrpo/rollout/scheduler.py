@@ -93,9 +93,9 @@ class Slots:
 class State:
     """State of one device's rollout of B completions in S slots.
 
-    Example of three completions in two slots: status [DONE, RUNNING, WAITING], tokens [[8, 2], [9, 0], [0, 0]],
-    logprobs [[-0.3, -0.1], [-0.7, 0], [0, 0]], lengths [2, 1, 0], ended [False, False], scheduled False,
-    counts [2, 3, 0, 0].
+    Example of three completions in two slots after two steps, the first having ended with stop token 2: status
+    [RUNNING, RUNNING, WAITING], tokens [[8, 2, 0], [9, 4, 0], [0, 0, 0]], lengths [2, 2, 0], ended [True, False],
+    scheduled False, counts [2, 4, 0, 0].
     """
 
     pages: Any  # float [L, P, ...], laid out as the backend's attention reads them
