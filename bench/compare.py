@@ -38,7 +38,7 @@ class CompareOptions(Options):
 
     @property
     def names(self) -> list[str]:
-        """The peers' names."""
+        """Return the peers' names."""
         return [name.strip() for name in self.peers.split(",")]
 
 

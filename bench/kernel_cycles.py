@@ -103,7 +103,7 @@ def length_of_loop(depths: list[int], start: int) -> int:
 
 
 def counted_cycles(options: BenchOptions, pages: int, cycles: Cycles) -> tuple[int, int]:
-    """Count the cycles of computing one sequence, and of one block that is full, of so many pages."""
+    """Count the cycles of computing one sequence, and one block that is full with `pages` pages."""
     entries = -(-options.tokens // options.page_size)
     blocks = -(-entries // pages)
     full = cycles.block + pages * (cycles.fetch + cycles.wait)

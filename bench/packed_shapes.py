@@ -39,7 +39,7 @@ class LengthOptions(Options):
 
     @property
     def means(self) -> list[float]:
-        """The means; UsageError for a word that is no positive number."""
+        """Return the means; UsageError for a word that is no positive number."""
         try:
             means = [float(part) for part in self.mean.split(",")]
         except ValueError as error:

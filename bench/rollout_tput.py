@@ -159,11 +159,11 @@ class Job:
 
     @property
     def completions(self) -> int:
-        """Completions of all prompts."""
+        """Return the number of completions of all prompts."""
         return self.shape.prompts * self.shape.generations
 
     def generator(self, new_tokens: int, on_token: Callable[[Any, Any, Any], None] | None = None) -> Generator:
-        """Return a generator of at most so many tokens, with the pool that memory allows."""
+        """Return a generator of at most `new_tokens` tokens, with the pool that memory allows."""
         options = dataclasses.replace(self.run.settings.rollout, max_completion_length=new_tokens)
         return make_generator(self.run, options, pool_limit(self.run, device_share_bytes(self.params)), on_token)
 
@@ -252,12 +252,12 @@ class Timing:
 
     @property
     def median(self) -> int:
-        """The number of the run of median time."""
+        """Return the number of the run of median time."""
         return sorted(range(len(self.runs)), key=lambda i: self.runs[i][0])[len(self.runs) // 2]
 
     @property
     def rates(self) -> list[float]:
-        """Tokens per second of every run."""
+        """Return the tokens per second of every run."""
         return [float(rollout.lengths.sum()) / seconds for seconds, rollout in self.runs]
 
 

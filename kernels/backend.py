@@ -1,4 +1,4 @@
-"""The table of what a device does differently. `backend_for` chooses it once; nothing else asks for a platform."""
+"""Table of the differences between devices. `backend_for` chooses it once; nothing else asks for a platform."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ class PagedCache:
     fill_pages: Callable[..., Array]
     """(pages, layer, page [B,M], k [B,T,K,H], v [B,T,K,H]) -> pages, T being M whole pages."""
     attend: Callable[..., Array]
-    """As `paged_attention`, for pages known to fit."""
+    """Like `paged_attention`, for pages known to fit."""
     page_bytes: int = 0
     """Largest page of one layer; 0 is no limit."""
     table_bytes: int = 0
@@ -58,7 +58,7 @@ class PagedCache:
 
         Token t of sequence b is token t % page_size of page page_table[b, t // page_size]. Entries of page_table past
         the length, and tokens past it in the last page, may hold anything. A sequence of length 0 gets zeros.
-        ValueError when the query heads cannot share the pages' kv heads.
+        Raises ValueError when the query heads cannot share the pages' kv heads.
         """
         heads, dim = q.shape[1:]
         kv_heads = self.kv_heads(pages, dim)

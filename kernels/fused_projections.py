@@ -1,4 +1,4 @@
-"""Products of a decoding step, and what follows them, as Pallas Mosaic kernels for Hopper GPUs.
+"""Matmuls of a decoding step, and the operations after them, as Pallas Mosaic kernels for Hopper GPUs.
 
 Few rows meet large matrices, so the bound is the bandwidth at which weights arrive. One warpgroup makes two tiles of 64
 columns that belong together: the same columns of gate and up, or the halves of a head, which rope mixes.
@@ -18,10 +18,10 @@ from jaxtyping import Array, Float
 from .hopper import IN_TILES, ROWS, TILE_LANES, load
 
 COLUMNS = TILE_LANES
-"""Columns of one product."""
+"""Columns of one matmul."""
 
 DEPTH, BUFFERS = 128, 4
-"""What is summed over at a time, and how many such blocks of the operands shared memory holds: 192 KB."""
+"""Terms summed at a time, and the number of such operand blocks that fit in shared memory: 192 KB."""
 
 
 def takes(rows: int, depth: int, dtype: Any) -> bool:
@@ -41,13 +41,13 @@ class Ring:
 
 
 def two_products(x: Any, ring: Ring, fetch_weights: Callable[[Any, Any, Any, Any], None]) -> tuple[Array, Array]:
-    """x [ROWS, D] times two tiles of weights, float32 [ROWS, COLUMNS] each.
+    """Multiply x [ROWS, D] with two tiles of weights -> float32 [ROWS, COLUMNS] each.
 
     fetch_weights(depth, first, second, arrived) starts the copies of the tiles' rows `depth` to where they go.
     """
     steps = x.shape[1] // DEPTH
 
-    def fetch(step):
+    def fetch(step: Array) -> None:
         at, depth = jax.lax.rem(step, BUFFERS), pl.ds(step * DEPTH, DEPTH)
         fetch_weights(depth, ring.first.at[at], ring.second.at[at], ring.arrived.at[at])
         plgpu.copy_gmem_to_smem(x.at[:, depth], ring.x.at[at], ring.arrived.at[at])
@@ -55,8 +55,8 @@ def two_products(x: Any, ring: Ring, fetch_weights: Callable[[Any, Any, Any, Any
     for step in range(min(BUFFERS, steps)):
         fetch(jnp.int32(step))
 
-    def multiply(first, second):
-        def turn(step, _):
+    def multiply(first: Any, second: Any) -> tuple[Array, Array]:
+        def turn(step: Array, _: tuple[()]) -> tuple[()]:
             at = jax.lax.rem(step, BUFFERS)
             plgpu.barrier_wait(ring.arrived.at[at])
             plgpu.wgmma(first, ring.x.at[at], ring.first.at[at])
@@ -71,11 +71,11 @@ def two_products(x: Any, ring: Ring, fetch_weights: Callable[[Any, Any, Any, Any
     return pl.run_scoped(multiply, *[plgpu.ACC((ROWS, COLUMNS), jnp.float32)] * 2)
 
 
-def gated_kernel(x, gate, up, out, results, *ring):
-    """One tile of columns of silu(x gate) * (x up)."""
+def gated_kernel(x: Any, gate: Any, up: Any, out: Any, results: Any, *ring: Any) -> None:
+    """Compute one tile of columns of silu(x gate) * (x up)."""
     columns = pl.ds(jax.lax.axis_index("tile") * COLUMNS, COLUMNS)
 
-    def fetch(depth, first, second, arrived):
+    def fetch(depth: Any, first: Any, second: Any, arrived: Any) -> None:
         plgpu.copy_gmem_to_smem(gate.at[depth, columns], first, arrived)
         plgpu.copy_gmem_to_smem(up.at[depth, columns], second, arrived)
 
@@ -87,7 +87,7 @@ def gated_kernel(x, gate, up, out, results, *ring):
 
 
 def store_head(first: Array, second: Array, results: Any, out: Any, head: Any) -> None:
-    """Stores the two halves of a head of every row."""
+    """Store the two halves of a head of every row."""
     results[:, pl.ds(0, COLUMNS)] = first.astype(results.dtype)
     results[:, pl.ds(COLUMNS, COLUMNS)] = second.astype(results.dtype)
     plgpu.commit_smem()
@@ -95,9 +95,9 @@ def store_head(first: Array, second: Array, results: Any, out: Any, head: Any) -
 
 
 def norm_and_turn(first: Array, second: Array, scale: Any, cos: Any, sin: Any, eps: float) -> tuple[Array, Array]:
-    """RMS norm of a head, then rope, all in float32."""
+    """Apply RMS norm to a head, then rope, all in float32."""
 
-    def half_scale(start):
+    def half_scale(start: int) -> Array:
         columns = load(scale.at[pl.ds(start, COLUMNS)], plgpu.Layout.WGMMA.reduce(0))
         return jax.lax.broadcast_in_dim(columns.astype(jnp.float32), first.shape, [1])
 
@@ -108,8 +108,11 @@ def norm_and_turn(first: Array, second: Array, scale: Any, cos: Any, sin: Any, e
     return first * cos - second * sin, second * cos + first * sin
 
 
-def heads_kernel(x, q, k, v, q_norm, k_norm, cos, sin, q_out, k_out, v_out, results, *ring, eps):
-    """One head of every row, of queries, keys or values."""
+def heads_kernel(
+    x: Any, q: Any, k: Any, v: Any, q_norm: Any, k_norm: Any, cos: Any, sin: Any, q_out: Any, k_out: Any, v_out: Any,
+    results: Any, *ring: Any, eps: float,
+) -> None:  # fmt: skip
+    """Compute one head of every row: of the queries, keys or values."""
     head, (queries, keys) = jax.lax.axis_index("head"), (q.shape[0], k.shape[0])
     kinds = (
         (head < queries, head, q, q_out, q_norm),
@@ -117,8 +120,8 @@ def heads_kernel(x, q, k, v, q_norm, k_norm, cos, sin, q_out, k_out, v_out, resu
         (head >= queries + keys, head - queries - keys, v, v_out, None),
     )
 
-    def fetch(depth, first, second, arrived):
-        def from_one(weights, own):
+    def fetch(depth: Any, first: Any, second: Any, arrived: Any) -> None:
+        def from_one(weights: Any, own: Any) -> None:
             for half, buffer in enumerate((first, second)):
                 columns = pl.ds(half * COLUMNS, COLUMNS)
                 plgpu.copy_gmem_to_smem(weights.at[own, depth, columns], buffer, arrived)
@@ -128,7 +131,7 @@ def heads_kernel(x, q, k, v, q_norm, k_norm, cos, sin, q_out, k_out, v_out, resu
 
     sums = two_products(x, Ring(*ring), fetch)
 
-    def store(own, out, scale):
+    def store(own: Any, out: Any, scale: Any) -> None:
         halves = sums if scale is None else norm_and_turn(*sums, scale, cos, sin, eps)
         store_head(*halves, results, out, own)
 
@@ -138,11 +141,11 @@ def heads_kernel(x, q, k, v, q_norm, k_norm, cos, sin, q_out, k_out, v_out, resu
 
 
 def run(
-    body: Callable, tiles: int, name: str, width: int, outs: Any, interpret: Any, x: Array, *operands: Array
+    body: Callable[..., None], tiles: int, name: str, width: int, outs: Any, interpret: Any, x: Array, *operands: Array
 ) -> Any:
-    """Runs a kernel over `tiles` pairs of tiles, called `name`; `width` is that of what a tile stores."""
+    """Run a kernel called `name` over `tiles` pairs of tiles; `width` is the number of columns that a tile stores."""
 
-    def tiled(*shape):
+    def tiled(*shape: int) -> Any:
         return plgpu.SMEM(shape, x.dtype, transforms=IN_TILES)
 
     kernel = plgpu.kernel(
@@ -164,14 +167,14 @@ def run(
 
 
 def check(x: Array, right: bool, columns: str) -> None:
-    """ValueError for operands that the kernels would read in part only; `right` says whether `columns` are as asked."""
+    """Raise ValueError for operands of sizes that the kernels do not take; `right` tells if `columns` are valid."""
     rows, depth = x.shape
     if rows > ROWS or depth % DEPTH or not right:
         raise ValueError(f"x {x.shape}, {columns}: at most {ROWS} rows, and sums over a multiple of {DEPTH}")
 
 
 def whole(x: Array) -> Array:
-    """Filled with rows of zeros up to ROWS."""
+    """Pad x with rows of zeros up to ROWS."""
     return jnp.pad(x, ((0, ROWS - len(x)), *[(0, 0)] * (x.ndim - 1)))
 
 
@@ -179,9 +182,9 @@ def whole(x: Array) -> Array:
 def gated(
     x: Float[Array, "B D"], gate: Float[Array, "D F"], up: Float[Array, "D F"], interpret: Any = None
 ) -> Float[Array, "B F"]:
-    """silu(x gate) * (x up) (arXiv:2002.05202). `interpret` runs it elsewhere, as jax's Pallas takes it.
+    """Compute silu(x gate) * (x up) (arXiv:2002.05202). `interpret` emulates the kernel, as in jax's Pallas.
 
-    ValueError for more than ROWS rows, a D that is no multiple of DEPTH, or an F that is none of COLUMNS.
+    Raises ValueError for more than ROWS rows, a D that is no multiple of DEPTH, or an F that is none of COLUMNS.
     """
     width = gate.shape[1]
     check(x, width % COLUMNS == 0, f"{width} columns, which must be a multiple of {COLUMNS}")
@@ -198,10 +201,10 @@ def heads(
     eps: float,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K H"], Float[Array, "B K H"]]:
-    """Queries, keys and values; queries and keys normed (arXiv:1910.07467) and rotated (arXiv:2104.09864).
+    """Project to queries, keys and values; norm (arXiv:1910.07467) and rotate (arXiv:2104.09864) queries and keys.
 
     `norms` are the scales of queries and keys, `angles` the cosines and sines of the rows' positions, float32.
-    ValueError as for `gated`, and for heads of another size than 2 * COLUMNS.
+    Raises ValueError as `gated` does, and for heads of another size than 2 * COLUMNS.
     """
     dim = weights[0].shape[2]
     check(x, dim == 2 * COLUMNS, f"heads of {dim}, which must be {2 * COLUMNS}")

@@ -1,4 +1,4 @@
-"""What the Pallas Mosaic kernels for Hopper GPUs have in common."""
+"""Constants and loads shared by the Pallas Mosaic kernels for Hopper GPUs."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 ROWS, TILE_ROWS, TILE_LANES = 64, 8, 64
-"""Rows of one tensor-core product, and the tiles that its 16-bit operands lie in in shared memory."""
+"""Rows of one tensor-core matmul, and the tiles that hold its 16-bit operands in shared memory."""
 
 IN_TILES = plgpu.TilingTransform((TILE_ROWS, TILE_LANES)), plgpu.SwizzleTransform(2 * TILE_LANES)
 
@@ -16,5 +16,5 @@ WHOLE = ((),) if jax.__version_info__ < (0, 11) else ()
 
 
 def load(reference: Any, layout: Any) -> Array:
-    """What lies in device memory, spread over the threads as in `layout`."""
+    """Load an array from device memory, spread over the threads as in `layout`."""
     return plgpu.load(reference, *WHOLE, layout=layout, optimized=False)

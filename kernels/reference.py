@@ -1,10 +1,13 @@
 """Float64 NumPy oracles of the kernels, written from the definitions, one sequence and head at a time."""
 
+from typing import Any
+
 import numpy as np
+from jaxtyping import Float
 
 
-def paged_attention(q, pages, layer, lengths, page_table):
-    """q [B,N,H], pages [L,P,S,2*K*H], lengths [B], page_table [B,M] -> [B,N,H] in float64."""
+def paged_attention(q: Any, pages: Any, layer: Any, lengths: Any, page_table: Any) -> Float[np.ndarray, "B N H"]:
+    """Attend in float64: q [B,N,H], pages [L,P,S,2*K*H], lengths [B], page_table [B,M] -> [B,N,H]."""
     q, pages = np.asarray(q, np.float64), np.asarray(pages, np.float64)
     out = np.zeros_like(q)
     num_heads, dim = q.shape[1:]
@@ -22,15 +25,15 @@ def paged_attention(q, pages, layer, lengths, page_table):
     return out
 
 
-def gated(x, gate, up):
-    """x [B,D], gate and up [D,F] -> silu(x gate) * (x up) [B,F] in float64."""
+def gated(x: Any, gate: Any, up: Any) -> Float[np.ndarray, "B F"]:
+    """Compute silu(x gate) * (x up) [B,F] in float64 from x [B,D], gate and up [D,F]."""
     x, gate, up = (np.asarray(array, np.float64) for array in (x, gate, up))
     through = x @ gate
     return through / (1 + np.exp(-through)) * (x @ up)
 
 
-def head(x, weights, scale, positions, theta, eps):
-    """x [B,D], weights [D,H], scale [H], positions [B] -> x times weights, RMS-normed and rotated, [B,H] in float64."""
+def head(x: Any, weights: Any, scale: Any, positions: Any, theta: float, eps: float) -> Float[np.ndarray, "B H"]:
+    """Multiply x [B,D] with weights [D,H], RMS-norm by scale [H], rotate to positions [B] -> [B,H] in float64."""
     x, weights, scale = (np.asarray(array, np.float64) for array in (x, weights, scale))
     out = x @ weights
     half = weights.shape[1] // 2

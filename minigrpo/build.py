@@ -52,7 +52,7 @@ DEFAULT_MODEL = "Qwen/Qwen3-1.7B"
 
 
 def check_loss(settings: Settings) -> None:
-    """Raise UsageError for a loss that cannot mean what it says; print a line for one that is merely doubtful."""
+    """Raise UsageError for loss settings that contradict each other; print a line for doubtful ones."""
     loss, rollout = settings.loss, settings.rollout
     if rollout.temperature == 0:
         raise UsageError(
@@ -95,7 +95,7 @@ def check_lora(settings: Settings, config: ModelConfig) -> None:
 
 
 def check_quantize(config: ModelConfig) -> None:
-    """Raise UsageError for a model in training that has nothing to train."""
+    """Raise UsageError for training a quantized model without adapters: nothing would be trained."""
     if config.int8 and not config.lora:
         raise UsageError("--quantize=int8: freezes the base weights; add --lora_rank=16, or remove the flag")
 
@@ -132,7 +132,7 @@ def grpo_loss(spec: RunSpec) -> tuple[Objective, Callable[..., Any]]:
 def make_update_spec(
     spec: RunSpec, total_updates: int, loss: tuple[Objective, Callable[..., Any]], temperature: float, seed: int
 ) -> UpdateSpec:
-    """Return scoring and updating as the settings want them; `loss` is an objective and its token weights."""
+    """Return the spec of scoring and updating under the settings; `loss` is an objective and its token weights."""
     options = spec.settings.optimizer
     return UpdateSpec(
         model=spec.model,
@@ -149,7 +149,7 @@ def make_update_spec(
 
 
 def grpo_update_spec(spec: RunSpec, total_updates: int) -> UpdateSpec:
-    """Return GRPO's scoring and updating."""
+    """Return the spec of GRPO's scoring and updating."""
     temperature, seed = spec.settings.rollout.temperature, spec.settings.steps.seed
     return make_update_spec(spec, total_updates, grpo_loss(spec), temperature, seed)
 
@@ -167,12 +167,12 @@ class Build:
 
     @property
     def settings(self) -> Settings:
-        """The settings, every "auto" decided."""
+        """Return the settings, every "auto" decided."""
         return self.spec.settings
 
     @property
     def own_template(self) -> str | None:
-        """The chat template of --chat_template=FILE, which is written with the model."""
+        """Return the chat template of --chat_template=FILE, which is written with the model."""
         given = self.settings.data.chat_template
         return None if given in ("auto", "none") else self.tokenizer.template.source
 
@@ -239,7 +239,7 @@ def choose_lora(settings: Settings, source: Source) -> Lora | None:
 
 
 def device_bytes(device: jax.Device) -> int:
-    """Return a device's memory; the table's where it is there, so that a run decides as its plan did."""
+    """Return a device's memory, from the table if it is in there, so that a run decides as its plan did."""
     known = memory_of_kind(device.device_kind)
     return known or (device.memory_stats() or {}).get("bytes_limit", 16 * GIB)
 

@@ -28,20 +28,20 @@ MOST_TOKENS, LARGEST_PAGE, MOST_PAGES, MOST_SLOTS = 2**20, 4096, 2**24, 2**16
 
 
 class UsageError(ValueError):
-    """Bad input from the person running a command; its text is one line naming what, the value and the fix."""
+    """Bad input from the person running a command; its text is one line that names the input, its value and the fix."""
 
 
 def option(
     default: Any,
     text: str,
     *,
-    choices: tuple = (),
+    choices: tuple[Any, ...] = (),
     low: Any = None,
     above: Any = None,
     high: Any = None,
     below: Any = None,
-):
-    """A dataclass field that is also a flag: `low` <= value <= `high`, `above` < value < `below`, or a choice."""
+) -> Any:
+    """Return a dataclass field that is also a flag: `low` <= value <= `high`, `above` < value < `below`, or choices."""
     limits = {"choices": choices, "low": low, "above": above, "high": high, "below": below}
     return dataclasses.field(default=default, metadata={"help": text, **limits})
 
@@ -50,12 +50,13 @@ def option(
 class Options:
     """Base of the settings classes: checks every field against the limits it declares."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check_limits(field, getattr(self, field.name))
 
 
-def check_limits(field: dataclasses.Field, value: Any) -> None:
+def check_limits(field: dataclasses.Field[Any], value: Any) -> None:
+    """Raise UsageError that names the flag if a value breaks a limit of its field; None breaks none."""
     if value is None:
         return
     meta = field.metadata
@@ -174,7 +175,7 @@ class RolloutOptions(Options):
 
     @property
     def slot_limit(self) -> int:
-        """Most slots; 0 is as many as memory allows."""
+        """Return the largest number of slots; 0 is as many as memory allows."""
         return 0 if self.slots == "auto" else int(self.slots)
 
 
@@ -246,7 +247,7 @@ class LossOptions(Options):
     )
     max_resamples: int = option(3, "most extra rollouts of one step that replace groups", low=1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.kl_estimator == "k1":
             raise UsageError("--kl_estimator=k1: as a loss its expected gradient is zero; use k3 or k2")
@@ -300,7 +301,7 @@ class StepOptions(Options):
     num_epochs: float = option(1.0, "passes over the data when --max_steps is 0", above=0.0)
     seed: int = option(0, "seed of shuffling, sampling and random weights", low=0, high=LARGEST_SEED)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.batch_size % self.num_minibatches:
             raise UsageError(f"--num_minibatches={self.num_minibatches}: must divide --batch_size={self.batch_size}")
@@ -309,6 +310,7 @@ class StepOptions(Options):
 
     @property
     def updates_per_step(self) -> int:
+        """Return the number of optimizer updates per step."""
         return self.num_iterations * self.num_minibatches
 
 
@@ -354,7 +356,7 @@ class RunOptions(Options):
         choices=("online", "offline", "disabled"),
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         unknown = [name for name in self.report_to.split(",") if name not in ("tensorboard", "wandb", "none")]
         if unknown:
@@ -432,8 +434,8 @@ class TinyOptions(Options):
     num_hidden_layers: int = option(4, "layers", low=1)
 
 
-def field_type(field: dataclasses.Field) -> type:
-    """The plain type behind a field's annotation: float for `float | None`."""
+def field_type(field: dataclasses.Field[Any]) -> type:
+    """Return the plain type behind a field's annotation: float for `float | None`."""
     kind = field.type
     if isinstance(kind, types.UnionType):
         kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
@@ -501,6 +503,9 @@ SECTION_NAMES = tuple(
 )
 """Every section that a command may have flags for."""
 
+ALL_SETTINGS: Any = Settings
+"""Default for a `type[AnySettings]`, untyped because mypy takes no concrete class as one."""
+
 
 def section_types(sections: tuple[str, ...], kind: type[Settings]) -> dict[str, type[Options]]:
     """Return the options classes of a command's sections, by name."""
@@ -517,7 +522,7 @@ def define_flags(types_by_name: Mapping[str, type[Options]]) -> flags.FlagValues
     return values
 
 
-def parse_flags(argv: list[str], sections: tuple[str, ...], kind: type[AnySettings] = Settings) -> AnySettings:
+def parse_flags(argv: list[str], sections: tuple[str, ...], kind: type[AnySettings] = ALL_SETTINGS) -> AnySettings:
     """Parse a command line; UsageError for an unknown flag, a bad value or a stray argument."""
     types_by_name = section_types(sections, kind)
     values = define_flags(types_by_name)
@@ -532,7 +537,7 @@ def parse_flags(argv: list[str], sections: tuple[str, ...], kind: type[AnySettin
         given = values[name].value
         return given.replace("\\n", "\n") if isinstance(given, str) else given
 
-    built = {
+    built: dict[str, Any] = {
         name: options(**{field.name: value(field.name) for field in dataclasses.fields(options)})
         for name, options in types_by_name.items()
     }
@@ -558,7 +563,7 @@ def run_command(
     sections: tuple[str, ...],
     main: Callable[[AnySettings], int],
     footer: str = "",
-    kind: type[AnySettings] = Settings,
+    kind: type[AnySettings] = ALL_SETTINGS,
 ) -> None:
     """Parse sys.argv, run `main` and exit. Bad input is one line on stderr and code 2, never a traceback."""
     argv = sys.argv[1:]
@@ -589,7 +594,7 @@ def is_own_file(name: Any) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The file's object, {} when it does not exist; UsageError naming it when it is not JSON."""
+    """Return a file's JSON object, {} when it does not exist; UsageError naming the file when it is not JSON."""
     if not path.exists():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""What a run's own numbers say about it: the questions that everyone asks, answered from metrics and settings."""
+"""Diagnoses of a run: answers to common questions, drawn from its metrics and settings."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +15,13 @@ MISMATCH = {"float32": 1e-3, "bfloat16": 0.05}
 
 
 def recent(rows: Rows, name: str) -> float:
-    """Mean over the last steps; 0 when the metric is not there."""
+    """Average a metric over the last steps; 0 when it is missing."""
     values = [row[name] for row in rows[-RECENT:] if row.get(name) is not None]
     return sum(values) / len(values) if values else 0.0
 
 
 def loss_is_zero(settings: dict[str, Any], rows: Rows) -> str | None:
+    """Explain a loss of 0 in on-policy training."""
     once = settings.get("num_iterations") == 1 and settings.get("num_minibatches", 1) == 1
     on_policy = settings.get("loss_type") == "grpo" and settings.get("beta") == 0 and once
     if not on_policy or not all(abs(row["loss"]) <= 1e-3 for row in rows):
@@ -32,6 +33,7 @@ def loss_is_zero(settings: dict[str, Any], rows: Rows) -> str | None:
 
 
 def no_reward(settings: dict[str, Any], rows: Rows) -> str | None:
+    """Report that no completion ever got a reward."""
     if any(row["reward"] or row["reward_std"] for row in rows):
         return None
     return (
@@ -41,6 +43,7 @@ def no_reward(settings: dict[str, Any], rows: Rows) -> str | None:
 
 
 def one_reward_is_zero(settings: dict[str, Any], rows: Rows) -> str | None:
+    """Report reward functions that were always 0 while others were not."""
     names = [name for name in rows[0] if name.startswith("rewards/") and name.endswith("/mean")]
     dead = [name.split("/")[1] for name in names if not any(row.get(name) for row in rows)]
     if not dead or len(dead) == len(names):
@@ -49,6 +52,7 @@ def one_reward_is_zero(settings: dict[str, Any], rows: Rows) -> str | None:
 
 
 def cut_off(settings: dict[str, Any], rows: Rows) -> str | None:
+    """Report a large share of completions cut at the length limit."""
     share = recent(rows, "completions/clipped_ratio")
     if share < 0.3:
         return None
@@ -60,6 +64,7 @@ def cut_off(settings: dict[str, Any], rows: Rows) -> str | None:
 
 
 def no_contrast(settings: dict[str, Any], rows: Rows) -> str | None:
+    """Report a large share of groups whose completions all got the same reward."""
     share = recent(rows, "frac_reward_zero_std")
     if share < 0.5:
         return None
@@ -71,6 +76,7 @@ def no_contrast(settings: dict[str, Any], rows: Rows) -> str | None:
 
 
 def warming_up(settings: dict[str, Any], rows: Rows) -> str | None:
+    """Report that the learning rate is still rising."""
     peak = settings.get("learning_rate", 0)
     rising = len(rows) > 1 and rows[-1]["learning_rate"] > rows[-2]["learning_rate"]
     if not rising or rows[-1]["learning_rate"] >= peak:
@@ -82,6 +88,7 @@ def warming_up(settings: dict[str, Any], rows: Rows) -> str | None:
 
 
 def samplers_apart(settings: dict[str, Any], rows: Rows) -> str | None:
+    """Report log-probs of sampler and trainer that differ by more than rounding."""
     apart = recent(rows, "sampling/sampling_logp_difference/mean")
     if settings.get("lora_dropout") or apart < MISMATCH.get(settings.get("compute_dtype", ""), MISMATCH["bfloat16"]):
         return None
@@ -92,6 +99,7 @@ def samplers_apart(settings: dict[str, Any], rows: Rows) -> str | None:
 
 
 def skipped(settings: dict[str, Any], rows: Rows) -> str | None:
+    """Report updates that were skipped for a loss or gradient that was not finite."""
     count = sum(row["skipped_updates"] for row in rows)
     return (
         f"{count:.0f} updates were skipped because loss or gradient was not finite: lower --learning_rate."
@@ -101,6 +109,7 @@ def skipped(settings: dict[str, Any], rows: Rows) -> str | None:
 
 
 def always_clipped(settings: dict[str, Any], rows: Rows) -> str | None:
+    """Report a gradient that is clipped in nearly every step."""
     limit = settings.get("max_grad_norm", float("inf"))
     share = sum(row["grad_norm"] > limit for row in rows) / len(rows)
     if share < 0.9 or len(rows) < RECENT:
@@ -112,6 +121,7 @@ def always_clipped(settings: dict[str, Any], rows: Rows) -> str | None:
 
 
 def collapsed(settings: dict[str, Any], rows: Rows) -> str | None:
+    """Report a collapse of the entropy."""
     first, last = recent(rows[:RECENT], "entropy"), recent(rows, "entropy")
     if len(rows) < 2 * RECENT or last > 0.2 * first:
         return None
@@ -122,6 +132,7 @@ def collapsed(settings: dict[str, Any], rows: Rows) -> str | None:
 
 
 def far_from_reference(settings: dict[str, Any], rows: Rows) -> str | None:
+    """Report a policy far from its reference."""
     apart = recent(rows, "kl")
     if not settings.get("beta") or apart < 1:
         return None
@@ -135,6 +146,6 @@ CHECKS: tuple[Check, ...] = (
 
 
 def diagnose(settings: dict[str, Any], rows: Rows) -> list[str]:
-    """Every finding, the gravest first; one line that says so when there is none."""
+    """List every finding, the gravest first; one line that says so when there is none."""
     findings = [finding for check in CHECKS if (finding := check(settings, rows))]
     return findings or ["Nothing unusual in this run's numbers."]

@@ -47,7 +47,7 @@ def held_out(tokenizer: Tokenizer, options: DataOptions, size: int) -> PromptSet
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
-    """95 % Wilson interval of a share of `count` trials (Wilson 1927, eq. 1)."""
+    """Return the 95 % Wilson interval of a share of `count` trials (Wilson 1927, eq. 1)."""
     centre = share + Z95**2 / (2 * count)
     half = Z95 * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
     return (centre - half) / (1 + Z95**2 / count), (centre + half) / (1 + Z95**2 / count)
@@ -59,7 +59,7 @@ def greedy_options(options: RolloutOptions) -> RolloutOptions:
 
 
 def prompts_per_rollout(problems: int, slots: int, devices: int) -> int:
-    """Return the prompts of each of the equal rollouts that ask `problems`, QUEUE times the slots at most."""
+    """Return the number of prompts in each of the equal rollouts, QUEUE times the slots at most."""
     rounds = -(-problems // (QUEUE * slots * devices))
     return -(-problems // rounds)
 
@@ -86,10 +86,10 @@ def ask(
 
 @dataclasses.dataclass(frozen=True)
 class Grades:
-    """Which of P problems' K answers are right."""
+    """Marks of P problems' K answers, True for right ones."""
 
     flexible: Bool[np.ndarray, "P K"]
-    """Wherever the answer stands."""
+    """The answer may be anywhere in the text."""
     strict: Bool[np.ndarray, "P K"]
     """In <answer> tags, after #### or in a box."""
     majority: Bool[np.ndarray, " P"]
@@ -111,13 +111,13 @@ def grade(texts: list[str], problems: PromptSet) -> Grades:
 
 
 def pass_at(right: Bool[np.ndarray, "P K"], k: int) -> float:
-    """Chance that one of k answers is right, estimated from all of them (arXiv:2107.03374, eq. 1)."""
+    """Estimate the chance that one of k answers is right from all of them (arXiv:2107.03374, eq. 1)."""
     total, wrong = right.shape[1], (~right).sum(axis=1)
     return float(np.mean([1 - math.comb(int(n), k) / math.comb(total, k) for n in wrong]))
 
 
 def figures(grades: Grades) -> dict[str, float]:
-    """Accuracy of single answers; with several, pass@k for powers of two and the majority's accuracy too."""
+    """Compute the accuracy of single answers; with several, pass@k for powers of two and the majority's accuracy."""
     samples = grades.flexible.shape[1]
     more = [2**i for i in range(1, samples.bit_length())]
     several = {f"pass@{k}": pass_at(grades.flexible, k) for k in more}
@@ -129,7 +129,7 @@ def figures(grades: Grades) -> dict[str, float]:
 def accuracy(
     built: Build, params: Params, problems: PromptSet, decoding: RolloutOptions, resident: int
 ) -> dict[str, float]:
-    """Return the share of the problems that are answered rightly, one answer each; "dropped" were too long to ask."""
+    """Return the share of problems answered rightly, one answer each; "dropped" were too long to ask."""
     texts, lengths = ask(built, params, problems, decoding, 1, 0, resident)
     counts = {"problems": len(problems), "dropped": problems.dropped, "mean_length": float(lengths.mean())}
     return figures(grade(texts, problems)) | counts
@@ -138,7 +138,7 @@ def accuracy(
 def evaluate(
     built: Build, problems: PromptSet, decoding: RolloutOptions
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One model's figures with their interval, and a line for every answer."""
+    """Evaluate one model -> its figures with their interval, and a line for every answer."""
     options, name = built.settings.evaluate, built.settings.model.model
     started = time.perf_counter()
     params = built.load(options.seed)
@@ -160,7 +160,7 @@ def evaluate(
 
 
 def report(result: dict[str, Any], dataset: str) -> None:
-    """What a person reads of one model's figures."""
+    """Print one model's figures for a person to read."""
     low, high = result["interval"]
     several = "".join(f", {name} {result[name]:.1%}" for name in result if "@" in name)
     sys.stderr.write(
@@ -171,7 +171,7 @@ def report(result: dict[str, Any], dataset: str) -> None:
 
 
 def check_output(output: str) -> None:
-    """UsageError, before any work, for a file that cannot be written or is there already."""
+    """Raise UsageError, before any work, for a file that cannot be written or already exists."""
     path = Path(output)
     if output and path.exists():
         raise UsageError(f"--output={output}: is there already; name a new file")
@@ -180,7 +180,7 @@ def check_output(output: str) -> None:
 
 
 def build_one(settings: Settings, model: str, asked: dict[str, Any]) -> Build:
-    """The model or the base, the latter named as such in errors."""
+    """Build the model or the base; errors name the base as such."""
     try:
         return build(settings.with_values({"model": model}), settings.evaluate.mesh, {model: asked})
     except UsageError as error:
@@ -190,7 +190,7 @@ def build_one(settings: Settings, model: str, asked: dict[str, Any]) -> Build:
 
 
 def main(settings: Settings) -> int:
-    """Evaluate as the settings say."""
+    """Evaluate as the settings say; return the exit code."""
     with Progress() as progress:
         return run_evaluation(settings, progress)
 

@@ -39,6 +39,7 @@ class Stream:
         """When the first token came."""
 
     def __call__(self, completion: Any, position: Any, token: Any) -> None:
+        """Show one more token of the answer; called by the rollout for every token it samples."""
         if completion[0] > 0:  # no completion: the slot's tokens are being filled in
             return
         self.first = self.first or time.perf_counter()

@@ -64,7 +64,7 @@ NO_TPU = {
 
 
 def topology_devices(name: str) -> list[Any]:
-    """Chips that are not there, for the compiler; UsageError for an unknown topology.
+    """Return abstract chips for the compiler; UsageError for an unknown topology.
 
     Programs for them cannot be read back from jax's cache of compiled ones, so that is off from here on.
     """
@@ -84,7 +84,7 @@ def topology_devices(name: str) -> list[Any]:
 
 
 def topology_mesh(name: str, mesh_flag: str) -> Mesh:
-    """A mesh of chips that are not there; UsageError for a mesh of another size."""
+    """Return a mesh of abstract chips; UsageError for a mesh of another size."""
     fsdp, tp = parse_mesh(mesh_flag)
     devices = topology_devices(name)
     if len(devices) != fsdp * tp:
@@ -172,18 +172,18 @@ class Shapes:
 
     @functools.cached_property
     def trainable(self) -> Any:
-        """Trainable parameters, in float32."""
+        """Return trainable parameters, in float32."""
         return placed(self.spec.mesh, split_trainable(self.spec.config, abstract_params(self.spec.config))[0])
 
     @functools.cached_property
     def frozen(self) -> Any:
-        """Frozen parameters, in the compute dtype."""
+        """Return frozen parameters, in the compute dtype."""
         shapes = abstract_params(self.spec.config, self.spec.dtype)
         return placed(self.spec.mesh, split_trainable(self.spec.config, shapes)[1])
 
     @functools.cached_property
     def state(self) -> TrainState:
-        """The state of training."""
+        """Return the state of training."""
 
         def make(params: Any) -> TrainState:
             return TrainState(params, self.update_spec.optimizer.init(params), jnp.int32(0))
@@ -193,7 +193,7 @@ class Shapes:
 
     @property
     def reference(self) -> tuple[UpdateSpec, Any]:
-        """The programs and weights of the reference: another copy, or the base without adapters."""
+        """Return the programs and weights of the reference: another copy, or the base without adapters."""
         config = dataclasses.replace(self.spec.config, lora=None)
         plain = dataclasses.replace(self.update_spec, dropout_seed=None)
         if self.spec.config.lora:
@@ -203,7 +203,7 @@ class Shapes:
 
     @functools.cached_property
     def batch(self) -> PackedBatch:
-        """A batch of an update; its shapes are those of every batch."""
+        """Return a batch of an update; all batches have its shapes."""
         steps, data, rollout = self.spec.settings.steps, self.spec.settings.data, self.spec.settings.rollout
         count, limit = self.spec.update_sequences, rollout.max_completion_length
         logprobs = np.zeros((count, limit), np.float32)
@@ -229,7 +229,7 @@ def make_shapes(spec: RunSpec) -> Shapes:
 
 
 def compile_phase(spec: RunSpec, counted: Counted, function: Any, *arguments: Any) -> Phase:
-    """Compile a program for the mesh's chips. One that cannot fit still says how much it wanted."""
+    """Compile a program for the mesh's chips. A program that cannot fit still reports the memory it needs."""
     started = time.perf_counter()
     try:
         with jax.sharding.use_abstract_mesh(spec.mesh.abstract_mesh):
@@ -265,11 +265,11 @@ class Resident:
     moments: int
     frozen: int
     reference: int
-    """What the reference needs besides the frozen weights."""
+    """Bytes that the reference needs besides the frozen weights."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Return their sum."""
         return self.trainable + self.moments + self.frozen + self.reference
 
 
@@ -376,7 +376,7 @@ def plan_optimizer(shapes: Shapes, resident: int) -> Phase:
 
 
 def count_work(spec: RunSpec, prompts: int, group: int) -> Work:
-    """Count the work of so many prompts at full length."""
+    """Count the work of `prompts` prompts with `group` completions each, at full length."""
     settings = spec.settings
     return Work(spec.config, prompts, group, settings.data.max_prompt_length, settings.rollout.max_completion_length)
 
@@ -420,7 +420,7 @@ def roofline_seconds(phase: Phase, chip: Chip) -> float:
 
 
 def describe(name: str, phase: Phase, chip: Chip) -> str:
-    """Return what a person reads of a phase."""
+    """Format a phase for the terminal."""
     parts = phase.memory
     if not parts.arguments:
         return f"{name:<10} {phase.total / GIB:6.2f} GiB of {chip.hbm_gib:g}: the compiler refuses it\n"
@@ -441,7 +441,7 @@ def describe(name: str, phase: Phase, chip: Chip) -> str:
 
 
 def figures(phase: Phase, chip: Chip) -> dict[str, Any]:
-    """Return what the last line says of a phase."""
+    """Return the figures of a phase for the last line."""
     return {
         "hbm_gib": round(phase.total / GIB, 3),
         "resident_gib": round(phase.resident / GIB, 3),
@@ -527,7 +527,7 @@ def advice(settings: Settings, chip: Chip, failed: set[str]) -> str:
 
 
 def announce(shapes: Shapes, chip: Chip) -> None:
-    """Print what is planned, before anything is compiled."""
+    """Print the plan's subject, before anything is compiled."""
     spec, steps, packing = shapes.spec, shapes.spec.settings.steps, shapes.packing
     made, prompts, group, _ = rollout_inputs(
         spec, spec.settings.rollout, steps.batch_size, steps.num_generations, count_resident(shapes).total

@@ -27,7 +27,7 @@ COLUMNS = (
 """What every line of metrics.jsonl must have."""
 
 SMOOTH = 20
-"""A running mean goes over one part in so many of the steps."""
+"""A running mean goes over one part in SMOOTH of the steps."""
 
 SHOWN = 12
 """Sample completions on the page, half of them the first, half the last."""
@@ -40,7 +40,7 @@ SECTIONS = ("report",)
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """What a run folder holds."""
+    """Contents of a run folder."""
 
     folder: Path
     settings: dict[str, Any]
@@ -50,7 +50,7 @@ class History:
 
 
 def read_history(folder: Path) -> History:
-    """UsageError when there is no run, or one without a finished step."""
+    """Read a run folder; UsageError when there is no run, or one without a finished step."""
     metrics, *others = (read_steps(folder / f"{name}.jsonl") for name in ("metrics", "evaluations", "completions"))
     if not metrics:
         raise UsageError(f"--run={folder}: no metrics.jsonl with a finished step there; name the folder of a run")
@@ -65,7 +65,7 @@ def read_history(folder: Path) -> History:
 
 
 def draw(rows: Rows, names: dict[str, str], ylabel: str) -> Figure:
-    """Metrics against steps, pale, and their running means; `names` are those of metrics and of lines."""
+    """Draw metrics against steps, pale, and their running means; `names` maps metrics to the labels of their lines."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
     for number, (name, label) in enumerate(present(rows, names).items()):
@@ -83,15 +83,18 @@ def draw(rows: Rows, names: dict[str, str], ylabel: str) -> Figure:
 
 
 def present(rows: Rows, names: dict[str, str]) -> dict[str, str]:
+    """Keep the metrics that any step has."""
     return {name: label for name, label in names.items() if any(row.get(name) is not None for row in rows)}
 
 
 def reward_parts(rows: Rows) -> dict[str, str]:
+    """Label the total reward and each reward function's mean."""
     names = [name for name in rows[0] if name.startswith("rewards/") and name.endswith("/mean")]
     return {"reward": "all, weighted"} | {name: name.split("/")[1] for name in names}
 
 
 def phase_names(rows: Rows) -> dict[str, str]:
+    """Label the times of the phases."""
     return {name: name.removeprefix("time/") for name in rows[0] if name.startswith("time/")}
 
 
@@ -100,7 +103,7 @@ LENGTHS = {f"completions/{kind}_length": kind for kind in ("mean", "min", "max")
 
 
 def figures(history: History) -> dict[str, Figure]:
-    """File name -> picture."""
+    """Draw every figure -> {file name: picture}."""
     rows, held = history.metrics, history.evaluations
     pictures = {
         "reward": draw(rows, reward_parts(rows), "reward"),
@@ -119,6 +122,7 @@ def figures(history: History) -> dict[str, Figure]:
 
 
 def png(figure: Figure) -> bytes:
+    """Render a figure as PNG."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130)
     return file.getvalue()
@@ -128,12 +132,13 @@ def png(figure: Figure) -> bytes:
 
 
 def mean(rows: Rows, name: str) -> float:
+    """Average a metric over the steps that have it; 0 when none has."""
     values = [row[name] for row in rows if row.get(name) is not None]
     return sum(values) / len(values) if values else 0.0
 
 
 def summarize(history: History) -> dict[str, Any]:
-    """The run in figures; first and last are means over a tenth of the steps."""
+    """Summarize the run in figures; first and last are means over a tenth of the steps."""
     rows = history.metrics
     tenth = max(1, len(rows) // 10)
     first, last = rows[:tenth], rows[-tenth:]
@@ -158,12 +163,13 @@ def summarize(history: History) -> dict[str, Any]:
 
 
 def chosen_samples(samples: Rows) -> Rows:
+    """Return the first and the last samples, SHOWN at most."""
     half = SHOWN // 2
     return samples if len(samples) <= SHOWN else samples[:half] + samples[-half:]
 
 
 def render(history: History, summary: dict[str, Any], pictures: dict[str, bytes]) -> str:
-    """The page, pictures included; everything from the run is escaped."""
+    """Render the page, pictures included; everything from the run is escaped."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     images = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -177,7 +183,7 @@ def render(history: History, summary: dict[str, Any], pictures: dict[str, bytes]
 
 
 def write_report(folder: Path) -> Path:
-    """Writes FOLDER/report/*.png, FOLDER/summary.json and FOLDER/report.html, and returns the page's path."""
+    """Write FOLDER/report/*.png, FOLDER/summary.json and FOLDER/report.html, and return the page's path."""
     history = read_history(folder)
     summary = summarize(history)
     (folder / "report").mkdir(exist_ok=True)
@@ -191,6 +197,7 @@ def write_report(folder: Path) -> Path:
 
 
 def main(settings: Settings) -> int:
+    """Write the report of --run and print its findings; return the exit code."""
     options = settings.report
     if not options.run:
         raise UsageError("--run=: name a run folder, such as --run=runs/mine")

@@ -55,7 +55,7 @@ def make_batch(packing: PackingSpec, data: PromptSet, completions: Ragged, indic
 
 
 def step_line(step: int, steps: int, metrics: dict[str, Any], seconds: float, skipped: float) -> str:
-    """Return what a person reads of a step."""
+    """Format a step's metrics as a line for people."""
     loss, norm, rate = (float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate"))
     text = f"step {step}/{steps}  loss {loss:.4f}  grad_norm {norm:.3f}  lr {rate:.2e}  {seconds:.3f} s/step"
     return text + (f"  skipped, not finite: {skipped:.0f}" if skipped else "") + "\n"
@@ -73,6 +73,7 @@ def train(built: Build) -> tuple[TrainState, Params]:
     trainable, frozen = split_trainable(spec.config, built.load(options.seed, spec.base_dtype))
     state = init_state(update_spec.optimizer, trainable, spec.mesh)
     pick = functools.partial(batch_numbers, len(data), options.batch_size, seed=options.seed)
+    skipped: Array | float
     started, skipped = time.perf_counter(), 0.0
     for step in range(steps):
         indices = [number % len(data) for number in pick(step=step)]

@@ -6,6 +6,7 @@ The weights then come from `python -m minigrpo.sft` (README.md has both commands
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -15,11 +16,11 @@ from minigrpo.data.chat import CHATML
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PIECES = r"\p{N}| ?\p{L}+|[^\p{L}\p{N}\s]+|\s+"
-"""Digits stand alone; words bring their leading space."""
+"""Splits off every digit; words keep their leading space."""
 
 
 def train_tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level BPE learned from generated problems and their solutions."""
+    """Train a byte-level BPE on generated problems and their solutions."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -38,7 +39,8 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def model_config(options: TinyOptions) -> dict:
+def model_config(options: TinyOptions) -> dict[str, Any]:
+    """Return the config.json of a tiny Qwen3."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -57,6 +59,7 @@ def model_config(options: TinyOptions) -> dict:
 
 
 def main(settings: Settings) -> int:
+    """Write a tiny model with random weights to --output_dir; return the exit code."""
     options = settings.tiny
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """How far a run is; saved with every checkpoint."""
+    """Progress of a run, saved with every checkpoint."""
 
     step: int = 0
     """Finished steps."""
@@ -87,7 +87,7 @@ class Position:
 
 
 class Stopped(Exception):
-    """The loop ended by request after a step, whose checkpoint is under way."""
+    """The end of the loop on request, after a step whose checkpoint is under way."""
 
     def __init__(self, step: int, state: TrainState) -> None:
         super().__init__(step)
@@ -123,7 +123,7 @@ class Run:
 
     @property
     def settings(self) -> Settings:
-        """The settings of the run."""
+        """Return the settings of the run."""
         return self.build.settings
 
     def policy(self, state: TrainState) -> Params:
@@ -245,7 +245,7 @@ class Clock:
         self.phases: dict[str, float] = {}
 
     def start_phase(self) -> None:
-        """Begin the next phase here: what went before is timed elsewhere."""
+        """Begin the next phase here: the time before it is counted elsewhere."""
         self.last = time.perf_counter()
 
     def mark(self, name: str) -> None:
@@ -281,7 +281,7 @@ def summary(run: Run, experience: Experience, step: int, clock: Clock) -> dict[s
 
 
 def rollout_metrics(rollout: Rollout, lengths: np.ndarray, phases: dict[str, float]) -> dict[str, float]:
-    """Return how well sampling went; nothing for responses on file."""
+    """Return the metrics of sampling; none for responses on file."""
     if not rollout.decode_steps:
         return {}
     return {
@@ -305,7 +305,7 @@ def samples(experience: Experience, step: int, count: int) -> list[dict[str, Any
 
 
 def as_json(value: float) -> float | None:
-    """Return None for NaN."""
+    """Replace NaN by None."""
     return None if np.isnan(value) else float(value)
 
 
@@ -345,7 +345,7 @@ def load_held_out(built: Build) -> PromptSet | None:
 
 
 def load_prompts(built: Build) -> tuple[PromptSet, list[Reward]]:
-    """Read what is trained on, and the reward functions of what is sampled."""
+    """Read the training prompts, and the reward functions for sampled completions."""
     settings, limit = built.settings, built.settings.rollout.max_completion_length
     options, flags = settings.data, settings.rewards
     if options.offline:
@@ -376,7 +376,7 @@ def refuse_sampling_flags(settings: Settings) -> None:
 
 
 def load_reference(built: Build, spec: UpdateSpec, trainable: Params, frozen: Params) -> tuple[Reference | None, Any]:
-    """Return the reference of the KL term, and what the state holds of one that moves.
+    """Return the reference of the KL term, and the part of it that the state holds if it moves.
 
     Under adapters the reference is the base without them, which costs no copy.
     """
@@ -405,7 +405,7 @@ def check_settings(built: Build) -> None:
 def sampling_spec(
     built: Build, data: PromptSet, rewards: list[Reward], resident: int, total_steps: int
 ) -> SamplingSpec:
-    """Return how completions are sampled and scored; `resident` bytes stay on each device meanwhile."""
+    """Return the spec of sampling and scoring completions; `resident` bytes stay on each device meanwhile."""
     settings = built.settings
     return SamplingSpec(
         data=data,
@@ -482,7 +482,7 @@ def make_validation(run: Run, held: PromptSet, state: TrainState) -> Evaluation:
 
 
 def with_run_settings(settings: Settings) -> Settings:
-    """Return settings in which a resumed run's own stand for every flag that was not given."""
+    """Return settings with a resumed run's own values for every flag that was not given."""
     if not settings.run.resume:
         return settings
     if settings.run.output_dir == "auto":
@@ -570,7 +570,7 @@ def main(settings: Settings) -> int:
 
 
 def run_training(settings: Settings, progress: Progress) -> int:
-    """Build the run, train it, and write what comes of it."""
+    """Build the run, train it, and write its results."""
     progress.phase("loading")
     built = build(settings, settings.run.mesh, RECIPES)
     options, folder = built.settings.run, choose_folder(built.settings)

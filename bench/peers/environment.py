@@ -14,7 +14,7 @@ PYTHONS = ("python3.12", "python3.13")
 
 
 def output_of(*command: str) -> str:
-    """What a process prints; one that fails has said why, and ends this one."""
+    """Return the output of a process; end this one if it fails, as it has printed the reason."""
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if result.returncode < 0:
         sys.stderr.write(f"error: {' '.join(command[:2])} was ended by signal {-result.returncode}\n")
@@ -41,12 +41,12 @@ def find_python() -> str:
 
 
 def runs(python: str) -> bool:
-    """Whether a Python starts: what pyenv puts on the PATH does so only for the versions it is told to use."""
+    """Tell if a Python starts: pyenv's on the PATH do so only for the versions it is told to use."""
     return subprocess.run([python, "--version"], capture_output=True).returncode == 0
 
 
 def tunix_python(folder: str) -> str:
-    """Python of the environment in `folder`, which is made and filled from PyPI when it is not there."""
+    """Return the Python of the environment in `folder`, which is made and filled from PyPI if it is missing."""
     python = pathlib.Path(folder) / "bin" / "python"
     if not python.exists():
         output_of(find_python(), "-m", "venv", folder)

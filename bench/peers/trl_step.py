@@ -24,7 +24,7 @@ WARM_UP = 2
 
 
 def word_tokenizer(vocab):
-    """Token i is the word "ti"; 0 pads and 1 ends."""
+    """Return a tokenizer whose token i is the word "ti"; 0 pads and 1 ends."""
     words = {"[pad]": 0, "[end]": 1, "[unknown]": 2} | {f"t{i}": i for i in range(3, vocab)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[unknown]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

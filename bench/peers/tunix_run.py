@@ -74,7 +74,7 @@ def build_model(shape, mesh):
 
 
 def end_tokens(shape):
-    """The vocabulary's last entries, so many that lengths are geometric with the mean asked for."""
+    """Return the vocabulary's last entries, as many as make lengths geometric with the mean asked for."""
     mean = shape.get("mean_length", 0)
     count = max(1, round(shape["vocab"] / mean)) if mean else 0
     return list(range(shape["vocab"] - count, shape["vocab"])) or None
@@ -86,7 +86,7 @@ def random_prompts(shape, seed):
 
 
 def run_sampler(shape, mesh):
-    """Useful tokens per second of every timed call."""
+    """Return the useful tokens per second of every timed call."""
     model = build_model(shape, mesh)
     size = shape["prompt_length"] + shape["new_tokens"]
     cache = sampler.CacheConfig(
@@ -116,7 +116,7 @@ def reward(prompts, completions, **kwargs):
 
 
 def run_learner(shape, mesh):
-    """Seconds of every global step after the warm-up."""
+    """Return the seconds of every global step after the warm-up."""
     batch = shape["prompts"]
     training = rl_cluster.RLTrainingConfig(
         actor_optimizer=optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(3e-6, b1=0.9, b2=0.99)),

@@ -47,7 +47,7 @@ def attend(
         interpret=interpret,
     )
 
-    def heads_first(x):
+    def heads_first(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
 
     scaled = q * jnp.asarray(1 / math.sqrt(q.shape[-1]), q.dtype)

@@ -19,15 +19,18 @@ SCORE_BYTES = 16 << 20
 MASKED_SCORE = -1e30
 """Added to the score of a masked position."""
 
+Saved = tuple[Array, Array, Array, Array, Array | None, Array]
+"""Positions, q, k, v, segments and result of `attend_block`, for the backward pass."""
+
 
 def by_kv_head(x: Float[Array, "T N H"], kv_heads: int) -> Float[Array, "K GT H"]:
-    """Queries, or what belongs to them, of each key-value head."""
+    """Group queries, or anything that belongs to them, by their key-value head."""
     queries, _, dim = x.shape
     return x.reshape(queries, kv_heads, -1, dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, dim)
 
 
 def by_query(x: Float[Array, "K GT H"], queries: int) -> Float[Array, "T N H"]:
-    """The inverse of `by_kv_head`."""
+    """Invert `by_kv_head`."""
     kv_heads, _, dim = x.shape
     return x.reshape(kv_heads, -1, queries, dim).transpose(2, 0, 1, 3).reshape(queries, -1, dim)
 
@@ -66,12 +69,13 @@ def attend_block(
     return by_query((out / weights.sum(axis=-1, keepdims=True)).astype(q.dtype), len(q))
 
 
-def attend_forward(positions, q, k, v, segments):
+def attend_forward(positions: Array, q: Array, k: Array, v: Array, segments: Array | None) -> tuple[Array, Saved]:
+    """Attend as `attend_block` -> its result, and everything that the backward pass needs."""
     out = checkpoint_name(attend_block(positions, q, k, v, segments), ATTENTION)
     return out, (positions, q, k, v, segments, out)
 
 
-def attend_backward(saved, cotangent):
+def attend_backward(saved: Saved, cotangent: Array) -> tuple[None, Array, Array, Array, None]:
     """Compute gradients from the results; scores are recomputed (arXiv:2205.14135, appendix B.4)."""
     positions, q, k, v, segments, out = saved
     q, out, cotangent = (by_kv_head(x, k.shape[1]) for x in (q, out, cotangent))

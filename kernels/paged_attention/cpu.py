@@ -1,8 +1,8 @@
-"""Paged attention on the CPU for small heads: keys and values are read where they lie, without a gathered copy.
+"""Paged attention on the CPU for small heads, reading keys and values in place, without a gathered copy.
 
-XLA on the CPU copies what a batched product reads through a page table, and the copy costs several times the product.
-A sum of products that is written out term by term is one fused loop instead, which reads pages in place; it is
-vectorized along the last dim, so a piece of a page holds LANES numbers side by side that are summed apart: a head's
+XLA on the CPU copies the operand that a batched matmul reads through a page table, and the copy costs several times the
+matmul. A dot product that is written out term by term is one fused loop instead, which reads pages in place. It is
+vectorized along the last dim, so a piece of a page holds LANES adjacent numbers that are summed separately: a head's
 keys [S/LANES, H, LANES] and its values [H/LANES, S, LANES], in the order the loop walks them.
 """
 
@@ -26,7 +26,7 @@ BLOCK_TOKENS, CHAIN = PIECE_TOKENS, 16
 
 
 def as_keys(pages: Float[Array, "L P R K W"], dim: int) -> Float[Array, "L pieces 2 K X H S"]:
-    """All pieces, of keys and of values, as if they were keys: X times S tokens, S of them side by side."""
+    """View all pieces, of keys and of values, as keys: X times S tokens, S of them adjacent."""
     layers, kv_heads, width = pages.shape[0], *pages.shape[3:]
     tokens = width // dim
     across = math.gcd(tokens, LANES)
@@ -34,7 +34,7 @@ def as_keys(pages: Float[Array, "L P R K W"], dim: int) -> Float[Array, "L piece
 
 
 def as_values(pages: Float[Array, "L P R K W"], dim: int) -> Float[Array, "L pieces 2 K X S U"]:
-    """All pieces, of keys and of values, as if they were values: S tokens of X times U numbers, U side by side."""
+    """View all pieces, of keys and of values, as values: S tokens of X times U numbers, U adjacent."""
     layers, kv_heads, width = pages.shape[0], *pages.shape[3:]
     along = math.gcd(dim, LANES)
     return pages.reshape(layers, -1, 2, kv_heads, dim // along, width // dim, along)
@@ -48,7 +48,7 @@ def append_rows(
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
 ) -> Float[Array, "L P R K W"]:
-    """As `PagedCache.append_rows`."""
+    """Append a token per sequence; see `PagedCache.append_rows`."""
     dim = k.shape[2]
     tokens = pages.shape[4] // dim
     piece, token = page * (pages.shape[2] // 2) + offset // tokens, offset % tokens
@@ -67,7 +67,7 @@ def fill_pages(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
 ) -> Float[Array, "L P R K W"]:
-    """As `PagedCache.fill_pages`."""
+    """Write whole pages; see `PagedCache.fill_pages`."""
     keys, values = as_keys(pages, k.shape[3]), as_values(pages, k.shape[3])
     lead, heads = (*page.shape, pages.shape[2] // 2), pages.shape[3:]
     k = k.reshape(*lead, keys.shape[4], keys.shape[6], *k.shape[2:]).astype(pages.dtype)
@@ -78,7 +78,7 @@ def fill_pages(
 
 
 def summed(count: int, term: Callable[[int], Array]) -> Array:
-    """term(0) + term(1) + ..., in this order."""
+    """Add term(0) + term(1) + ..., in this order."""
     return sum((term(i) for i in range(1, count)), term(0))
 
 
@@ -86,9 +86,9 @@ def summed(count: int, term: Callable[[int], Array]) -> Array:
 def score(
     q: Float[Array, "B K H"], keys: Float[Array, "P K X H S"], rows: Int[Array, "B C"]
 ) -> Float[Array, "B C K X S"]:
-    """q k^T with the keys of the rows, tokens in the last dim. Traced once for all layers."""
+    """Compute q k^T with the keys of the rows, tokens in the last dim. Traced once for all layers."""
 
-    def term(h):
+    def term(h: int) -> Array:
         return q[:, None, :, h, None, None] * keys[:, :, :, h].at[rows].get(mode="promise_in_bounds")
 
     return summed(q.shape[2], term)
@@ -97,10 +97,10 @@ def score(
 def score_groups(
     q: Float[Array, "B K G H"], keys: Float[Array, "P K X H S"], rows: Int[Array, "B C"]
 ) -> Float[Array, "B C K G X S"]:
-    """`score` of each of a head's queries or, where it has one, of each half of the heads, put together.
+    """Apply `score` to each of a head's queries or, if it has one, to each half of the heads, and join the results.
 
-    XLA computes what is put together once. Sums alone it would repeat for each of their uses, the softmax's peak and
-    its weights, and to that end copy the keys.
+    XLA computes a joined array once. It would repeat bare sums for each of their uses, the softmax's peak and its
+    weights, and copy the keys to do so.
     """
     if q.shape[2] > 1:
         return jnp.stack([score(q[:, :, g], keys, rows) for g in range(q.shape[2])], axis=3)
@@ -113,13 +113,13 @@ def score_groups(
 def weigh(
     weights: Float[Array, "B C K J T"], values: Float[Array, "P K X J S U"], rows: Int[Array, "B C M"]
 ) -> Float[Array, "B C K X J U"]:
-    """Sums of chains of T tokens by weight; a weight of 0 counts nothing, whatever lies there. Traced once as well.
+    """Sum chains of T tokens by weight; a weight of 0 adds nothing, even to NaN. Traced once for all layers too.
 
     A chain is the tokens of M rows of S each or, where a row holds more, one of the J chains in it.
     """
     tokens = values.shape[4]
 
-    def term(t):
+    def term(t: int) -> Array:
         weight = weights[:, :, :, None, :, t, None]
         value = values[:, :, :, :, t % tokens].at[rows[..., t // tokens]].get(mode="promise_in_bounds")
         return jnp.where(weight != 0, weight * value, 0)
@@ -134,10 +134,11 @@ def paged_attention(
     lengths: Int[Array, " B"],
     page_table: Int[Array, "B M"],
 ) -> Float[Array, "B N H"]:
-    """As `PagedCache.paged_attention`.
+    """Attend to cached tokens; see `PagedCache.paged_attention`.
 
-    Pages are viewed as keys and as values inside the loop: XLA copies a view made before it whole where one of its dims
-    is 1, as with small pages. Pages of two tokens, or of few and one head, and bfloat16 are copied still.
+    Pages are viewed as keys and as values inside the loop: XLA copies the whole of a view that is made before the loop
+    if one of its dims is 1, as with small pages. Pages of two tokens, pages of few tokens and one head, and bfloat16
+    pages are still copied.
     """
     (batch, heads, dim), (num_pages, pairs, kv_heads, width) = q.shape, pages.shape[1:]
     grouped = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads, dim) / math.sqrt(dim)
@@ -145,18 +146,18 @@ def paged_attention(
     within, along = math.gcd(piece, CHAIN), math.gcd(dim, LANES)  # a chain's tokens in one piece, numbers side by side
     chains = BLOCK_TOKENS // CHAIN * within // piece, dim // along, piece // within, along
 
-    def wanted(index):
+    def wanted(index: Array) -> Array:
         first = index * BLOCK_TOKENS + jnp.arange(0, BLOCK_TOKENS, piece)
         page = page_table[:, jnp.minimum(first // (count * piece), page_table.shape[1] - 1)]
         page = layer * num_pages + jnp.where(first < lengths[:, None], page, 0)
         return 2 * (page * count + first // piece % count)
 
-    def scores(index):
+    def scores(index: Array) -> Array:
         keys = as_keys(pages, dim)
         keys = keys.reshape(-1, *keys.shape[3:])
         return jnp.moveaxis(score_groups(grouped, keys, wanted(index)), 1, 3).reshape(*grouped.shape[:3], BLOCK_TOKENS)
 
-    def weighted(index, weights):
+    def weighted(index: Array, weights: Array) -> Array:
         parts = jnp.moveaxis(weights.reshape(*weights.shape[:3], chains[0], -1, CHAIN), 3, 1)
         values = as_values(pages, dim).reshape(-1, kv_heads, *chains[1:3], within, along)
         rows = wanted(index).reshape(batch, chains[0], -1) + 1

@@ -27,7 +27,7 @@ LOG2E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """How the kernel walks the cache. Changes time and shared memory, no number."""
+    """Block counts of the kernel's walk over the cache. They change time and shared memory, but no number."""
 
     buffers: int = 2
     """Blocks in shared memory: one being attended to, the others arriving."""
@@ -40,12 +40,12 @@ def takes(page_size: int, head_dim: int, dtype: Any) -> bool:
 
 
 def page_shape(page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
-    """[keys and values, K, S, H]."""
+    """Return [keys and values, K, S, H]."""
     return 2, kv_heads, page_size, head_dim
 
 
 def kv_heads(pages: Float[Array, "L P 2 K S H"], head_dim: int) -> int:
-    """How many heads of this size the pages hold; 0 if they hold others."""
+    """Return the number of heads of this size in the pages; 0 if they hold others."""
     return pages.shape[3] if pages.shape[5] == head_dim else 0
 
 
@@ -57,7 +57,7 @@ def append_rows(
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
 ) -> Float[Array, "L P 2 K S H"]:
-    """As `PagedCache.append_rows`."""
+    """Append a token per sequence; see `PagedCache.append_rows`."""
     return pages.at[layer, page, :, :, offset].set(jnp.stack([k, v], axis=1).astype(pages.dtype), mode="drop")
 
 
@@ -68,14 +68,18 @@ def fill_pages(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
 ) -> Float[Array, "L P 2 K S H"]:
-    """As `PagedCache.fill_pages`."""
+    """Write whole pages; see `PagedCache.fill_pages`."""
     both = jnp.stack([x.reshape(*page.shape, -1, *x.shape[2:]) for x in (k, v)], axis=2)
     return pages.at[layer, page].set(both.swapaxes(3, 4).astype(pages.dtype), mode="drop")
 
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """One kernel instance's way through its sequence's pages."""
+    """State of one kernel instance that walks its sequence's pages.
+
+    Example with pages of 64 tokens: row 0, head 1, length 130, table [[7, 9, 31, ...], ...]; tokens 128 and 129 are in
+    page 31, and the third block is the last.
+    """
 
     pages: Any  # [L, P, 2, K, S, H] in device memory
     table: Any  # [B, M], likewise
@@ -90,17 +94,18 @@ class Walk:
     length: Any
 
     def buffer(self, block: Any) -> Any:
+        """Return the ring buffer that holds a block."""
         return jax.lax.rem(block, self.keys.shape[0])
 
 
 def page_of(walk: Walk, first: Any) -> Any:
-    """The page that holds token `first`; 0 for one that the sequence has not got."""
+    """Return the page that holds token `first`; 0 past the sequence's end."""
     entry = jax.lax.div(first, walk.pages.shape[4])
     return jnp.where(first < walk.length, walk.table[walk.row, jnp.minimum(entry, walk.table.shape[1] - 1)], 0)
 
 
 def fetch(walk: Walk, block: Any) -> None:
-    """Starts copying a block of keys and values."""
+    """Start copying a block of keys and values."""
     page_size, buffer = walk.pages.shape[4], walk.buffer(block)
     piece = min(page_size, BLOCK_TOKENS)
     for start in range(0, BLOCK_TOKENS, piece):
@@ -112,12 +117,12 @@ def fetch(walk: Walk, block: Any) -> None:
 
 
 def spread(rows: Array, columns: int) -> Array:
-    """A number per row -> the same in every column."""
+    """Broadcast a number per row to every column."""
     return jax.lax.broadcast_in_dim(rows, (ROWS, columns), [0])
 
 
 def zero_past(walk: Walk, buffer: Any, valid: Any) -> None:
-    """Zeroes a buffer's values from token `valid` on: a weight of 0 does not stop what is no number."""
+    """Zero a buffer's values from token `valid` on, as a weight of 0 does not cancel NaN."""
     tokens = plgpu.broadcasted_iota(jnp.int32, walk.values.shape[1:], 0, layout=plgpu.Layout.WGMMA)
     values = plgpu.layout_cast(walk.values[buffer], plgpu.Layout.WGMMA)
     walk.values[buffer] = jnp.where(tokens < valid, values, jnp.zeros_like(values))
@@ -125,12 +130,12 @@ def zero_past(walk: Walk, buffer: Any, valid: Any) -> None:
 
 
 def attend_block(walk: Walk, queries: Any, block: Any, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-    """One step of the online softmax (arXiv:1805.02867), in powers of 2."""
+    """Take one step of the online softmax (arXiv:1805.02867), in powers of 2."""
     peak, total, acc = state
     buffer, valid = walk.buffer(block), walk.length - block * BLOCK_TOKENS
     plgpu.barrier_wait(walk.arrived[0].at[buffer])
 
-    def multiply(scores):
+    def multiply(scores: Any) -> Array:
         plgpu.wgmma(scores, queries, walk.keys.at[buffer].transpose((1, 0)))
         return scores[...]
 
@@ -144,7 +149,7 @@ def attend_block(walk: Walk, queries: Any, block: Any, state: tuple[Array, Array
     walk.weights[...] = weights.astype(walk.weights.dtype)
     plgpu.commit_smem()
 
-    def weigh(sums):
+    def weigh(sums: Any) -> Array:
         plgpu.wgmma(sums, walk.weights, walk.values.at[buffer])
         return sums[...]
 
@@ -153,7 +158,7 @@ def attend_block(walk: Walk, queries: Any, block: Any, state: tuple[Array, Array
 
 
 def load_queries(q: Any, queries: Any) -> None:
-    """Copies the queries of a kv head to a product's first rows; the others, which nobody reads, get the last's."""
+    """Copy the queries of a kv head to a matmul's first rows; the others, which nobody reads, get the last's."""
     rows = plgpu.broadcasted_iota(jnp.int32, queries.shape, 0, layout=plgpu.Layout.WGMMA)
     found = jnp.zeros(queries.shape, queries.dtype)
     for index in range(q.shape[0]):
@@ -163,8 +168,11 @@ def load_queries(q: Any, queries: Any) -> None:
     plgpu.commit_smem()
 
 
-def kernel(q, pages, layer, lengths, table, out, queries, keys, values, weights, results, *arrived):
-    """Attends the queries of one kv head to one sequence."""
+def kernel(
+    q: Any, pages: Any, layer: Any, lengths: Any, table: Any, out: Any, queries: Any, keys: Any, values: Any,
+    weights: Any, results: Any, *arrived: Any,
+) -> None:  # fmt: skip
+    """Attend with the queries of one kv head to one sequence."""
     row, head = jax.lax.axis_index("row"), jax.lax.axis_index("head")
     walk = Walk(pages, table, keys, values, weights, arrived, row, head, layer[0], lengths[row])
     blocks = jax.lax.div(walk.length + BLOCK_TOKENS - 1, BLOCK_TOKENS)
@@ -173,7 +181,7 @@ def kernel(q, pages, layer, lengths, table, out, queries, keys, values, weights,
         pl.when(block < blocks)(functools.partial(fetch, walk, jnp.int32(block)))
     load_queries(q.at[row, head], queries)
 
-    def step(block, state):
+    def step(block: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         state = attend_block(walk, queries, block, state)
         pl.when(block + buffers < blocks)(lambda: fetch(walk, block + buffers))
         return state
@@ -200,9 +208,9 @@ def tuned_attention(
     tuning: Tuning,
     interpret: Any = None,
 ) -> Float[Array, "B N H"]:
-    """`paged_attention` with a given tuning; `interpret` runs it elsewhere, as jax's Pallas takes it.
+    """Run `paged_attention` with a given tuning; `interpret` emulates the kernel, as in jax's Pallas.
 
-    ValueError for more than 64 query heads that share a kv head.
+    Raises ValueError for more than 64 query heads that share a kv head.
     """
     (batch, heads, dim), (kv_heads, page_size) = q.shape, pages.shape[3:5]
     group, pieces = heads // kv_heads, max(1, BLOCK_TOKENS // page_size)
@@ -236,7 +244,7 @@ def paged_attention(
     lengths: Int[Array, " B"],
     page_table: Int[Array, "B M"],
 ) -> Float[Array, "B N H"]:
-    """As `PagedCache.paged_attention`, of queries in the pages' dtype."""
+    """Attend with queries in the pages' dtype; see `PagedCache.paged_attention`."""
     return tuned_attention(q, pages, layer, lengths, page_table, Tuning())
 
 

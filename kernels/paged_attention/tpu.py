@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ VMEM_BYTES, TABLE_BYTES = 32 << 20, (1 << 20) - (1 << 14)
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """How the kernel walks the cache. Changes time and VMEM; numbers only by the order of summation."""
+    """Block sizes of the kernel's walk over the cache. They change time and VMEM; numbers only by the order of sums."""
 
     block_bytes: int = 2 << 20
     """Keys and values attended to at a time."""
@@ -41,17 +42,18 @@ class Tuning:
 
 
 def read_tuning(device_kind: str) -> Tuning:
-    """The values counted best for this device (bench/kernel_cycles.py), from tuned.json, or the defaults."""
+    """Return the tuning counted best for this device (bench/kernel_cycles.py), from tuned.json, or the defaults."""
     values = json.loads(Path(__file__).with_name("tuned.json").read_text())
     return Tuning(**values.get(device_kind, {}))
 
 
 def page_shape(page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    """Return [S, 2*K*H]."""
     return page_size, 2 * kv_heads * head_dim
 
 
 def kv_heads(pages: Float[Array, "L P S W"], head_dim: int) -> int:
-    """How many heads of this size the pages hold; 0 if they hold others."""
+    """Return the number of heads of this size in the pages; 0 if they hold others."""
     return 0 if pages.shape[3] % (2 * head_dim) else pages.shape[3] // (2 * head_dim)
 
 
@@ -63,7 +65,7 @@ def append_rows(
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
 ) -> Float[Array, "L P S W"]:
-    """As `PagedCache.append_rows`."""
+    """Append a token per sequence; see `PagedCache.append_rows`."""
     rows = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1).astype(pages.dtype)
     return pages.at[layer, page, offset].set(rows, mode="drop")
 
@@ -75,12 +77,13 @@ def fill_pages(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
 ) -> Float[Array, "L P S W"]:
-    """As `PagedCache.fill_pages`."""
+    """Write whole pages; see `PagedCache.fill_pages`."""
     rows = jnp.stack([k, v], axis=3).reshape(*page.shape, *pages.shape[2:]).astype(pages.dtype)
     return pages.at[layer, page].set(rows, mode="drop")
 
 
 def pages_per_block(tuning: Tuning, page_bytes: int, max_pages: int) -> int:
+    """Return how many pages of `page_bytes` the kernel fetches per block."""
     return max(1, min(tuning.block_bytes // page_bytes, max_pages))
 
 
@@ -99,54 +102,58 @@ class Shape:
 
     @property
     def block(self) -> int:
-        """Tokens of a block."""
+        """Return the tokens of a block."""
         return self.block_pages * self.page_size
 
     @property
     def split(self) -> bool:
-        """Whether keys and values are sliced apart, which is free where a head fills whole vector registers."""
+        """Tell if keys and values are sliced separately, which is free if a head fills whole vector registers."""
         return self.dim % LANES == 0
 
     @property
     def width(self) -> int:
-        """Lanes of the block-diagonal queries: those of all keys, or of all keys and values."""
+        """Return the lanes of the block-diagonal queries: all keys' lanes, or all keys' and values'."""
         return self.kv_heads * self.dim * (1 if self.split else 2)
 
 
 # Fetching
 
 
-def page_copies(shape: Shape, refs: "Refs", sequence, block, slot, do):
-    """Applies `do`, start or wait, to the DMA of every page that the block of the sequence has."""
+def page_copies(
+    shape: Shape, refs: "Refs", sequence: Array, block: Array, slot: Array, do: Callable[[Any], None]
+) -> None:
+    """Apply `do`, start or wait, to the DMA of every page that the block of the sequence has."""
     first = block * shape.block_pages
     pages = (refs.lengths[sequence] + shape.page_size - 1) // shape.page_size
 
-    def one(entry, _):
+    def one(entry: Array, _: None) -> None:
         source = refs.pages.at[refs.layer[0], refs.table[sequence * shape.max_pages + first + entry]]
         do(pltpu.make_async_copy(source, refs.buffers.at[slot, entry], refs.arrived.at[slot]))
 
     jax.lax.fori_loop(0, jnp.minimum(shape.block_pages, pages - first), one, None)
 
 
-def start(copy):
+def start(copy: Any) -> None:
+    """Start a DMA."""
     copy.start()
 
 
-def wait(copy):
+def wait(copy: Any) -> None:
+    """Wait for a DMA to end."""
     copy.wait()
 
 
-def num_blocks(shape: Shape, length):
-    """Blocks of a sequence; one, without pages, for an empty one."""
+def num_blocks(shape: Shape, length: Array) -> Array:
+    """Return the number of blocks of a sequence; an empty one has one block without pages."""
     return jnp.maximum(1, (length + shape.block - 1) // shape.block)
 
 
-def fetch_next(shape: Shape, refs: "Refs"):
-    """Starts the DMAs of the cursor's block and moves the cursor on, into the next sequence after the last block."""
+def fetch_next(shape: Shape, refs: "Refs") -> None:
+    """Start the DMAs of the cursor's block and move the cursor on, after the last block into the next sequence."""
     sequence, block, slot = refs.cursor[0], refs.cursor[1], refs.cursor[2]
 
     @pl.when(sequence < shape.batch)
-    def _():
+    def _() -> None:
         page_copies(shape, refs, sequence, block, slot, start)
         last = block + 1 == num_blocks(shape, refs.lengths[sequence])
         refs.cursor[0] = jnp.where(last, sequence + 1, sequence)
@@ -154,14 +161,15 @@ def fetch_next(shape: Shape, refs: "Refs"):
         refs.cursor[2] = next_slot(shape, slot)
 
 
-def next_slot(shape: Shape, slot):
+def next_slot(shape: Shape, slot: Array) -> Array:
+    """Return the buffer after `slot` in the ring."""
     return jnp.where(slot + 1 == shape.buffers, 0, slot + 1)
 
 
-def fill_with_zeros(shape: Shape, refs: "Refs", slot, valid):
-    """Clears a buffer from row `valid` on: what lies there may be anything, and 0 * NaN is not 0."""
+def fill_with_zeros(shape: Shape, refs: "Refs", slot: Array, valid: Array) -> None:
+    """Clear a buffer from row `valid` on: its old contents may be NaN, and 0 * NaN is not 0."""
 
-    def clear(entry, _):
+    def clear(entry: Array, _: None) -> None:
         page = refs.buffers[slot, entry]
         kept = jax.lax.broadcasted_iota(jnp.int32, page.shape, 0) < valid - entry * shape.page_size
         refs.buffers[slot, entry] = jnp.where(kept, page.astype(jnp.float32), 0).astype(page.dtype)
@@ -172,31 +180,31 @@ def fill_with_zeros(shape: Shape, refs: "Refs", slot, valid):
 # Attending
 
 
-def kv_lanes(shape: Shape, rows, part: int):
-    """Keys (part 0) or values (part 1) of buffered rows [S, 2*K*H] -> [S, width]; all lanes if they are not split."""
+def kv_lanes(shape: Shape, rows: Array, part: int) -> Array:
+    """Take keys (part 0) or values (part 1) of rows [S, 2*K*H] -> [S, width]; all lanes if they are not split."""
     if not shape.split:
         return rows
     pieces = [rows[:, (2 * k + part) * shape.dim :][:, : shape.dim] for k in range(shape.kv_heads)]
     return jnp.concatenate(pieces, axis=1)
 
 
-def owned(shape: Shape, kv_head: int):
-    """[N, 1]: which query heads share this kv head."""
+def owned(shape: Shape, kv_head: int) -> Array:
+    """Return [N, 1], True for query heads that share this kv head."""
     group = shape.heads // shape.kv_heads
     head = jax.lax.broadcasted_iota(jnp.int32, (shape.heads, 1), 0)
     return (head >= kv_head * group) & (head < (kv_head + 1) * group)
 
 
-def block_diagonal(shape: Shape, q):
-    """q [N, H] -> [N, width], each head's vector in the key lanes of its kv head."""
+def block_diagonal(shape: Shape, q: Array) -> Array:
+    """Arrange q [N, H] as [N, width], each head's vector in the key lanes of its kv head."""
     pieces = []
     for k in range(shape.kv_heads):
         pieces += [jnp.where(owned(shape, k), q, 0)] + ([] if shape.split else [jnp.zeros_like(q)])
     return jnp.concatenate(pieces, axis=1)
 
 
-def diagonal(shape: Shape, acc):
-    """[N, width] -> [N, H]: each head's output from the value lanes of its kv head."""
+def diagonal(shape: Shape, acc: Array) -> Array:
+    """Extract [N, H] from [N, width]: each head's output from the value lanes of its kv head."""
     stride, offset = (shape.dim, 0) if shape.split else (2 * shape.dim, shape.dim)
     out = jnp.zeros((shape.heads, shape.dim), jnp.float32)
     for k in range(shape.kv_heads):
@@ -204,15 +212,17 @@ def diagonal(shape: Shape, acc):
     return out
 
 
-def dot(a, b, contract: tuple[int, int]):
-    """Product over one dim of each, in float32; float32 operands are multiplied in full precision."""
+def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Contract one dim of each operand, in float32; float32 operands are multiplied in full precision."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = ((contract[:1], contract[1:]), ((), ()))
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def attend_block(shape: Shape, refs: "Refs", q, slot, valid, state):
-    """One more block in the running softmax; `valid` rows of the buffer are tokens of the sequence."""
+def attend_block(
+    shape: Shape, refs: "Refs", q: Array, slot: Array, valid: Array, state: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
+    """Update the running softmax with one more block; `valid` rows of the buffer are tokens of the sequence."""
     peak, total, acc = state
     rows = refs.buffers[slot].reshape(shape.block, -1)
     scores = dot(q, kv_lanes(shape, rows, 0), (1, 1)) / math.sqrt(shape.dim)
@@ -226,7 +236,11 @@ def attend_block(shape: Shape, refs: "Refs", q, slot, valid, state):
 
 @dataclasses.dataclass(frozen=True)
 class Refs:
-    """What the kernel reads and writes."""
+    """References to everything that the kernel reads and writes.
+
+    Example with M = 3: lengths [130, 5], table [7, 9, 31, 4, 0, 0]; cursor [0, 1, 1, 0] fetches block 1 of sequence 0
+    into slot 1 next, while slot 0 is attended to.
+    """
 
     layer: Any  # SMEM int32 [1]
     lengths: Any  # SMEM int32 [B]
@@ -239,12 +253,12 @@ class Refs:
     cursor: Any  # SMEM int32 [4]: sequence, block and slot to fetch next; slot to attend to next
 
 
-def kernel(shape: Shape, *args):
-    """Attention of one sequence. Blocks are fetched `buffers - 1` ahead of the one attended to."""
+def kernel(shape: Shape, *args: Any) -> None:
+    """Attend to one sequence. Blocks are fetched `buffers - 1` ahead of the current one."""
     refs, sequence = Refs(*args), pl.program_id(0)
 
     @pl.when(sequence == 0)
-    def _():
+    def _() -> None:
         for index in range(4):
             refs.cursor[index] = 0
         for _ in range(shape.buffers - 1):
@@ -253,7 +267,7 @@ def kernel(shape: Shape, *args):
     length = refs.lengths[sequence]
     q = block_diagonal(shape, refs.q[0])
 
-    def step(block, state):
+    def step(block: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         slot = refs.cursor[3]
         fetch_next(shape, refs)
         page_copies(shape, refs, sequence, block, slot, wait)
@@ -278,7 +292,7 @@ def tuned_attention(
     tuning: Tuning,
     interpret: Any = False,
 ) -> Float[Array, "B N H"]:
-    """As `PagedCache.paged_attention`, with a given tuning; `interpret` as in pallas_call runs it elsewhere."""
+    """Run `PagedCache.paged_attention` with a given tuning; `interpret` emulates the kernel, as in pallas_call."""
     batch, heads, dim = q.shape
     page_size, width = pages.shape[2:]
     row_bytes = width * pages.dtype.itemsize

@@ -1,7 +1,7 @@
 """Paged attention in plain XLA, for devices and head sizes without a kernel.
 
-A page is cut into pieces of at most PIECE_TOKENS tokens; in a piece a head's keys lie [H, S] and its values [S, H], as
-the two products read them, S being the piece's tokens. So a page is [R, K, W]: R the keys and values of every piece, W
+A page is cut into pieces of at most PIECE_TOKENS tokens; in a piece a head's keys are [H, S] and its values [S, H], as
+the two matmuls read them, S being the piece's tokens. So a page is [R, K, W]: R the keys and values of every piece, W
 the H*S numbers of a head.
 """
 
@@ -22,13 +22,13 @@ BLOCK_TOKENS = 128
 
 
 def page_shape(page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
-    """[keys and values of every piece, K, H*S]."""
+    """Return [keys and values of every piece, K, H*S]."""
     piece = math.gcd(page_size, PIECE_TOKENS)
     return 2 * page_size // piece, kv_heads, piece * head_dim
 
 
 def kv_heads(pages: Float[Array, "L P R K W"], head_dim: int) -> int:
-    """How many heads of this size the pages hold; 0 if no piece of these pages has such heads."""
+    """Return the number of heads of this size in the pages; 0 if no piece of these pages has such heads."""
     piece, rest = divmod(pages.shape[4], head_dim)
     return 0 if rest or PIECE_TOKENS % piece else pages.shape[3]
 
@@ -41,7 +41,7 @@ def append_rows(
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
 ) -> Float[Array, "L P R K W"]:
-    """As `PagedCache.append_rows`."""
+    """Append a token per sequence; see `PagedCache.append_rows`."""
     layers, _, pairs, heads, width = pages.shape
     dim = k.shape[2]
     piece, token = page * (pairs // 2) + offset // (width // dim), offset % (width // dim)
@@ -58,7 +58,7 @@ def fill_pages(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
 ) -> Float[Array, "L P R K W"]:
-    """As `PagedCache.fill_pages`."""
+    """Write whole pages; see `PagedCache.fill_pages`."""
     lead = (*page.shape, pages.shape[2] // 2)
     keys, values = (x.reshape(*lead, -1, *x.shape[2:]).astype(pages.dtype) for x in (k, v))
     laid_out = jnp.einsum("BMCSKH->BMCKHS", keys), jnp.einsum("BMCSKH->BMCKSH", values)
@@ -67,7 +67,7 @@ def fill_pages(
 
 
 def inside(index: Int[Array, ""], size: int, lengths: Int[Array, " B"]) -> Bool[Array, "B S"]:
-    """Which tokens of a block of `size` a sequence has."""
+    """Mark the tokens of a block of `size` that a sequence has."""
     return index * size + jnp.arange(size) < lengths[:, None]
 
 
@@ -79,14 +79,14 @@ def attend_blocks(
     scores: Callable[[Array], Array],
     weighted: Callable[[Array, Array], Array],
 ) -> Float[Array, "B K G ..."]:
-    """Values by the softmax of scores, `size` context tokens at a time (arXiv:1805.02867); `heads` are K and G.
+    """Average values by the softmax of scores, `size` context tokens at a time (arXiv:1805.02867); `heads` are K, G.
 
-    scores(index) are those of a block, [B, K, G, size]; weighted(index, weights [B, K, G, size]) are the sums of its
-    values, [B, K, G, *dims], where a weight of 0 counts nothing. A sequence of length 0 gets zeros.
+    scores(index) returns a block's scores, [B, K, G, size]; weighted(index, weights [B, K, G, size]) returns the sums
+    of its values, [B, K, G, *dims], where a weight of 0 adds nothing. A sequence of length 0 gets zeros.
     """
     lead, ones = (len(lengths), *heads), (1,) * len(dims)
 
-    def block(index, state):
+    def block(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, acc = state
         here = jnp.where(inside(index, size, lengths)[:, None, None], scores(index), -jnp.inf)
         new_peak = jnp.maximum(peak, here.max(axis=-1))
@@ -108,23 +108,23 @@ def paged_attention(
     lengths: Int[Array, " B"],
     page_table: Int[Array, "B M"],
 ) -> Float[Array, "B N H"]:
-    """As `PagedCache.paged_attention`."""
+    """Attend to cached tokens; see `PagedCache.paged_attention`."""
     (batch, heads, dim), (layers, _, pairs, kv_heads, width) = q.shape, pages.shape
     grouped = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads, dim) / math.sqrt(dim)
     piece, count, size = width // dim, pairs // 2, BLOCK_TOKENS
     pieces = pages.reshape(layers, -1, 2, kv_heads, width)
 
-    def wanted(index):
+    def wanted(index: Array) -> Array:
         first = index * size + jnp.arange(0, size, piece)
         entry = jnp.minimum(first // (count * piece), page_table.shape[1] - 1)
         return jnp.where(first < lengths[:, None], page_table[:, entry] * count + first // piece % count, 0)
 
-    def scores(index):
+    def scores(index: Array) -> Array:
         keys = pieces[layer, wanted(index), 0].reshape(batch, -1, kv_heads, dim, piece)
         keys = jnp.moveaxis(keys, 1, 3).reshape(batch, kv_heads, dim, size)
         return jnp.einsum("BKGH,BKHS->BKGS", grouped, keys.astype(jnp.float32))
 
-    def weighted(index, weights):
+    def weighted(index: Array, weights: Array) -> Array:
         values = pieces[layer, wanted(index), 1].reshape(batch, -1, kv_heads, piece, dim)
         values = values.swapaxes(1, 2).reshape(batch, kv_heads, size, dim)
         values = jnp.where(inside(index, size, lengths)[:, None, :, None], values, 0)

@@ -1,4 +1,4 @@
-"""builtin:arithmetic: generated word problems of one to three operations, train and test apart."""
+"""builtin:arithmetic: generated word problems of one to three operations, train and test disjoint."""
 
 import random
 import zlib
@@ -45,10 +45,12 @@ Step = tuple[int, str, str]
 
 
 def another(rng: random.Random, name: str) -> str:
+    """Draw a name other than `name`."""
     return rng.choice([other for other in NAMES if other != name])
 
 
 def gain(rng: random.Random, total: int, name: str, thing: str) -> Step:
+    """Draw a step that adds to the total."""
     n = rng.randint(2, LARGEST_CHANGE)
     sentence = rng.choice(
         (
@@ -62,6 +64,7 @@ def gain(rng: random.Random, total: int, name: str, thing: str) -> Step:
 
 
 def loss(rng: random.Random, total: int, name: str, thing: str) -> Step:
+    """Draw a step that subtracts from the total."""
     n = rng.randint(1, min(total, LARGEST_CHANGE))
     sentence = rng.choice(
         (
@@ -75,6 +78,7 @@ def loss(rng: random.Random, total: int, name: str, thing: str) -> Step:
 
 
 def multiply(rng: random.Random, total: int, name: str, thing: str) -> Step:
+    """Draw a step that multiplies the total."""
     n = rng.randint(2, LARGEST_FACTOR)
     sentence = rng.choice(
         (
@@ -86,12 +90,13 @@ def multiply(rng: random.Random, total: int, name: str, thing: str) -> Step:
 
 
 def choose_step(rng: random.Random, total: int) -> Callable[..., Step]:
+    """Draw the kind of the next step among those that keep the total within bounds."""
     allowed = [gain] + [loss] * (total > 1) + [multiply] * (2 <= total <= LARGEST // 2)
     return rng.choice(allowed)
 
 
 def problem(rng: random.Random) -> dict[str, str]:
-    """One word problem: prompt, worked completion, and answer."""
+    """Draw one word problem: prompt, worked completion, and answer."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     total = rng.randint(2, LARGEST)
     sentences, lines = [f"{name} has {total} {thing}."], []
@@ -109,15 +114,17 @@ def problem(rng: random.Random) -> dict[str, str]:
 
 
 def format_answer(reasoning: str, answer: str) -> str:
+    """Write reasoning and answer in the format that the rewards check."""
     return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
 
 
 def problems(split: str, count: int, start: int = 0) -> list[dict[str, str]]:
-    """Problems number `start` to `start + count` of "train" or "test"; each is a function of its number alone."""
+    """Return problems number `start` to `start + count` of "train" or "test"; each depends on its number alone."""
     return [numbered(split, index) for index in range(start, start + count)]
 
 
 def numbered(split: str, index: int) -> dict[str, str]:
+    """Return problem number `index` of a split; prompts are hashed into splits, so the two never share one."""
     rng = random.Random(f"{split} {index}")
     while True:
         row = problem(rng)

@@ -30,7 +30,7 @@ LONGEST_SHOWN = 300
 
 @dataclass(frozen=True)
 class Reward:
-    """One reward function with its name and weight."""
+    """A reward function with its name and weight."""
 
     name: str
     function: RewardFunction
@@ -77,7 +77,7 @@ class Log:
 
 
 def as_plain(value: Any) -> Any:
-    """Return what JSON can hold: the value itself, its number, or its text."""
+    """Convert a value to something JSON can hold: itself, its number, or its text."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return value if isinstance(value, str | int | float | None) else shown(value)
 
@@ -113,6 +113,7 @@ def error_place(error: BaseException, folder: Path | None) -> str:
 
 
 def describe(error: BaseException, function: Any) -> str:
+    """Describe an error raised by a reward function, with the file and line in it."""
     code = code_of(function)
     place = error_place(error, Path(code.co_filename).parent if code else None)
     if not place and code:
@@ -131,6 +132,7 @@ def lacking(function: RewardFunction, names: Iterable[str]) -> list[str]:
 
 
 def parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
+    """Return the function's parameters by name; **kwargs alone for C functions without a signature."""
     try:
         return inspect.signature(function).parameters
     except (TypeError, ValueError):  # some functions of C have no signature
@@ -138,7 +140,7 @@ def parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
 
 
 def check_parameters(reward: Reward, names: Iterable[str]) -> None:
-    """UsageError when the function needs an argument that is not among `names`."""
+    """Raise UsageError when the function needs an argument that is not among `names`."""
     names = list(names)
     missing = lacking(reward.function, names)
     if missing:
@@ -160,7 +162,7 @@ ATOMS = (str, int, float, bytes, type(None))
 
 
 def fresh(value: Any) -> Any:
-    """Copy lists, dictionaries and objects, so that what a function changes is seen by nobody else."""
+    """Copy lists, dictionaries and objects, so that a function's changes to them are seen by nobody else."""
     if isinstance(value, ATOMS):
         return value
     if type(value) is list:
@@ -181,7 +183,7 @@ class Overtime(BaseException):
 
 
 def in_thread(work: Callable[[], Any], seconds: float = math.inf) -> Any:
-    """Run work in a thread of its own; Overtime when it is not done in time, and it is left to itself then."""
+    """Run work in a thread of its own; raise Overtime and abandon it when it is not done in time."""
     outcome: dict[str, Any] = {}
 
     def run() -> None:
@@ -204,7 +206,7 @@ def in_thread(work: Callable[[], Any], seconds: float = math.inf) -> Any:
 
 @contextlib.contextmanager
 def interrupted_after(seconds: float) -> Iterator[None]:
-    """Raise Overtime in the main thread after so many seconds: a thread ends sleeps, a timer regular expressions."""
+    """Raise Overtime in the main thread after some seconds: a thread ends sleeps, a timer regular expressions."""
     done = threading.Event()
     main, end = threading.main_thread().ident or 0, time.monotonic() + seconds
 
@@ -229,7 +231,7 @@ def interrupted_after(seconds: float) -> Iterator[None]:
 
 
 def within(seconds: float, work: Callable[[], Any]) -> Any:
-    """Run work in the main thread, where libraries that use signals, such as math-verify, need to be; else in one."""
+    """Run work with a time limit: in the main thread, as libraries that use signals need, or else in a thread."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_kill"):
         return in_thread(work, seconds)
     with interrupted_after(seconds):
@@ -237,6 +239,7 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
 
 
 async def finish(scores: Awaitable[Any]) -> Any:
+    """Await the scores of an async reward function."""
     return await scores
 
 
@@ -256,6 +259,7 @@ def read_scores(name: str, scores: Any, count: int) -> list[float]:
 
 
 def read_score(name: str, place: int, value: Any) -> float:
+    """Read one returned score as a float, NaN for None; UsageError for anything that is not a finite number."""
     if value is None:
         return math.nan
     try:

@@ -46,18 +46,19 @@ class Tokenizer:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens: the model's vocabulary may have more rows, which are padding."""
+        """Return the number of real tokens: the model's vocabulary may have more rows, which are padding."""
         return max(self.hub.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of texts, special ones only where the text spells them; UsageError for what is no text."""
+        """Tokenize texts, special tokens only where the text spells them; UsageError for anything but text."""
         return self.tokens_of(texts, add_special_tokens=False)
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of rendered prompts, those of `raw` ones with what the tokenizer adds by itself."""
+        """Tokenize rendered prompts; `raw` ones get the tokens that the tokenizer adds by itself."""
         return self.tokens_of(texts, add_special_tokens=self.raw)
 
     def tokens_of(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """Tokenize texts; UsageError for text that is not Unicode, such as half of a surrogate pair."""
         broken = next((text for text in texts if any("\ud800" <= char <= "\udfff" for char in text)), None)
         if broken is not None:
             raise UsageError(f"{broken!r:.60}: not Unicode text, so it cannot be tokenized")
@@ -120,7 +121,7 @@ def read_tokenizer(path: Path) -> HubTokenizer:
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """Return the named special tokens that transformers would give to a template; UsageError for one that is no text.
+    """Return the named special tokens that transformers would give to a template; UsageError unless they are text.
 
     Of tokenizer_config.json, and of an older special_tokens_map.json where that lists no added tokens.
     """
@@ -226,7 +227,7 @@ def stop_tokens(
 
 
 def file_ends(path: Path, hub: HubTokenizer) -> tuple[int, ...]:
-    """Return the end tokens that a file lists, () for none or null; UsageError for what is no token."""
+    """Return the end tokens that a file lists, () for none or null; UsageError for anything that is not a token."""
     value = read_object(path, {}).get("eos_token_id")
     if value is None:
         return ()
@@ -240,11 +241,12 @@ def file_ends(path: Path, hub: HubTokenizer) -> tuple[int, ...]:
 
 
 def is_token(value: Any, hub: HubTokenizer) -> bool:
+    """Tell if a value is the id of one of the tokenizer's tokens."""
     return type(value) is int and 0 <= value < 2**32 and hub.id_to_token(value) is not None
 
 
 def eos_of(folder: Path, hub: HubTokenizer, special: dict[str, str]) -> int | None:
-    """Return the tokenizer's eos_token; UsageError for one that is named and that it does not have."""
+    """Return the tokenizer's eos_token; UsageError for a token that the tokenizer does not have."""
     token = special.get("eos_token")
     number = None if token is None else hub.token_to_id(token)
     if token is not None and number is None and token not in END_TOKENS:

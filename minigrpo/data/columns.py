@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from minigrpo.config import DataOptions, UsageError
-from minigrpo.data.chat import Message
 from minigrpo.data.rows import CellError, Row
+from minigrpo.data.template import Message
 
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = (
@@ -81,11 +81,12 @@ def column_names(row: Row) -> str:
 
 
 def is_struct(value: Any) -> bool:
+    """Tell if a cell is a non-empty struct."""
     return isinstance(value, dict) and bool(value)
 
 
 def describe(value: Any) -> str:
-    """Return a cell for an error: its kind, and its beginning."""
+    """Describe a cell for an error: its kind and its beginning."""
     if value is None or value == "":
         return "nothing"
     return f"{type(value).__name__} {reprlib.repr(value)}"
@@ -102,7 +103,7 @@ def messages_of(value: list[Any]) -> list[Message]:
 
 
 def message_of(where: str, message: Any) -> Message:
-    """Return one message; other texts in it, such as reasoning_content, are kept."""
+    """Return one message; its other texts, such as reasoning_content, are kept."""
     if not isinstance(message, dict):
         raise CellError(f"has {describe(message)} as {where}; a message has a role and content")
     role = message.get("role") or message.get("from")
@@ -129,6 +130,7 @@ def text_of(where: str, content: Any) -> str:
 
 
 def is_text_part(part: Any) -> bool:
+    """Tell if a part of a message's content is text."""
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
@@ -167,6 +169,7 @@ def prompt_cell(column: str, row: Row) -> Prompt:
 
 
 def nonempty(messages: list[Message]) -> list[Message]:
+    """Return the messages; CellError when there are none."""
     if not messages:
         raise CellError("has no messages before the answer")
     return messages
@@ -198,6 +201,7 @@ def history_turn(turn: Any) -> list[Message]:
 
 
 def system_text(row: Row) -> str:
+    """Return a row's system message, empty if it has none; CellError when it is not text."""
     value = row.get("system") or ""
     if not isinstance(value, str):
         raise CellError(f"has {describe(value)} as 'system'; it must be text")
@@ -205,7 +209,7 @@ def system_text(row: Row) -> str:
 
 
 def prompt_reader(row: Row, options: DataOptions) -> Reader:
-    """Return how to read the prompts of rows such as this one; UsageError when none is found.
+    """Return a function that reads the prompts of rows with these columns; UsageError when none is found.
 
     The named column wins, then the usual ones, then Alpaca's, then a chat.
     """
@@ -219,7 +223,7 @@ def prompt_reader(row: Row, options: DataOptions) -> Reader:
 
 
 def refuse_unused(row: Row) -> None:
-    """CellError for a column that other libraries would put into the prompt."""
+    """Raise CellError for a column that other libraries would put into the prompt."""
     found = next((column for column in UNUSED if row.get(column)), None)
     if found:
         raise CellError(f"has {UNUSED[found]} in {found!r}, which minigrpo does not train on; remove the column")
@@ -260,7 +264,7 @@ def completion_text(column: str, value: Any) -> str:
 
 
 def number_of(value: Any) -> float:
-    """Return a score, which may be written as text as in CSV; CellError when it is no number or huge."""
+    """Return a score, which may be text as in CSV; CellError when it is not a number or is huge."""
     try:
         score = float(value) if isinstance(value, int | float | str) else math.nan
     except (ValueError, OverflowError):
@@ -280,7 +284,7 @@ def value_or_cell(column: str, row: Row) -> Any:
 
 
 def answer_reader(row: Row, options: DataOptions, prompt: Reader, required: bool) -> Reader | None:
-    """Return how to read reference answers; None when there are none and none are required.
+    """Return a function that reads reference answers; None when there are none and none are required.
 
     The named column wins, then the usual ones, then a chat's last answer where the chat is the prompt.
     """
@@ -293,7 +297,7 @@ def answer_reader(row: Row, options: DataOptions, prompt: Reader, required: bool
 
 
 def completion_readers(row: Row, options: DataOptions) -> tuple[Reader, Reader]:
-    """Return how to read prompts and completions: named or usual columns, else a chat and its last answer."""
+    """Return functions that read prompts and completions: named or usual columns, else a chat and its last answer."""
     chosen = find_column(row, CHAT_COLUMNS)
     named = options.prompt_column != "auto" or options.answer_column != "auto"
     usual = find_column(row, (*PROMPT_COLUMNS, "instruction")) and find_column(row, COMPLETION_COLUMNS)

@@ -88,7 +88,7 @@ def with_columns(label: str, rows: Rows | list[Row], readers: dict[str, Reader])
 
 
 def refuse_recorded(options: DataOptions, row: Row) -> None:
-    """UsageError for responses on file where completions are going to be sampled, unless the prompts are named."""
+    """Raise UsageError for recorded responses where completions would be sampled, unless the prompts are named."""
     if options.prompt_column == "auto" and ("responses" in row or "chosen" in row):
         raise UsageError(
             f"--dataset={options.dataset}: holds responses; --offline trains on them without sampling, "
@@ -128,7 +128,7 @@ def read_prompts(path: Path, options: DataOptions) -> list[Prompt]:
 
 
 def held_out_options(data: DataOptions, run: RunOptions) -> DataOptions:
-    """Return where the prompts of --eval_steps come from; UsageError when only the training prompts are there."""
+    """Return the options of the prompts of --eval_steps; UsageError when only the training prompts are there."""
     own = run.eval_dataset == "auto"
     if own and run.eval_split == "auto" and (is_file(data.dataset) or data.offline):
         raise UsageError(
@@ -240,7 +240,7 @@ def far_too_long(tokenizer: Tokenizer, text: str, limit: int) -> bool:
 
 
 def batch_numbers(count: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """What step number `step` (from 0) trains on: epoch * count + row, which never repeats in a run.
+    """Return the numbers that step `step` (from 0) trains on: epoch * count + row, which never repeats in a run.
 
     Every epoch is shuffled anew, and its order is a function of (seed, epoch) alone.
 

@@ -52,16 +52,16 @@ def is_file(name: str) -> bool:
 
 
 def suffix(path: Path) -> str:
-    """Return the suffix that tells what a file holds: `.csv` for rows.csv.gz."""
+    """Return the suffix that tells the kind of a file: `.csv` for rows.csv.gz."""
     name = path.name.lower()
     inner = name.removesuffix(Path(name).suffix) if Path(name).suffix in PACKED else name
     return Path(inner).suffix
 
 
 def read_rows(name: str, config: str, split: str, fallback: str) -> Rows:
-    """Rows of a file, folder or Hub dataset; `split` "auto" means `fallback`.
+    """Read the rows of a file, folder or Hub dataset; `split` "auto" means `fallback`.
 
-    UsageError naming --dataset when there are none.
+    Raises UsageError naming --dataset when there are none.
     """
     if is_file(name):
         refuse_choice(name, config, split)
@@ -75,14 +75,14 @@ def read_rows(name: str, config: str, split: str, fallback: str) -> Rows:
 
 
 def refuse_choice(name: str, config: str, split: str = "auto") -> None:
-    """UsageError for a config or split of a dataset that has none."""
+    """Raise UsageError for a config or split of a dataset that has none."""
     for flag, value in (("dataset_config", config), ("dataset_split", split)):
         if value != "auto":
             raise UsageError(f"--{flag}={value}: {name} has no {flag.removeprefix('dataset_')}s; leave it out")
 
 
 def read_file(path: Path, flag: str) -> Rows:
-    """Rows of one file, of a kind that its suffix tells; UsageError naming `flag`, file and line or row."""
+    """Read the rows of one file, of a kind told by its suffix; UsageError naming `flag`, file and line or row."""
     try:
         kind = TABLES.get(suffix(path)) or TABLES.get(magic(path))
     except OSError as error:
@@ -92,13 +92,14 @@ def read_file(path: Path, flag: str) -> Rows:
 
 
 def refuse_empty(flag: str, name: Path | str, rows: Rows) -> Rows:
+    """Return the rows; UsageError naming `flag` when there are none."""
     if not len(rows):
         raise UsageError(f"--{flag}={name}: the {'file' if Path(name).is_file() else 'dataset'} has no rows")
     return rows
 
 
 def magic(path: Path) -> str:
-    """Return the suffix that a file's first bytes ask for, or ''."""
+    """Return the suffix that a file's first bytes call for, or ''."""
     with open(path, "rb") as file:
         start = file.read(8)
     return next((kind for begin, kind in MAGIC.items() if start.startswith(begin)), "")
@@ -114,7 +115,7 @@ def open_bytes(path: Path) -> io.BufferedIOBase:
 
 
 def read_json_file(path: Path, flag: str) -> JsonLines:
-    """Rows of a file of one object per line, of one array, or of one {"data": [...]}."""
+    """Read the rows of a file of one object per line, of one array, or of one {"data": [...]}."""
     try:
         with open_bytes(path) as file:
             document = is_document(file)
@@ -148,7 +149,7 @@ def is_json(text: bytes) -> bool:
 
 
 def document_rows(path: Path, file: io.BufferedIOBase) -> JsonLines:
-    """Rows of a file that is one JSON value, read whole."""
+    """Read the whole of a file that is one JSON value, and return its rows."""
     text = file.read(LONGEST_DOCUMENT + 1)
     if len(text) > LONGEST_DOCUMENT:
         raise UsageError(f"{path}: is longer than {LONGEST_DOCUMENT >> 20} MiB; save it as JSON Lines, one row a line")
@@ -162,7 +163,7 @@ def document_rows(path: Path, file: io.BufferedIOBase) -> JsonLines:
 
 
 def line_rows(path: Path, file: io.BufferedIOBase) -> JsonLines:
-    """Rows of a file of one JSON object per line; blank lines are skipped."""
+    """Index the rows of a file of one JSON object per line; blank lines are skipped."""
     rows = JsonLines()
     for number, line in enumerate(bounded_lines(file), 1):
         if len(line) > LONGEST_LINE:
@@ -180,7 +181,7 @@ def bounded_lines(file: io.BufferedIOBase) -> Iterator[bytes]:
 
 
 def parse(where: str, text: bytes) -> Any:
-    """Return the JSON value of a text; UsageError beginning with `where` when it is none."""
+    """Parse a text as JSON; UsageError beginning with `where` when it is not."""
     try:
         return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -192,7 +193,7 @@ def parse(where: str, text: bytes) -> Any:
 
 
 def check_row(where: str, row: Any, noun: str) -> None:
-    """Refuse a JSON value that is no row; UsageError beginning with `where`."""
+    """Refuse a JSON value that is not a row; UsageError beginning with `where`."""
     if not isinstance(row, dict):
         raise UsageError(f"{where}: a {noun} must be a JSON object, not {type(row).__name__}")
     level: list[Any] = [row]
@@ -220,7 +221,7 @@ def is_unicode(text: str) -> bool:
 
 
 def read_table(path: Path, flag: str, loader: str, arguments: dict[str, Any]) -> Table:
-    """Rows of a CSV, Parquet or Arrow file; cells of CSV are text as it was written."""
+    """Read the rows of a CSV, Parquet or Arrow file; cells of CSV are text as it was written."""
     label = f"--{flag}={path}"
     if not path.is_file():
         raise UsageError(f"{label}: cannot be read (no such file)")
@@ -230,7 +231,7 @@ def read_table(path: Path, flag: str, loader: str, arguments: dict[str, Any]) ->
 
 
 def csv_arguments(path: Path, label: str, separator: str) -> dict[str, Any]:
-    """Arguments that keep every cell as text: 007 stays 007, and NA and an empty cell are text too."""
+    """Return arguments that keep every CSV cell as text: 007 stays 007, and NA and an empty cell are text too."""
     import datasets
 
     try:
@@ -244,14 +245,14 @@ def csv_arguments(path: Path, label: str, separator: str) -> dict[str, Any]:
 
 
 def read_library(name: str, config: str, split: str) -> Table:
-    """Rows of a split of a folder or Hub dataset; "gsm8k" is short for openai/gsm8k, whose usual config is main."""
+    """Load a split of a folder or Hub dataset; "gsm8k" is short for openai/gsm8k, whose usual config is main."""
     label, hub_id = f"--dataset={name}", GSM8K if name == "gsm8k" else name
     usual = "main" if hub_id == GSM8K else None
     return as_rows(label, load(label, "load_dataset", hub_id, usual if config == "auto" else config, split=split))
 
 
 def read_saved(name: str, config: str, split: str, fallback: str) -> Table:
-    """Rows of the table in a folder that `save_to_disk` wrote, or a split of several."""
+    """Load the table in a folder that `save_to_disk` wrote, or one of its splits."""
     label = f"--dataset={name}"
     saved = load(label, "load_from_disk", name)
     if not isinstance(saved, dict):
@@ -278,7 +279,7 @@ def load(label: str, function: str, *arguments: Any, **named: Any) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """Return in one line what an error of the datasets library comes from, and the flag that may cure it."""
+    """Return the cause of an error of the datasets library in one line, and the flag that may cure it."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split())[:300] or type(error).__name__
@@ -287,7 +288,7 @@ def reason(error: BaseException) -> str:
 
 
 def as_rows(label: str, table: Any) -> Table:
-    """Rows of a table; UsageError for columns of images and the like, which minigrpo cannot train on."""
+    """Return the rows of a table; UsageError for columns of images and the like, which minigrpo cannot train on."""
     media = [name for name, kind in table.features.items() if hasattr(getattr(kind, "feature", kind), "decode_example")]
     if media:
         raise UsageError(

@@ -38,6 +38,7 @@ LAST_MATHS = re.compile(
 
 
 def tail(text: str) -> str:
+    """Return the last LONGEST characters, the only ones that are graded."""
     return text[-LONGEST:]
 
 
@@ -87,7 +88,7 @@ def marked_answer(text: str) -> str | None:
 
 
 def last_expression(text: str) -> str | None:
-    """Return the text's last number or fraction, or the last $...$ or \\(...\\) with a digit that ends after it."""
+    r"""Return the text's last number or fraction, or the last $...$ or \(...\) with a digit that ends after it."""
     text = tail(text)
     last_digit = max(map(text.rfind, "0123456789"))
     text = plain_signs(text[max(0, last_digit - LONGEST_ANSWER) : last_digit + LONGEST_ANSWER // 4]).replace("{,}", ",")
@@ -147,6 +148,7 @@ CLEANING = [
 
 
 def plain_signs(text: str) -> str:
+    """Replace typographic signs by plain ones."""
     return text.translate(SPELLINGS)
 
 
@@ -193,6 +195,7 @@ SIDE = re.compile(
 
 
 def words(text: str) -> list[str]:
+    """Split text into lowercase words."""
     return re.findall(r"[a-z][a-z']*", text.lower())
 
 
@@ -255,7 +258,7 @@ class Stated:
 
 
 def is_unit(text: str) -> bool:
-    """Whether what follows a number is a unit or words that leave it as it is; not a factor such as x or 2pi's pi."""
+    """Tell if the text after a number is a unit or words that leave it as it is; not a factor like x or 2pi's pi."""
     if not CHANGES.isdisjoint(words(text)) or not set(SCALES).isdisjoint(words(text)):
         return False
     names = re.findall(r"([A-Za-zµΩ']+)(\.?\s?\^)?", text)
@@ -263,6 +266,7 @@ def is_unit(text: str) -> bool:
 
 
 def is_word(name: str, power: bool, place: int, start: str) -> bool:
+    """Tell if a run of letters after a number is a word or a unit rather than variables."""
     known = name in LETTERS or name in SHORT or len(name) >= 4
     if known or power or (place == 0 and start != "/" and not start.isspace()):
         return known
@@ -311,12 +315,13 @@ ROUNDED = 6
 
 
 def same_value(given: Fraction, wanted: Fraction, decimal: bool) -> bool:
+    """Tell if two fractions are equal, endless decimals rounded."""
     endless = any(pow(10, 2000, number.denominator) for number in (given, wanted))
     return given == wanted or (decimal and endless and round(given, ROUNDED) == round(wanted, ROUNDED))
 
 
 def same_number(given: Stated, wanted: Stated) -> bool:
-    """Whether two numbers are equal; beside a plain number, 50% may mean 50 or 0.5."""
+    """Tell if two numbers are equal; beside a plain number, 50% may mean 50 or 0.5."""
     decimal = given.decimal or wanted.decimal
     if given.percent == wanted.percent or same_value(given.value, wanted.value, decimal):
         return same_value(given.value, wanted.value, decimal)
@@ -337,7 +342,7 @@ UNITS_AFTER = re.compile(r"(?<=\S)(?:\s+[A-Za-z]{3,})+(?:\s*\^\s*\{?\d\}?)?$")
 
 
 def as_expression(text: str) -> str | None:
-    """Return the answer as mathematics for the library; None for prose, which it would read as products of letters."""
+    """Return the answer as mathematics for the library; None for prose, whose letters it would multiply."""
     plain = stated(text)
     unit = UNITS_AFTER.search(plain)
     if unit and is_unit(unit[0]) and re.search(r"\\|\d", plain[: unit.start()]):
@@ -359,10 +364,12 @@ class Undecided:
         self.count, self.lock = 0, threading.Lock()
 
     def add(self) -> None:
+        """Count one comparison."""
         with self.lock:
             self.count += 1
 
     def take(self) -> int:
+        """Return the count and reset it to 0."""
         with self.lock:
             count, self.count = self.count, 0
         return count
@@ -377,7 +384,7 @@ def take_undecided() -> int:
 
 
 def math_equal(given: str, wanted: str) -> bool:
-    r"""Whether two expressions mean the same, by math-verify: \sqrt{8} and 2\sqrt{2}, (x+1)^2 and x^2+2x+1."""
+    r"""Tell if two expressions mean the same, by math-verify: \sqrt{8} and 2\sqrt{2}, (x+1)^2 and x^2+2x+1."""
     answer = verdict(given, wanted)
     if answer == "undecided":
         UNDECIDED.add()
@@ -385,7 +392,7 @@ def math_equal(given: str, wanted: str) -> bool:
 
 
 def comparable(given: str, wanted: str, number: bool) -> bool:
-    """Whether the library can be trusted with two expressions, of which one is a `number` or not.
+    """Tell if the library can be trusted with two expressions; `number` tells if one of them is a number.
 
     It would take 10 for equal to the equation 2x = 10, and 5 to 5 ab, of which it takes the letters for a unit.
     """
@@ -397,7 +404,7 @@ def comparable(given: str, wanted: str, number: bool) -> bool:
 
 
 def equal_answers(given: str, wanted: str) -> bool:
-    """Whether two answers are equal as numbers if both are, else as text, else as mathematics."""
+    """Tell if two answers are equal as numbers if both are, else as text, else as mathematics."""
     numbers = read_number(given), read_number(wanted)
     if numbers[0] and numbers[1]:
         return same_number(numbers[0], numbers[1])
@@ -411,12 +418,13 @@ def equal_answers(given: str, wanted: str) -> bool:
 
 
 def reference_answer(reference: str) -> str:
+    """Return the marked answer of a reference, or all of it if none is marked."""
     marked = marked_answer(reference)
     return reference if marked is None else marked
 
 
 def same_answer(completion: str, reference: str, extract: Extract = extract_answer) -> bool:
-    """Whether the completion's final answer equals the reference."""
+    """Tell if the completion's final answer equals the reference."""
     given = extract(completion)
     return given is not None and given != "" and equal_answers(given, reference_answer(reference))
 

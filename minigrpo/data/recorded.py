@@ -75,6 +75,7 @@ def recorded_prompt(options: DataOptions, row: Row, before: list[Any]) -> Any:
 
 
 def scored_lists(row: Row) -> Recorded:
+    """Return a row's responses and scores; CellError unless there are as many of each."""
     responses, scores = row["responses"], row.get("scores")
     if not isinstance(responses, list) or not responses or not isinstance(scores, list):
         raise CellError("needs a list of responses and as many scores")
@@ -130,6 +131,7 @@ class Grouped(Rows):
         return len(self.members)
 
     def row(self, index: int) -> Row:
+        """Return one row for the prompt at `index`, with the responses and scores of all its members."""
         rows = [self.source[member] for member in self.members[index]]
         return rows[0] | {name: [row[name][0] for row in rows] for name in ("responses", "scores")}
 

@@ -42,6 +42,7 @@ TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
 
 def bounded_match(pattern: re.Pattern[str], text: str) -> bool:
+    """Tell if a whole text of at most LONGEST characters matches."""
     return len(text) <= LONGEST and pattern.fullmatch(text) is not None
 
 
@@ -55,6 +56,7 @@ def as_texts(completions: Sequence[Any]) -> list[str]:
 
 
 def graded(completions: Sequence[Any], references: Sequence[str]) -> list[bool]:
+    """Grade each completion against its reference."""
     return [same_answer(text, wanted) for text, wanted in zip(as_texts(completions), references, strict=True)]
 
 
@@ -162,7 +164,7 @@ def parse_rewards(flag: str) -> list[Reward]:
 
 
 def check_names(flag: str, rewards: list[Reward]) -> None:
-    """UsageError for two rewards of one name."""
+    """Raise UsageError for two rewards with the same name."""
     names = [reward.name for reward in rewards]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
@@ -170,7 +172,7 @@ def check_names(flag: str, rewards: list[Reward]) -> None:
 
 
 def check_columns(rewards: list[Reward], columns: Iterable[str]) -> None:
-    """UsageError for a reward with a parameter that no column of the dataset and nothing of TRL's signature gives."""
+    """Raise UsageError for a reward with a parameter that neither a column of the dataset nor TRL's signature gives."""
     names = [name for name in columns if name not in LEFT_OUT]
     for reward in rewards:
         check_parameters(reward, dict.fromkeys([*names, *GIVEN]))
@@ -184,6 +186,7 @@ def overlong_rewards(buffer: int, penalty: float, limit: int) -> list[Reward]:
 
 
 def parse_reward(part: str, modules: dict[str, ModuleType]) -> Reward:
+    """Parse NAME or FILE:FUNCTION, either with *WEIGHT, into a reward; UsageError naming --reward."""
     source, starred, weight = part.partition("*")
     try:
         scale = float(weight) if starred else 1.0
@@ -215,6 +218,7 @@ def load_function(source: str, name: str, modules: dict[str, ModuleType]) -> Rew
 
 
 def load_module(source: str, name: str) -> ModuleType:
+    """Import the Python file or module of a reward; UsageError naming --reward if it fails."""
     path = Path(source)
     is_file = path.suffix == ".py" or len(path.parts) > 1 or path.is_file()
     if is_file and (not path.is_file() or path.suffix != ".py"):
@@ -232,12 +236,14 @@ def load_module(source: str, name: str) -> ModuleType:
 
 
 def import_failure(source: str, name: str, error: BaseException, folder: Path) -> UsageError:
+    """Return the UsageError for a module that cannot be imported."""
     return UsageError(
         f"--reward={source}:{name}: importing {source} failed: {shown(error)}{error_place(error, folder)}"
     )
 
 
 def execute(path: Path) -> ModuleType:
+    """Run a Python file as a module."""
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     assert spec and spec.loader
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there

@@ -18,7 +18,7 @@ else:
 
 
 class CellError(ValueError):
-    """Says why a row cannot be used, as the end of a sentence that begins with the row's number."""
+    """A row that cannot be used; the text ends a sentence that begins with the row's number."""
 
 
 class Rows:
@@ -45,9 +45,9 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class JsonLines(Rows):
-    """Rows as lines of JSON: one buffer of bytes, and the place where each line ends.
+    r"""Rows as lines of JSON: one buffer of bytes, and the place where each line ends.
 
-    Example: text b'{"a": 1}\\n{"a": 2}\\n', ends [9, 18].
+    Example: text b'{"a": 1}\n{"a": 2}\n', ends [9, 18].
     """
 
     text: bytearray = dataclasses.field(default_factory=bytearray)
@@ -62,6 +62,7 @@ class JsonLines(Rows):
         return len(self.ends)
 
     def row(self, index: int) -> Row:
+        """Parse the row at `index`."""
         start = self.ends[index - 1] if index else 0
         row: Row = json.loads(self.text[start : self.ends[index]])
         return row
@@ -77,6 +78,7 @@ class Table(Rows):
         return len(self.table)
 
     def row(self, index: int) -> Row:
+        """Return the table's row at `index`."""
         return dict(self.table[index])
 
     def __iter__(self) -> Iterator[Row]:
@@ -95,6 +97,7 @@ class Selected(Rows):
         return len(self.indices)
 
     def row(self, index: int) -> Row:
+        """Return the chosen row at `index`."""
         return self.source[self.indices[index]]
 
 
@@ -110,6 +113,7 @@ class Mapped(Rows):
         return len(self.source)
 
     def row(self, index: int) -> Row:
+        """Return the converted row at `index`."""
         return self.converted(index, self.source[index])
 
     def __iter__(self) -> Iterator[Row]:

@@ -43,7 +43,7 @@ WARM_UP = (
 
 
 def parse(text: str) -> list[Any]:
-    """Parse LaTeX, by a grammar and not by eval; [] for what is no expression."""
+    """Parse LaTeX, by a grammar and not by eval; [] for anything that is not an expression."""
     import math_verify  # slow to import, and only wanted in this process
 
     parsed: list[Any] = math_verify.parse(f"${text}$", [math_verify.LatexExtractionConfig()], parsing_timeout=None)
@@ -69,10 +69,12 @@ def digits(expression: Any) -> float:
 
 
 def affordable(expressions: list[Any]) -> bool:
+    """Tell if comparing the expressions takes bounded time: numbers of at most MOST_DIGITS digits."""
     return all(isinstance(expression, str) or digits(expression) <= MOST_DIGITS for expression in expressions)
 
 
 def compare(given: str, wanted: str) -> str:
+    """Compare two expressions by math-verify -> "true", "false" or "undecided"."""
     import math_verify
 
     both = parse(given), parse(wanted)
@@ -130,6 +132,7 @@ def judge(given: str, wanted: str) -> str:
 
 
 def serve() -> None:
+    """Answer one JSON pair of expressions per line of stdin, after a warm-up, until it ends."""
     logging.disable(logging.CRITICAL)
     for text in WARM_UP:
         compare(text, "x+2")
@@ -152,7 +155,7 @@ class Process:
         self.lock = threading.Lock()
 
     def start(self) -> subprocess.Popen[str]:
-        """UsageError when the library cannot be imported."""
+        """Start the process; UsageError when it cannot import the library."""
         command = [sys.executable, "-m", "minigrpo.data.symbolic"]
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -186,6 +189,7 @@ class Process:
         return verdict
 
     def stop(self) -> None:
+        """Kill the process, if it runs."""
         if self.child is None:
             return
         self.child.kill()
@@ -195,6 +199,7 @@ class Process:
 
 
 def read_line(child: subprocess.Popen[str]) -> str:
+    """Read one line of the child's answers."""
     assert child.stdout
     return child.stdout.readline().strip()
 
@@ -204,7 +209,7 @@ PROCESS = Process()
 
 @functools.lru_cache(maxsize=10_000)
 def verdict(given: str, wanted: str) -> str:
-    r"""Return true, false or undecided: whether two expressions mean the same, as 1/2 and \frac{1}{2} do."""
+    r"""Return "true", "false" or "undecided": whether two expressions mean the same, as 1/2 and \frac{1}{2} do."""
     if max(len(given), len(wanted)) > LONGEST:
         return "undecided"
     return PROCESS.ask(given, wanted)

@@ -140,7 +140,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             yield value
 
     def written(self, value: Any) -> Any:
-        """Return what goes into the prompt, once counted."""
+        """Count a value and return the text that goes into the prompt."""
         self.spend(weight(value))
         return value
 
@@ -218,7 +218,7 @@ class ChatTemplate:
     """A compiled chat template and the special tokens that it may name."""
 
     def __init__(self, source: str, name: str, special_tokens: dict[str, str]):
-        """UsageError naming `name`: too long, or no Jinja."""
+        """Compile a template; UsageError naming `name` if it is too long or no Jinja."""
         self.source, self.name, self.special_tokens = source, name, special_tokens
         if len(source) > LARGEST_TEMPLATE:
             raise UsageError(f"{name}: a chat template of {len(source)} characters; the most is {LARGEST_TEMPLATE}")
@@ -244,7 +244,7 @@ class ChatTemplate:
         return self.compiled.render(messages=list(messages), **names)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **settings: Any) -> str:
-        """Return the chat as text, ending where the assistant's answer begins; UsageError for what cannot be.
+        """Render the chat, ending where the assistant's answer begins; UsageError if it cannot be rendered.
 
         `settings` are more names of the template's, such as `enable_thinking`.
         """

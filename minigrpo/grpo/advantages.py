@@ -1,5 +1,7 @@
 """Advantages from rewards: pure functions on the host, callable without a run."""
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Float
 
@@ -32,12 +34,12 @@ def group_advantages(
     """
     grouped = rewards.reshape(-1, group)
     centred = (grouped - BASELINES[baseline](grouped)).reshape(-1)
-    divisor = {
+    divisors: dict[str, Callable[[], np.ndarray | float]] = {
         "group": lambda: np.repeat(grouped.std(axis=1, ddof=1), group) + ADVANTAGE_EPSILON,
         "batch": lambda: rewards.std(ddof=1) + ADVANTAGE_EPSILON,
         "none": lambda: 1.0,
-    }[scale]()
-    return (centred / divisor).astype(np.float32)
+    }
+    return (centred / divisors[scale]()).astype(np.float32)
 
 
 def ragged_advantages(

@@ -1,6 +1,6 @@
 """Batches of sequences, and how they are packed into micro-batches of one fixed shape.
 
-Sequences are dealt to devices, and each device's to rows of `row_tokens`, several in a row, told apart by segment ids.
+Sequences are dealt to devices, and each device's to rows of `row_tokens`, several in a row, marked by segment ids.
 A micro-batch holds a fixed number of rows per device. How many micro-batches a batch needs is a number that the update
 reads; the arrays have room for the worst case, so that their shapes never change. With shared prefixes the layers see
 packed tokens instead of rows: a prompt is there once for all of its completions, and only attention and the LM head see
@@ -25,7 +25,7 @@ SEQUENCES_PER_ROW = 16
 """Most sequences that share a row."""
 
 PREFIX_DIVISOR = 4
-"""Shared prompts take at most one in so many of the packed tokens, as each copy's gradient is gathered."""
+"""Shared prompts take at most one in PREFIX_DIVISOR packed tokens, as each copy's gradient is gathered."""
 
 
 @jax.tree_util.register_dataclass
@@ -49,12 +49,12 @@ class Batch:
 
     @property
     def completion_mask(self) -> Bool[Array, "*B C"]:
-        """True for every completion token."""
+        """Return True for every completion token."""
         return jnp.arange(self.completions.shape[-1]) < self.completion_lengths[..., None]
 
     @property
     def loss_mask(self) -> Float[Array, "*B C"]:
-        """1 for every token that is trained on."""
+        """Return 1 for every token that is trained on."""
         kept = True if self.loss_excluded is None else ~self.loss_excluded[..., None]
         return (self.completion_mask & kept).astype(jnp.float32)
 
@@ -77,34 +77,34 @@ class PackingSpec:
 
     @property
     def row_tokens(self) -> int:
-        """Positions of a row: a prompt and a completion of full length."""
+        """Return the positions of a row: a prompt and a completion of full length."""
         return self.prompt_tokens + self.completion_tokens
 
     @property
     def packed_share(self) -> float:
-        """Packed tokens per position of a row, at full length: less than 1 where a group shares its prompt."""
+        """Return packed tokens per row position at full length: less than 1 where a group shares its prompt."""
         shared = self.prompt_tokens + self.group * self.completion_tokens
         return shared / (self.group * self.row_tokens) if self.share_prefixes else 1.0
 
     @property
     def packed_tokens(self) -> int:
-        """Tokens that the layers compute in a device's micro-batch."""
+        """Return the tokens that the layers compute in a device's micro-batch."""
         return max(self.row_tokens, int(self.packed_share * self.rows * self.row_tokens))
 
     @property
     def full_sequences(self) -> int:
-        """Sequences of full length that fit into a device's micro-batch."""
+        """Return how many sequences of full length fit into a device's micro-batch."""
         return self.packed_tokens // self.row_tokens
 
     @property
     def prefix_tokens(self) -> int:
-        """Most tokens of shared prompts in a device's micro-batch."""
+        """Return the most tokens of shared prompts in a device's micro-batch."""
         least = max(1, self.full_sequences // 2) * self.prompt_tokens
         return max(least, self.packed_tokens // PREFIX_DIVISOR)
 
     @property
     def loss_tokens(self) -> int:
-        """Most completion tokens of a device's micro-batch: as many as there are at full length."""
+        """Return the most completion tokens of a device's micro-batch: as many as there are at full length."""
         completions = self.completion_tokens * (self.group if self.share_prefixes else 1)
         return self.packed_tokens * completions // (self.prompt_tokens + completions)
 
@@ -123,7 +123,7 @@ class PackingSpec:
 class PackedBatch:
     """A batch packed into micro-batches. Arrays lead with [devices, micro-batches], of which the first are in use.
 
-    Example, with rows of 6: prompts (5 6) and (7), completions (8 2) and (9 2) are one row: tokens 5 6 8 2 7 9 2,
+    Example, with rows of 7: prompts (5 6) and (7), completions (8 2) and (9 2) are one row: tokens 5 6 8 2 7 9 2,
     position_ids 0 1 2 3 0 1 2, segment_ids 1 1 1 1 2 2 2, loss_positions 1 2 4 5, targets 8 2 9 2, starts 0 2.
     """
 
@@ -164,7 +164,7 @@ class Lengths:
 
     @property
     def totals(self) -> Int[np.ndarray, " B"]:
-        """Tokens of whole sequences."""
+        """Return the tokens of whole sequences."""
         return self.prompts + self.completions
 
     def group_of(self, sequence: int) -> int:
@@ -365,7 +365,7 @@ def pack(spec: PackingSpec, prompts: list[list[int]], batch: Batch) -> PackedBat
     layout = (1, spec.packed_tokens) if spec.share_prefixes else (spec.rows, spec.row_tokens)
     for name in ("tokens", "position_ids"):
         arrays[name] = arrays[name].reshape(*arrays[name].shape[:2], *layout)
-    segments = arrays.pop("segment_ids")
+    segments: Int[np.ndarray, "A M R T"] | None = arrays.pop("segment_ids")
     used = np.int32(max(1, *map(len, devices)))
     in_order = take_in_order(batch, arrays["order"])
     segments = segments if spec.sequences_per_row > 1 else None
@@ -373,7 +373,7 @@ def pack(spec: PackingSpec, prompts: list[list[int]], batch: Batch) -> PackedBat
 
 
 def pad_batch(prompts: list[list[int]], batch: Batch, count: int) -> tuple[list[list[int]], Batch]:
-    """Add prompts without completions until there are `count`, so that the packed shape is that of a full batch."""
+    """Add prompts without completions until there are `count`, to reach the packed shape of a full batch."""
     group, missing = len(batch.completion_lengths) // len(prompts), count - len(prompts)
 
     def pad(x: np.ndarray) -> np.ndarray:

@@ -43,13 +43,13 @@ class Experience:
     seconds: dict[str, float]
     """Of the rollout and of the reward functions, for the metrics."""
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    """What the reward functions logged."""
+    """Metrics that the reward functions logged."""
     extra: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     """Columns that they logged, an entry per completion."""
 
     @property
     def group(self) -> int:
-        """Completions per prompt."""
+        """Return the number of completions per prompt."""
         return len(self.texts) // len(self.prompts)
 
 
@@ -200,7 +200,7 @@ def take_groups(experience: Experience, groups: np.ndarray) -> Experience:
 def advantages_of(
     experience: Experience, options: RewardOptions, weights: dict[str, float], lone: float = 0.0
 ) -> Float[np.ndarray, " B"]:
-    """Return how much better than its group every completion is.
+    """Compute the advantage of every completion over its group.
 
     `weights` are the reward functions'; `lone` times its reward is the advantage of a completion without others.
     """

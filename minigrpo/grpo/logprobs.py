@@ -17,7 +17,7 @@ from minigrpo.kernels.backend import HeadTiles
 from minigrpo.runtime.mesh import DATA, FSDP, TP
 
 LOWEST = -1e30
-"""Stands for -inf where a difference of two of them must not become NaN."""
+"""Replaces -inf where a difference of two of them must not become NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,10 @@ def token_logprobs(
     return forward(head, hidden, weights, targets)[0]
 
 
-def forward(head, hidden, weights, targets):
+def forward(
+    head: LMHead, hidden: Array, weights: Array, targets: Array
+) -> tuple[tuple[Array, Array], tuple[Array, Array, Array, Array]]:
+    """Compute `token_logprobs` -> its results, and everything that the backward pass needs."""
     rows, split = PartitionSpec(DATA), PartitionSpec(TP)
     run = jax.shard_map(
         functools.partial(local_forward, head),
@@ -55,7 +58,10 @@ def forward(head, hidden, weights, targets):
     return (logprobs, entropy), (hidden, weights, targets, log_total)
 
 
-def backward(head, saved, cotangents):
+def backward(
+    head: LMHead, saved: tuple[Array, Array, Array, Array], cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, None]:
+    """Compute gradients of hidden states and weights for the cotangents of the log-probs."""
     hidden, weights, targets, log_total = saved
     rows = PartitionSpec(DATA)
     run = jax.shard_map(
@@ -112,12 +118,12 @@ def target_logits(head: LMHead, hidden: Array, weights: Array, targets: Array, f
     return jnp.where((targets >= first) & (targets < first + weights.shape[0]), logits, 0)
 
 
-def local_forward(head: LMHead, hidden: Array, weights: Array, targets: Array):
+def local_forward(head: LMHead, hidden: Array, weights: Array, targets: Array) -> tuple[Array, ...]:
     """Score one device's rows by its part of the vocabulary -> log-probs, entropy, log of the softmax's total."""
     size = min(head.tiles.rows, hidden.shape[0])
     first = jax.lax.axis_index(TP) * weights.shape[0]
 
-    def chunk(rows):
+    def chunk(rows: tuple[Array, ...]) -> tuple[Array, ...]:
         hidden, targets = (across_tp(x) for x in rows)
         peak, total, weighted = softmax_stats(head, hidden, weights, first)
         top = jax.lax.pmax(peak, TP)
@@ -141,7 +147,7 @@ def softmax_stats(head: LMHead, hidden: Array, weights: Array, first: Array) -> 
     vocab = weights.shape[0]
     size = min(head.tiles.vocab, vocab)
 
-    def tile(index, stats):
+    def tile(index: Array, stats: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, weighted = stats
         start = jnp.minimum(index * size, vocab - size)
         part = jax.lax.dynamic_slice_in_dim(weights, start, size)
@@ -156,13 +162,15 @@ def softmax_stats(head: LMHead, hidden: Array, weights: Array, first: Array) -> 
     return jax.lax.fori_loop(0, -(-vocab // size), tile, (zeros + LOWEST, zeros, zeros))
 
 
-def local_backward(head: LMHead, hidden: Array, weights: Array, targets: Array, log_total: Array, cotangent: Array):
+def local_backward(
+    head: LMHead, hidden: Array, weights: Array, targets: Array, log_total: Array, cotangent: Array
+) -> tuple[Array, Array]:
     """Compute gradients of one device's rows and of its part of the head, for the cotangent of the log-probs."""
     size = min(head.tiles.backward_rows, hidden.shape[0])
     first = jax.lax.axis_index(TP) * weights.shape[0]
     entries = first + jnp.arange(weights.shape[0])
 
-    def chunk(weights_grad, rows):
+    def chunk(weights_grad: Array, rows: tuple[Array, ...]) -> tuple[Array, Array]:
         h, t, lse, g = (across_tp(x) for x in rows)
         probs = jnp.exp(scaled_logits(head, h, weights, entries) - lse[:, None])
         scale = (g / head.temperature)[:, None]

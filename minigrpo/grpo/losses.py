@@ -147,7 +147,7 @@ def clipped_tokens(
 def policy_loss(
     options: LossOptions, batch: Batch, weights: Array, logprobs: Array, entropy: Array
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
-    """Compute the batch's share of the loss, and sums over its completion tokens of what the metrics report."""
+    """Compute the batch's share of the loss, and the metrics' sums over its completion tokens."""
     mask = batch.completion_mask
     counted = mask.astype(jnp.float32)
     old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs

@@ -17,7 +17,7 @@ from minigrpo.model.params import DIMS, Params, leaf_name, shardings_of
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What an update reads and replaces. Parameters and moments are float32."""
+    """State that an update reads and replaces. Parameters and moments are float32."""
 
     params: Params
     opt_state: Any
@@ -71,7 +71,7 @@ def init_state(
 ) -> TrainState:
     """Return a fresh state; the moments are laid out on the mesh like the parameters, counters are replicated."""
 
-    def start(params):
+    def start(params: Params) -> tuple[Any, Array]:
         return optimizer.init(params), jnp.int32(0)
 
     shardings = shardings_of(mesh, jax.eval_shape(start, params))

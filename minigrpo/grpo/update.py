@@ -71,7 +71,7 @@ def score(
 
 
 def by_completion(packed: PackedBatch, scores: Float[Array, "A S"]) -> Float[Array, "B C"]:
-    """Arrange a micro-batch's scores by completion; those past a completion's end mean nothing."""
+    """Arrange a micro-batch's scores by completion; scores past a completion's end are meaningless."""
     devices, most = scores.shape
     length = packed.batch.completions.shape[1]
     positions = packed.starts.reshape(devices, -1, 1) + jnp.arange(length)
@@ -100,7 +100,7 @@ def dropout_keys(spec: UpdateSpec, updates: Int[Array, ""], packed: PackedBatch)
 
 
 def weigh_tokens(spec: UpdateSpec, batch: Batch) -> Float[Array, "A M K C"]:
-    """Return the weight of every token in the loss. Denominators are those of the whole batch."""
+    """Return the weight of every token in the loss. Denominators are the whole batch's."""
     mask = batch.loss_mask
     weights = spec.token_weights(mask.reshape(-1, mask.shape[-1]), (batch.completion_lengths > 0).sum())
     return weights.reshape(mask.shape)

@@ -41,11 +41,13 @@ def expand(x: Float[Array, "M N H"], shared: SharedPrefixIndex) -> Float[Array, 
     return x.at[shared.tokens].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
-def expand_forward(x, shared):
+def expand_forward(x: Array, shared: SharedPrefixIndex) -> tuple[Array, SharedPrefixIndex]:
+    """Copy as `expand` -> its result, and the index tables for the backward pass."""
     return expand(x, shared), shared
 
 
-def expand_backward(shared, cotangent):
+def expand_backward(shared: SharedPrefixIndex, cotangent: Array) -> tuple[Array, None]:
+    """Sum each packed token's gradients over its copies."""
     flat = cotangent.reshape(-1, *cotangent.shape[2:])
     grads, prefix = gather_or_zero(flat, shared.first[0]), shared.copies.shape[1]
     copies = gather_or_zero(flat, shared.copies[0]).sum(axis=1, dtype=jnp.float32)
@@ -61,11 +63,13 @@ def permute(x: Float[Array, "M N H"], index: Int[Array, "*P"], inverse: Int[Arra
     return gather_or_zero(x, index)
 
 
-def permute_forward(x, index, inverse):
+def permute_forward(x: Array, index: Array, inverse: Array) -> tuple[Array, Array]:
+    """Gather as `permute` -> its result, and the inverse for the backward pass."""
     return gather_or_zero(x, index), inverse
 
 
-def permute_backward(inverse, cotangent):
+def permute_backward(inverse: Array, cotangent: Array) -> tuple[Array, None, None]:
+    """Gather gradients back to the places of their entries."""
     return gather_or_zero(cotangent.reshape(-1, *cotangent.shape[-2:]), inverse), None, None
 
 
@@ -107,7 +111,7 @@ def attend_on(
 ) -> Attend:
     """Return causal attention as the model calls it, sharded by rows over the mesh.
 
-    Rows hold one sequence each, or several told apart by `segments`; with `shared`, packed tokens are expanded first.
+    Rows hold one sequence each, or several marked by `segments`; with `shared`, packed tokens are expanded first.
     """
     local = causal_attention if shared is None else functools.partial(attend_shared, causal_attention)
     extra = (segments,) if shared is None else (segments, shared)

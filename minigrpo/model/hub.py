@@ -1,4 +1,4 @@
-"""What --model may name: a Hub id, a model folder, an adapter, a run folder, or one of a run's checkpoints."""
+"""Sources that --model may name: a Hub id, a model folder, an adapter, a run folder, or one of a run's checkpoints."""
 
 import dataclasses
 from pathlib import Path
@@ -16,7 +16,7 @@ from minigrpo.model.weights import find_checkpoint, load_params
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a model's parts are."""
+    """Places of a model's parts."""
 
     base: str
     """Hub id or path of the model itself."""
@@ -33,7 +33,7 @@ class Source:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where the tokenizer is: beside the adapter, if it brings one, or with the model."""
+        """Return the folder of the tokenizer: the adapter's, if it brings one, or the model's."""
         return self.adapter if self.adapter and (self.adapter / "tokenizer.json").is_file() else self.folder
 
 
@@ -77,7 +77,7 @@ ASKING = (DataOptions, RolloutOptions, RunOptions)
 
 
 def run_of(folder: Path) -> Path | None:
-    """Return the run that a folder is, or is the final/, adapter/ or a checkpoint of."""
+    """Return the run that a folder is, or whose final/, adapter/ or checkpoint it is."""
     places = {"final": folder.parent, "adapter": folder.parent}
     places |= {folder.name: folder.parent.parent} if folder.parent.name == "checkpoints" else {}
     run = places.get(folder.name, folder)
@@ -85,7 +85,7 @@ def run_of(folder: Path) -> Path | None:
 
 
 def run_defaults(name: str) -> dict[str, Any]:
-    """Return how the run that --model belongs to asked its questions; {} for a model of no run.
+    """Return the settings with which the run of --model asked its questions; {} for a model without a run.
 
     A file that was trained on is no dataset to be evaluated on.
     """

@@ -64,7 +64,7 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
 
 
 def sizes(raw: dict[str, Any], source: str) -> dict[str, int]:
-    """Return the sizes of a config.json, with transformers' values for what it leaves out."""
+    """Return the sizes of a config.json, with transformers' values for missing ones."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     found = {name: whole(raw, source, name) for name in names}
     heads, hidden = found["num_attention_heads"], found["hidden_size"]
@@ -74,7 +74,7 @@ def sizes(raw: dict[str, Any], source: str) -> dict[str, int]:
 
 
 def check_sizes(config: ModelConfig, source: str) -> None:
-    """UsageError for sizes that do not fit each other, or that no memory holds; nothing is made for this."""
+    """Raise UsageError for sizes that contradict each other or that no memory holds; nothing is allocated for this."""
     if config.num_attention_heads % config.num_key_value_heads:
         raise UsageError(
             f"{source}: num_attention_heads {config.num_attention_heads} is not a multiple of "
@@ -94,7 +94,7 @@ def check_sizes(config: ModelConfig, source: str) -> None:
 
 
 def check_lengths(config: ModelConfig, prompt_limit: int, completion_limit: int) -> None:
-    """UsageError for prompts and completions that together pass the model's positions, YaRN's counted."""
+    """Raise UsageError for prompts and completions that together pass the model's positions, YaRN's counted."""
     scaling: RopeScaling | None = getattr(config, "rope_scaling", None)
     most = max(config.max_position_embeddings, scaling.positions if scaling else 0)
     if prompt_limit + completion_limit > most:
@@ -118,6 +118,7 @@ def field(raw: dict[str, Any], source: str, name: str, default: Any = None) -> A
 
 
 def refuse(source: str, name: str, value: Any, wanted: str) -> UsageError:
+    """Return the UsageError for a setting of a config.json."""
     return UsageError(f"{source}: {name} is {value!r:.60}; it must be {wanted}")
 
 
@@ -138,6 +139,7 @@ def number(raw: dict[str, Any], source: str, name: str, fits: Check, wanted: str
 
 
 def finite(value: Any) -> bool:
+    """Tell if a number is finite; an integer beyond any float is not."""
     try:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond any float
@@ -153,12 +155,12 @@ def switch(raw: dict[str, Any], source: str, name: str, default: bool = False) -
 
 
 def is_set(value: Any) -> bool:
-    """Return whether a setting says anything: it is not null, false, empty or 0."""
+    """Tell if a setting says anything: it is not null, false, empty or 0."""
     return bool(value)
 
 
 def refuse_variants(raw: dict[str, Any], source: str) -> None:
-    """UsageError for settings of a config.json that change the arithmetic and are not implemented."""
+    """Raise UsageError for settings of a config.json that change the arithmetic and are not implemented."""
     refuse_quantized(raw, source)
     if switch(raw, source, "use_sliding_window"):
         raise UsageError(f"{source}: use_sliding_window=true is not supported; only full attention is")
@@ -177,7 +179,7 @@ def refuse_variants(raw: dict[str, Any], source: str) -> None:
 
 
 def refuse_quantized(raw: dict[str, Any], source: str) -> None:
-    """UsageError for a checkpoint that is stored quantized."""
+    """Raise UsageError for a checkpoint that is stored quantized."""
     for name in ("quantization_config", "compression_config"):
         settings = raw.get(name)
         if is_set(settings):
@@ -213,7 +215,7 @@ def parse_rope(raw: dict[str, Any], source: str) -> tuple[float, RopeScaling | N
 
 
 def rope_table(raw: dict[str, Any], source: str, name: str) -> dict[str, Any]:
-    """Return rope_scaling or rope_parameters; UsageError for what is no object or holds what is not understood."""
+    """Return rope_scaling or rope_parameters; UsageError unless it is an object with known fields only."""
     table = raw[name]
     if not isinstance(table, dict):
         raise refuse(source, name, table, "an object such as {'rope_type': 'default'}, or null")

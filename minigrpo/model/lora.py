@@ -25,7 +25,7 @@ LARGEST_ALPHA = 1e6
 
 
 def make_lora(options: LoraOptions) -> Lora | None:
-    """The flags' adapters; None when --lora_rank is 0. UsageError for a target that is no matrix.
+    """Return the flags' adapters; None when --lora_rank is 0. UsageError for a target that is no matrix.
 
     PEFT's names, such as q_proj and all-linear, serve too.
     """
@@ -116,7 +116,7 @@ def read_adapter_config(folder: Path) -> tuple[Lora, str]:
 
 
 def adapter_numbers(path: Path, raw: dict[str, Any]) -> tuple[int, float, float]:
-    """Return rank, alpha and dropout; UsageError for what cannot be."""
+    """Return rank, alpha and dropout; UsageError for impossible values."""
     rank, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout") or 0
     numbers = type(rank) is int and all(type(value) in (int, float) for value in (alpha, dropout))
     if not numbers or not isinstance(raw.get("use_rslora") or False, bool):
@@ -164,5 +164,5 @@ def tensor_names(folder: Path) -> list[str]:
 
 
 def load_adapter(folder: Path, config: ModelConfig, mesh: Mesh) -> Params:
-    """A PEFT folder's float32 adapters on the mesh."""
+    """Load a PEFT folder's float32 adapters onto the mesh."""
     return load_tree(folder, adapter_shapes(config), config, mesh, np.float32)

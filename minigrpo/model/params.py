@@ -67,12 +67,13 @@ class Lora:
 
     @property
     def scale(self) -> float:
+        """Return the factor of B A x."""
         return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model, as its checkpoint's config.json states it, and what a run adds to it."""
+    """The shape of a model, as its checkpoint's config.json states it, and the settings that a run adds."""
 
     model_type: str
     vocab_size: int
@@ -93,15 +94,17 @@ class ModelConfig:
 
     @property
     def qk_norm(self) -> bool:
+        """Tell if queries and keys are normed."""
         return self.model_type == "qwen3"
 
     @property
     def qkv_bias(self) -> bool:
+        """Tell if queries, keys and values have biases."""
         return self.model_type == "qwen2"
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Dim letter -> size."""
+        """Return the size of every dim letter."""
         return {
             "V": self.vocab_size,
             "D": self.hidden_size,
@@ -114,9 +117,11 @@ class ModelConfig:
         }
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter, stacked over layers."""
         return tuple(self.sizes[letter] for letter in DIMS[name])
 
     def quantized(self, name: str) -> bool:
+        """Tell if a parameter is held in int8."""
         return self.int8 and (name in PROJECTIONS or name in ("embed", "head"))
 
 
@@ -150,13 +155,13 @@ def split_trainable(config: ModelConfig, params: Params) -> tuple[Params, Params
     return select(params, is_adapter), select(params, lambda name: not is_adapter(name))
 
 
-def leaf_name(path: tuple) -> str:
+def leaf_name(path: tuple[Any, ...]) -> str:
     """Return the parameter's own name, its key in DIMS, from a jax tree path."""
     return path[-1].key
 
 
-def leaf_sharding(mesh: Mesh, path: tuple) -> NamedSharding:
-    """Return the sharding of a leaf of parameters or state: that of the parameter its path ends in, or replicated."""
+def leaf_sharding(mesh: Mesh, path: tuple[Any, ...]) -> NamedSharding:
+    """Return the sharding of a leaf of parameters or state: its path's last parameter's, or replicated."""
     name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else ""
     return NamedSharding(mesh, spec_of(DIMS.get(name, "")))
 

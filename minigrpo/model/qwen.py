@@ -152,7 +152,7 @@ def drop_out(x: Float[Array, "B T *D"], keys: Array, rate: float) -> Float[Array
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
-def parameter(config: ModelConfig, name: str) -> nnx.Param:
+def parameter(config: ModelConfig, name: str) -> nnx.Param[Array]:
     """Declare one layer's parameter."""
     return nnx.Param(jnp.zeros(config.shape(name)[1:], jnp.int8 if config.quantized(name) else jnp.float32))
 
@@ -224,6 +224,7 @@ class Attention(Projections):
         return q[:, None], k[:, None], v[:, None]
 
     def __call__(self, x: Array, layer: Array, carry: Any, context: LayerContext) -> tuple[Array, Any]:
+        """Attend from x [B, T, D] -> output [B, T, D], and the carry that `context.attend` made of `carry`."""
         heads = self.fused_heads if context.fused.heads else self.heads
         out, carry = context.attend(layer, *heads(x, context), carry)
         return self.project("o", out, context), carry
@@ -236,6 +237,7 @@ class Mlp(Projections):
         super().__init__(config, ("gate", "up", "down"))
 
     def __call__(self, x: Float[Array, "B T D"], context: LayerContext) -> Float[Array, "B T D"]:
+        """Compute down(silu(gate(x)) * up(x))."""
         if context.fused.gated:
             gated = context.fused.gated(x[:, 0], self.array("gate"), self.array("up"))[:, None]
         else:
@@ -255,6 +257,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(config)
 
     def __call__(self, x: Array, layer: Array, carry: Any, context: LayerContext) -> tuple[Array, Any]:
+        """Apply attention and MLP, each normed before and added to x -> x and the carry."""
         normed = rms_norm(x, self.attn_norm[...], self.config.rms_norm_eps)
         out, carry = self.attention(normed, layer, carry, context)
         x = x + out
@@ -262,7 +265,7 @@ class Block(nnx.Module):
 
 
 @functools.cache
-def abstract_block(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
+def abstract_block(config: ModelConfig) -> tuple[nnx.GraphDef[Any], Params]:
     """Return the graph of a block and the shapes of one layer's parameters."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Block(config)))
     return graph, nnx.to_pure_dict(state)
@@ -348,7 +351,7 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     Adapters start as PEFT's do: A uniform within 1/sqrt(inputs), B zero.
     """
 
-    def init(path, leaf):
+    def init(path: tuple[Any, ...], leaf: Any) -> Array:
         name = leaf_name(path)
         if name.endswith("norm"):
             return jnp.ones(leaf.shape)

@@ -28,7 +28,7 @@ class RopeScaling:
 
     @property
     def positions(self) -> int:
-        """Positions that the stretched frequencies reach."""
+        """Return how many positions the stretched frequencies reach."""
         return int(self.factor * self.original_max_position_embeddings)
 
 
@@ -56,7 +56,7 @@ def ramp(head_dim: int, theta: float, scaling: RopeScaling) -> Float[np.ndarray,
 
 
 def pair_of(turns: float, head_dim: int, theta: float, scaling: RopeScaling) -> float:
-    """Return the pair of dims, a fraction, that turns so often over the original context."""
+    """Return the pair of dims, a fraction, that makes `turns` turns over the original context."""
     wavelength = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
     return head_dim * math.log(wavelength) / (2 * math.log(theta))
 

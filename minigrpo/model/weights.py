@@ -166,6 +166,7 @@ class Checkpoint:
         return [path for path in found if path.name == index[name]] if name in index else found
 
     def slice_of(self, name: str) -> Any:
+        """Return a tensor of the checkpoint as a slice that is read lazily."""
         return self.handles[self.files[name][0]].get_slice(name)
 
 

@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: bytes per chip, and collectives with how often they run."""
+"""Bytes per chip of a compiled program, and its collectives with their number of runs."""
 
 import collections
 import dataclasses
@@ -36,11 +36,12 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Return the bytes that the program needs at once."""
         return self.arguments + self.temporaries + self.outputs - self.aliased
 
 
 def memory_of(compiled: Any) -> Memory:
-    """The memory analysis of a jax Compiled."""
+    """Read the memory analysis of a jax Compiled."""
     stats = compiled.memory_analysis()
     return Memory(
         stats.argument_size_in_bytes,
@@ -55,7 +56,7 @@ UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def memory_wanted(error: Exception) -> int:
-    """Bytes of HBM that a program which does not fit would take, from the compiler's error.
+    """Return the bytes of HBM that a program which does not fit would take, from the compiler's error.
 
     Errors about anything else, a kernel's own memory included, are raised again.
     """
@@ -79,9 +80,9 @@ class Traffic:
 
 
 def result_bytes(shapes: str, started: bool = False) -> int:
-    """Bytes of the arrays in a result type such as '(bf16[8,128]{1,0}, f32[])'.
+    """Count the bytes of the arrays in a result type like '(bf16[8,128]{1,0}, f32[])'.
 
-    A started operation's type holds its operands too, so of that the largest array counts.
+    A started operation's type holds its operands too, so only its largest array counts.
     """
     arrays = ARRAY.findall(re.sub(r"\{[^}]*\}", "", shapes))
     sizes = [ITEM_BYTES[kind] * math.prod(int(size) for size in dims.split(",") if size) for kind, dims in arrays]
@@ -89,14 +90,14 @@ def result_bytes(shapes: str, started: bool = False) -> int:
 
 
 def loop_length(condition: str) -> int | None:
-    """The constant that a while loop's counter is compared with; None when there is no such constant."""
+    """Return the constant that a while loop's counter is compared with; None when there is no such constant."""
     limit = CONSTANT_LIMIT.search(condition)
     constant = limit and re.search(rf"%{re.escape(limit[1])} = s32\[\]\S* constant\((\d+)\)", condition)
     return int(constant[1]) if constant else None
 
 
 def executed(text: str, open_turns: int | None = None) -> Iterator[tuple[str, int, bool]]:
-    """What a program runs, a computation at a time, once for each call of it: its text, how often, if in an open loop.
+    """Yield every called computation, once per call: its text, how often it runs, and if in an open loop.
 
     An open loop's length is decided at run time; it counts as `open_turns` if that is given, and else as one turn.
     """
@@ -118,10 +119,10 @@ def executed(text: str, open_turns: int | None = None) -> Iterator[tuple[str, in
 
 
 def collectives(text: str, open_turns: int | None = None) -> dict[str, Traffic]:
-    """Kind -> its traffic, from the optimised HLO of a program.
+    """Sum the traffic of each kind of collective in the optimised HLO of a program -> {kind: traffic}.
 
-    `open_turns` is how often every loop runs whose length is decided at run time; without it what is in them is told
-    apart.
+    `open_turns` is the number of turns of every loop whose length is decided at run time; without it their traffic is
+    listed separately.
     """
     found: dict[str, Traffic] = collections.defaultdict(Traffic)
     for body, times, is_open in executed(text, open_turns):
@@ -136,7 +137,7 @@ def collectives(text: str, open_turns: int | None = None) -> dict[str, Traffic]:
 
 
 def estimated_cycles(text: str) -> int:
-    """What the TPU compiler estimates for a program's operations, one after the other, loops at full length.
+    """Sum the TPU compiler's estimates for a program's operations, run one after the other, loops at full length.
 
     Collectives and plain copies have no estimate; of conditionals all branches count.
     """

@@ -1,4 +1,4 @@
-"""Memory of a run by arithmetic: micro-batches, the page pool, and the needs of GPUs, which no compiler here counts.
+"""Memory of a run by arithmetic: micro-batches, the page pool, and GPUs' needs, which no compiler here counts.
 
 The TPU's own needs are the compiler's word (`minigrpo.plan`).
 """
@@ -44,7 +44,7 @@ GATHERED_LAYERS = 2
 
 
 def working_numbers(config: ModelConfig) -> int:
-    """Count the numbers per token that one layer's backward pass works on."""
+    """Count the numbers per token in the working set of one layer's backward pass."""
     heads = config.num_attention_heads * config.head_dim
     return 6 * config.hidden_size + 4 * heads + 4 * config.intermediate_size
 
@@ -127,7 +127,7 @@ def micro_batch_rows(spec: RunSpec, packing: PackingSpec, sequences: int) -> int
 
 
 def packing_spec(spec: RunSpec, sequences: int, group: int) -> PackingSpec:
-    """Return the fixed shape of micro-batches for updates on so many sequences."""
+    """Return the fixed shape of micro-batches for updates on `sequences` sequences."""
     share = {"auto": spec.backend.share_prefixes, "true": True, "false": False}[spec.settings.steps.share_prompts]
     packing = PackingSpec(
         devices=spec.mesh.size,
@@ -198,5 +198,5 @@ def scoring_scratch(spec: RunSpec, work: Work, packing: PackingSpec) -> int:
 
 
 def rollout_scratch(spec: RunSpec, slots: int, pool: int) -> int:
-    """Count the page pool, and what sampling needs over the vocabulary."""
+    """Count the bytes of the page pool, and of sampling over the vocabulary."""
     return pool + 4 * SAMPLING_COPIES * slots * spec.config.vocab_size

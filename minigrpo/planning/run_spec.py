@@ -1,4 +1,4 @@
-"""The frozen facts of a run that its device programs and their memory follow from."""
+"""The frozen facts of a run that determine its device programs and their memory."""
 
 import dataclasses
 from typing import Any
@@ -14,7 +14,7 @@ from minigrpo.model.qwen import ComputeSpec, Qwen
 
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
-    """Everything that a run's device programs are made of."""
+    """Everything that determines a run's device programs."""
 
     settings: Settings
     config: ModelConfig
@@ -31,26 +31,26 @@ class RunSpec:
 
     @property
     def model(self) -> Qwen:
-        """The network."""
+        """Return the network."""
         return Qwen(self.config)
 
     @property
     def compute(self) -> ComputeSpec:
-        """The dtype and mesh of forward passes."""
+        """Return the dtype and mesh of forward passes."""
         return ComputeSpec(self.dtype, self.mesh)
 
     @property
     def base_dtype(self) -> Any:
-        """Of the base weights in training: float32 when they are trained themselves."""
+        """Return the dtype of the base weights in training: float32 when they are trained themselves."""
         return self.dtype if self.config.lora else jnp.dtype("float32")
 
     @property
     def dropout(self) -> float:
-        """Dropout of the adapters."""
+        """Return the dropout of the adapters."""
         return self.config.lora.dropout if self.config.lora else 0.0
 
     @property
     def update_sequences(self) -> int:
-        """Sequences of one update: those of a step, or of one of its minibatches."""
+        """Return the sequences of one update: a step's, or one minibatch's."""
         steps = self.settings.steps
         return steps.batch_size * steps.num_generations // steps.num_minibatches

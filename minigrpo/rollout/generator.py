@@ -82,35 +82,35 @@ class RolloutSpec:
     pool_limit: int = 0
     """Most pages of a pool whose size no flag gives; 0 is no limit."""
     on_token: Callable[[Any, Any, Any], None] | None = None
-    """Is told, while decoding: each slot's completion, position and token."""
+    """Called while decoding with each slot's completion, position and token."""
 
     @property
     def model(self) -> ModelConfig:
-        """The policy as it is decoded: adapters are merged into their matrices, unless these are int8."""
+        """Return the policy as it is decoded: adapters are merged into their matrices, unless these are int8."""
         return decode_config(self.policy)
 
     @property
     def cache(self) -> PagedCache:
-        """The KV cache of this backend for such pages."""
+        """Return this backend's KV cache for such pages."""
         return self.backend.paged_cache(self.page_size, self.policy.head_dim, self.dtype)
 
     @property
     def prompt_width(self) -> int:
-        """Positions of a row of prompts: whole pages."""
+        """Return the positions of a row of prompts: whole pages."""
         return -(-self.prompt_tokens // self.page_size) * self.page_size
 
     @property
     def completion_pages(self) -> int:
-        """Pages that a completion may need besides its prompt's shared ones."""
+        """Return the pages that a completion may need besides its prompt's shared ones."""
         return -(-self.max_tokens // self.page_size) + 1
 
     def least_pages(self, prompts: int) -> int:
-        """Return the pages that a device with so many prompts cannot do without: theirs and one completion's."""
+        """Return the fewest pages of a device with `prompts` prompts: the prompts' and one completion's."""
         return prompts * (self.prompt_width // self.page_size) + self.completion_pages
 
     @property
     def table_entries(self) -> int:
-        """Pages of the longest prompt and completion."""
+        """Return the pages of the longest prompt and completion."""
         return -(-(self.prompt_width + self.max_tokens) // self.page_size)
 
     def slot_count(self, prompts: int, group: int) -> int:
@@ -161,7 +161,11 @@ class RolloutSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefillRows:
-    """Prompts packed into rows of whole pages, on one device. The first `chunks` chunks of rows are in use."""
+    """Prompts packed into rows of whole pages, on one device. The first `chunks` chunks of rows are in use.
+
+    Example of one row, with pages of 2 tokens: prompts 0 (5 6 7) and 1 (8 9), without their last tokens, are tokens
+    5 6 8 0, position_ids 0 1 0 0, segment_ids 1 1 2 0, prompt 0 1, entry 0 0.
+    """
 
     tokens: Any  # int32 [X, T]
     position_ids: Any  # int32 [X, T]
@@ -203,7 +207,7 @@ class Rollout:
 
     @property
     def completions(self) -> list[list[int]]:
-        """Each completion's own tokens."""
+        """Return each completion's own tokens."""
         return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
 
 
@@ -250,7 +254,11 @@ def prefill(
 
 @dataclasses.dataclass(frozen=True)
 class DecodeRows:
-    """The tokens of one decode step: one of every slot or, to refill a slot, several of that one."""
+    """The tokens of one decode step: one of every slot or, to refill a slot, several of that one.
+
+    Example of two slots: slot 0 1, position 130 57, token 8 11, valid True True, samples True. While slot 1 is refilled
+    from position 40 on: slot 1 1, position 40 41, token 7 3, valid True True, samples False.
+    """
 
     slot: Any  # int32 [S]
     position: Any  # int32 [S]
@@ -289,7 +297,7 @@ def next_tokens(
 ) -> tuple[Array, Int[Array, " S"], Float[Array, " S"]]:
     """Feed the step's tokens through the model -> pages, sampled tokens and their log-probs.
 
-    `angles` are a table of every position's: XLA would compute them anew for every layer and head.
+    `angles` is a table for every position: XLA would otherwise compute them anew for every layer and head.
     """
     page_table = state.slots.page_table[rows.slot]
     page = jnp.take_along_axis(page_table, rows.position[:, None] // spec.page_size, axis=1)[:, 0]

@@ -42,7 +42,7 @@ def sample(
 
 
 def truncate(sampler: Sampler, probs: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    """Zero what top-k, then top-p, then min-p leave out; `probs` are relative to their row's maximum of 1.
+    """Zero the tokens that top-k, then top-p, then min-p leave out; `probs` are relative to a row's maximum of 1.
 
     Each keeps the tokens at or above a limit. Those of top-k and top-p are bisected, as sorting takes longer. Equals of
     the k-th token are all kept; top-p may count some of them only.
@@ -75,7 +75,7 @@ def top_k_limit(probs: Float[Array, "B N"], k: int) -> Float[Array, " B"]:
 def top_p_limit(probs: Float[Array, "B N"], p: float) -> Float[Array, " B"]:
     """Return the least probability in the smallest set of tokens that holds p of the mass (arXiv:1904.09751)."""
 
-    def mass(limit):
+    def mass(limit: Array | int) -> Array:
         return jnp.where(probs >= limit, probs, 0).sum(axis=-1)
 
     wanted = p * mass(0)
@@ -88,7 +88,7 @@ def bisect(holds: Callable[[Float[Array, "B 1"]], Bool[Array, " B"]], rows: int)
     Such numbers are ordered like their bits, which are found one by one, the first two of 32 being 0.
     """
 
-    def attempt(turn, found):
+    def attempt(turn: Array, found: Array) -> Array:
         tried = found | (1 << (29 - turn))
         return jnp.where(holds(jax.lax.bitcast_convert_type(tried, jnp.float32)[:, None]), tried, found)
 
@@ -111,7 +111,7 @@ def in_blocks(probs: Float[Array, "B V"]) -> Float[Array, "B N S"]:
 
 
 def running_sums(blocks: Float[Array, "B N S"]) -> Float[Array, "B N"]:
-    """Sum all numbers up to each block's last: the one pass over the vocabulary that uses of the same blocks share."""
+    """Sum all numbers up to each block's last, in one pass over the vocabulary that all uses of the blocks share."""
     return jnp.cumsum(blocks.sum(axis=-1), axis=-1)
 
 

@@ -33,7 +33,7 @@ class PageSpec:
     """Longest completion."""
 
     def pages(self, tokens: Int[Array, "*S"]) -> Int[Array, "*S"]:
-        """Return the pages that so many cached tokens fill."""
+        """Return the pages that `tokens` cached tokens fill."""
         return (tokens + self.page_size - 1) // self.page_size
 
 
@@ -69,7 +69,7 @@ def give_back(pool: Pool, pages: Int[Array, " N"], returned: Bool[Array, " N"]) 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
-    """One device's prompts. A length of 0 is padding and decodes nothing."""
+    """Prompts of one device. A length of 0 is padding and decodes nothing."""
 
     tokens: Any  # int32 [P, T]
     lengths: Any  # int32 [P]
@@ -91,7 +91,12 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """One device's rollout in progress, of B completions in S slots."""
+    """State of one device's rollout of B completions in S slots.
+
+    Example of three completions in two slots after two steps, the first having ended with stop token 2: status
+    [RUNNING, RUNNING, WAITING], tokens [[8, 2, 0], [9, 4, 0], [0, 0, 0]], lengths [2, 2, 0], ended [True, False],
+    scheduled False, counts [2, 4, 0, 0].
+    """
 
     pages: Any  # float [L, P, ...], laid out as the backend's attention reads them
     pool: Pool
@@ -143,7 +148,7 @@ def reserved_pages(spec: PageSpec, prompts: PromptBatch, state: State) -> Int[Ar
 
 
 def next_waiting(state: State) -> Int[Array, ""]:
-    """Return the first completion that waits."""
+    """Return the first waiting completion."""
     return jnp.argmax(state.status == WAITING)
 
 
@@ -222,7 +227,7 @@ def is_short(spec: PageSpec, state: State) -> Bool[Array, ""]:
 
 
 def preempt(spec: PageSpec, state: State) -> State:
-    """Take the youngest completion's slot and pages; it waits with the tokens that it has.
+    """Take the youngest completion's slot and pages; it waits with the tokens that it has so far.
 
     The oldest unfinished completion is never preempted and its pages always fit, so every completion ends.
     """
@@ -232,7 +237,7 @@ def preempt(spec: PageSpec, state: State) -> State:
 
 
 def schedule(spec: PageSpec, prompts: PromptBatch, prompt_table: Int[Array, "P M"], state: State) -> State:
-    """Free what ended, admit what fits, and preempt the youngest while pages are short."""
+    """Free slots that ended, admit waiting completions that fit, and preempt the youngest while pages are short."""
     state = free(spec, state, state.ended, DONE)
     fits, put = functools.partial(can_admit, spec, prompts), functools.partial(admit, spec, prompts, prompt_table)
     state = jax.lax.while_loop(fits, put, state)

@@ -58,18 +58,18 @@ class Unusable(Exception):
 
 
 def quiet(record: logging.LogRecord) -> bool:
-    """Let a log record pass unless orbax wrote it: what it reports comes as an exception too."""
+    """Let a log record pass unless orbax wrote it: its reports are raised as exceptions too."""
     return "orbax" not in record.pathname
 
 
 def is_late(error: BaseException | None) -> bool:
-    """Return whether an error is of a read that was given up: tensorstore's threads report it after the first one."""
+    """Tell if an error is of an abandoned read: tensorstore's threads report it after the first one."""
     return any(text in str(error) for text in ("Event loop is closed", "TensorStore"))
 
 
 @functools.cache
 def silence_orbax() -> None:
-    """Keep the warnings of orbax and the tracebacks of its tasks off the terminal: what fails is raised as well."""
+    """Keep orbax's warnings and its tasks' tracebacks off the terminal: failures are raised as well."""
     logging.getLogger("absl").addFilter(quiet)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # after a failed save
@@ -90,12 +90,12 @@ def unflatten(like: Any, leaves: dict[str, Any]) -> Any:
 
 
 def state_bytes(state: Any) -> int:
-    """Return the bytes of a state's arrays, the most that a checkpoint of it takes on disk."""
+    """Return the bytes of a state's arrays, the most that its checkpoint takes on disk."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, without the details of tensorstore's objects."""
+    """Return the message of an error, without the details of tensorstore's objects."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return line.split(" See full TensorStore details")[0].split(" [source locations=")[0][:300]
 
@@ -114,7 +114,7 @@ def seal(content: dict[str, Any]) -> str:
 
 
 def make_manifest(step: int, arrays: dict[str, jax.Array], host: dict[str, Any], best: "Best | None") -> dict[str, Any]:
-    """Return what is written beside the arrays: {'format', 'step', 'arrays': {name: [shape, dtype, digest]}, ...}."""
+    """Return the manifest beside the arrays: {'format', 'step', 'arrays': {name: [shape, dtype, digest]}, ...}."""
     found = digests(arrays)
     content = {
         "format": FORMAT,
@@ -155,7 +155,7 @@ def difference(manifest: dict[str, Any], shapes: dict[str, Any]) -> str:
 
 
 def check_digests(manifest: dict[str, Any], arrays: dict[str, jax.Array]) -> None:
-    """Raise Unusable, naming the array, when one is not what was saved."""
+    """Raise Unusable, naming the array, when one differs from the saved one."""
     for name, value in digests(arrays).items():
         if value != manifest["arrays"][name][2]:
             raise Unusable(f"{name} is damaged: its digest is not the one it was saved with")
@@ -318,7 +318,7 @@ class Checkpoints:
                 remove_tree(self.folder / str(step))
 
     def raise_failure(self) -> None:
-        """Raise what the save in the background met, as a UsageError."""
+        """Raise an error of the save in the background as a UsageError."""
         if self.failure:
             failure, self.failure = self.failure, None
             raise disk_error(self.folder, failure, self.needed) from failure
@@ -331,14 +331,14 @@ class Checkpoints:
         self.raise_failure()
 
     def close(self) -> None:
-        """Wait as `wait` does, then give up what orbax holds."""
+        """Wait as `wait` does, then release orbax's resources."""
         try:
             self.wait()
         finally:
             self.checkpointer.close()
 
     def space(self, state: Any) -> str:
-        """Return the line that says what space the run's checkpoints need and whether it is there."""
+        """Return a line on the space that the run's checkpoints need, and whether there is enough."""
         each, kept = state_bytes(state), self.keep + 1 + bool(self.metric)
         free = free_bytes(self.folder)
         line = f"checkpoints: up to {size_text(each)} each, {kept} at once"
@@ -393,7 +393,7 @@ class Checkpoints:
         return None
 
     def take(self, step: int, manifest: dict[str, Any], failed: dict[Path, str]) -> None:
-        """Go on from a checkpoint: set damaged ones aside, and delete what a crash left half-written or too many."""
+        """Adopt a checkpoint: set damaged ones aside, and delete half-written and surplus ones that a crash left."""
         if jax.process_index() == 0:
             for folder in failed:
                 set_aside(folder)
@@ -444,7 +444,7 @@ def grows(name: str, before: Any, now: Any) -> bool:
 
 
 def check_same_run(folder: Path, values: dict[str, Any]) -> list[str]:
-    """Return notes on what a resumed run does otherwise than the run in `folder`, which it may.
+    """Return notes on the allowed differences of a resumed run from the run in `folder`.
 
     UsageError when settings differ that would make it another run, naming each.
     """

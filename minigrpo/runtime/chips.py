@@ -1,4 +1,4 @@
-"""What chips have: the one table of the figures that plans and benches count with."""
+"""Figures of chips, in the one table that plans and benches count with."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU chip: usable memory in GiB, its bandwidth in GB/s, bf16 TFLOP/s, clock in GHz (public data sheets).
+    """A TPU chip: usable memory in GiB, bandwidth in GB/s, bf16 TFLOP/s, clock in GHz (published specifications).
 
     A tpu7x chip shows as two devices; the figures are one device's. A clock of 0 is not published.
     """
@@ -30,5 +30,5 @@ CHIPS = {
 
 
 def memory_of_kind(device_kind: str) -> int | None:
-    """Bytes of memory of a chip of this device_kind; None for one that is not in the table."""
+    """Return the bytes of memory of a chip of this device_kind; None for one that is not in the table."""
     return next((int(chip.hbm_gib * GIB) for chip in CHIPS.values() if chip.kind == device_kind), None)

@@ -26,7 +26,7 @@ CURES = {
 
 
 def error_number(error: BaseException) -> int:
-    """Return the system's number for what is behind `error`, which libraries wrap or write in its text; 0 for none."""
+    """Return the system's number of the cause of `error`, which libraries wrap or write in its text; 0 for none."""
     seen: BaseException | None = error
     while seen is not None:
         told = re.search(r"(?:OS error |os_error_code=')(\d+)", str(seen))
@@ -46,7 +46,7 @@ def size_text(size: int | float) -> str:
 
 
 def free_bytes(path: Path) -> int | None:
-    """Return the bytes free on the disk of `path`, or of its nearest parent that exists; None if nobody can say."""
+    """Return the bytes free on the disk of `path`, or of its nearest existing parent; None if unknown."""
     for place in (path, *path.absolute().parents):
         with contextlib.suppress(OSError):
             return shutil.disk_usage(place).free
@@ -54,7 +54,7 @@ def free_bytes(path: Path) -> int | None:
 
 
 def disk_error(path: Path, error: BaseException, needed: int = 0) -> UsageError:
-    """Return the one line for a file or folder that cannot be written: what, why, sizes in bytes if known, the cure."""
+    """Return one line for a file or folder that cannot be written: cause, sizes in bytes if known, the cure."""
     code = error_number(error)
     reason = os.strerror(code) if code else (str(error).splitlines() or [type(error).__name__])[0][:200]
     sizes = f", about {size_text(needed)} needed" if needed else ""

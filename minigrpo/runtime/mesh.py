@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from minigrpo.config import UsageError, parse_mesh
 from minigrpo.runtime.platform import choose_platform, start_backend
@@ -99,7 +100,7 @@ def by_sequence(mesh: Mesh) -> NamedSharding:
 def put(mesh: Mesh, tree: Any, sharding: NamedSharding) -> Any:
     """Move host arrays, equal on every process, to devices as laid out by `sharding`."""
 
-    def place(x):
+    def place(x: Any) -> Array:
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 

@@ -1,4 +1,4 @@
-"""Which device a run gets: what is really in the machine, whether jax can drive it, and the cure where it cannot."""
+"""Choice of a run's device: detecting what the machine has, whether jax can drive it, and the cure where it cannot."""
 
 import dataclasses
 import importlib.util
@@ -30,7 +30,7 @@ Finder = Callable[[str], object]
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Where the system tells of its devices; other folders in tests."""
+    """Folders in which the system lists its devices; tests pass others."""
 
     root: Path = Path("/")
 
@@ -85,7 +85,7 @@ def check_tpu(finder: Finder) -> None:
 
 
 def cuda_cure(driver: int) -> str:
-    """Return what makes jax drive NVIDIA's GPUs with this driver."""
+    """Return the command, or commands, that make jax drive NVIDIA's GPUs with this driver."""
     fitting = next((install for install, oldest in PLUGINS.values() if driver >= oldest), None)
     if fitting:
         return f"pip install -U '{fitting}'"
@@ -156,7 +156,7 @@ def start_backend(platform: str, machine: Machine | None = None) -> None:
 
 
 def explain(platform: str, text: str, machine: Machine) -> str:
-    """Return one line for an error of jax's on starting a platform: what it says, and the cure."""
+    """Return one line for an error of jax's on starting a platform: its message, and the cure."""
     said = (text.splitlines() or [""])[0].strip()[:200]
     if platform not in NAMES:
         return f"JAX_PLATFORMS={platform}: jax cannot start it ({said}); name cpu, tpu or cuda"

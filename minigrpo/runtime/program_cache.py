@@ -33,7 +33,7 @@ def drop_torn_programs(folder: Path) -> None:
 
 
 def keep_programs() -> None:
-    """Have jax keep compiled programs between runs, where it was not told a folder; one line if they cannot be kept."""
+    """Make jax keep compiled programs between runs unless it has a folder; print a line if they cannot be kept."""
     named, wanted = (getattr(jax.config, name) for name in (FOLDER, "jax_enable_compilation_cache"))
     if named or not wanted:
         return

@@ -1,4 +1,4 @@
-"""Words while one waits: a live line in a terminal, one line a minute elsewhere, all of it in RUN/train.log too."""
+"""Progress reports: a live line in a terminal, one line a minute elsewhere, and all of it in RUN/train.log."""
 
 import os
 import re
@@ -56,7 +56,7 @@ def out_of_memory(phase: str, text: str) -> str:
 
 
 class Progress:
-    """What is going on, shown on stderr. Threads may use it; nothing of it can hold up the end of the process."""
+    """Status of the process, shown on stderr. Threads may use it; it never holds up the end of the process."""
 
     def __init__(self, stream: Any = None):
         """Show on `stream`, sys.stderr if None."""
@@ -114,7 +114,7 @@ class Progress:
                 log.close()
 
     def open_log(self, folder: Path) -> None:
-        """Add to RUN/train.log from now on, and what was shown before the folder was there."""
+        """Copy lines to RUN/train.log from now on, beginning with the lines shown before the folder existed."""
         with self.lock:
             self.log = open(folder / "train.log", "a", encoding="utf-8", errors="backslashreplace")
             early, self.early = self.early, []
@@ -159,7 +159,7 @@ class Progress:
             self.spoke = max(self.spoke, self.since)
 
     def tick(self, done: int, tokens: int = 0) -> None:
-        """Note how far a phase is: `done` of its units, and `tokens` so far; costs nothing to speak of."""
+        """Note how far a phase is: `done` of its units, and `tokens` so far; nearly free."""
         self.done, self.tokens = done, tokens
 
     def start_steps(self, total: int, finished: int) -> None:
@@ -167,7 +167,7 @@ class Progress:
         self.total, self.finished = total, finished
 
     def step(self, finished: int, seconds: float, compiled: bool = False) -> None:
-        """Note a finished step; one that compiled something says nothing about the time to finish."""
+        """Note a finished step; steps that compiled something do not count for the time to finish."""
         with self.lock:
             self.finished = finished
             if not compiled and self.compiled < 0.1 * seconds:
@@ -214,7 +214,7 @@ class Progress:
             self.draw(time.monotonic())
 
     def draw(self, now: float) -> None:
-        """Redraw the live line of a terminal; elsewhere say it when nothing was said for a minute."""
+        """Redraw the live line of a terminal; elsewhere print it when nothing was printed for a minute."""
         for started in list(self.compiling.values()):
             if now - started[1] >= LONG_COMPILE and started not in self.announced:
                 self.announced.add(started)

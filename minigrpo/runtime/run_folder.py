@@ -88,7 +88,7 @@ class Wandb:
 
 
 def wandb_names(known: Any, folder: Path, options: RunOptions) -> dict[str, Any]:
-    """Return arguments of wandb.init: flags, and values of ours for what `known`, read from WANDB_..., leaves open."""
+    """Return arguments of wandb.init: flags, and our values for those that WANDB_... variables, `known`, leave open."""
     given = {"mode": options.wandb_mode, "project": options.wandb_project}
     ours = {"project": "minigrpo", "name": folder.absolute().name, "dir": str(folder)}
     unset = {
@@ -139,7 +139,7 @@ class RunFolder:
         self.progress.start_steps(total_steps, first_step)
 
     def cut_after(self, step: int) -> None:
-        """Drop what was logged after `step` finished steps: a resumed run logs it again."""
+        """Drop lines logged after `step` finished steps: a resumed run logs them again."""
         for path in (self.folder / name for name in LOGS if self.writes):
             if not path.exists():
                 continue
@@ -164,7 +164,7 @@ class RunFolder:
         self.progress.step(step, metrics["step_time"], compiled)
 
     def log_evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Write what --eval_steps measured after `step` steps, {'accuracy': 0.5}, to every sink."""
+        """Write the results of --eval_steps after `step` steps, {'accuracy': 0.5}, to every sink."""
         if not self.writes:
             return
         self.append("evaluations.jsonl", [{"step": step} | values])
@@ -196,7 +196,7 @@ class RunFolder:
 
 
 def evaluated(values: dict[str, float]) -> dict[str, float]:
-    """Return what an evaluation measured under the names that sinks and --keep_best know: eval/accuracy."""
+    """Return the results of an evaluation under the names that sinks and --keep_best know: eval/accuracy."""
     return {f"eval/{name.removeprefix('eval/')}": value for name, value in values.items()}
 
 
@@ -223,7 +223,7 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return a file's lines, whatever a crash left of the last one."""
+    """Return a file's lines, including a last one cut short by a crash."""
     return path.read_text(encoding="utf-8", errors="replace").split("\n")
 
 
@@ -248,7 +248,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 
 
 def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
-    """Return what a person reads of a step."""
+    """Format a step's metrics as a line for people."""
     rewards = " ".join(
         f"{name.split('/')[1]} {value:.2f}"
         for name, value in metrics.items()
@@ -315,8 +315,8 @@ def reward_metrics(
 ) -> dict[str, float]:
     """Return mean and std of all rewards, the share of groups without any spread, and each function's mean and std.
 
-    NaN stands for no completion, or for a function that does not apply to it. Under --scale_rewards=batch the share is
-    that of the whole batch, 0 or 1, as in TRL.
+    NaN marks a missing completion, or a function that does not apply to it. Under --scale_rewards=batch the whole batch
+    is one group, so the share is 0 or 1, as in TRL.
     """
     rows = total.reshape(1, -1) if scale == "batch" else total.reshape(-1, group)
     spreads = np.array([spread(row) for row in rows])

@@ -44,7 +44,7 @@ def print_line(text: str) -> None:
 
 
 class StopRequest:
-    """Whether somebody asked the process to stop, and what is done about it.
+    """A request to stop the process, and the actions that follow it.
 
     Outside of `graceful`, where there is nothing to save, a signal ends the process at once in one line. Inside, the
     first one is a request that the loop looks at after each step; a second Ctrl-C ends the process at once.
@@ -68,7 +68,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether to stop after the step under way."""
+        """Tell if the run is to stop after the step under way."""
         return self.asked.is_set()
 
     # Hearing
@@ -133,7 +133,7 @@ class StopRequest:
             self.end(EXIT_STOPPED, f"stopped within a step, which took longer than --grace_seconds; {self.resume}")
 
     def save_and_end(self, saver: Callable[[], int]) -> None:
-        """Save the state that a rollout leaves as it was, close what is open, and end the process."""
+        """Save the state, which a rollout does not change, close what is open, and end the process."""
         try:
             step = saver()
         except Exception as error:  # whatever it is, the process ends in one line
