@@ -151,6 +151,7 @@ def write_checkpoint(folder, **changes):
 
 
 ARITHMETIC = "--dataset=builtin:arithmetic"
+SHORT = ("--max_completion_length=64",)
 
 
 def bad_inputs(tmp_path):
@@ -195,8 +196,14 @@ def bad_inputs(tmp_path):
         "heads": (["--mesh=1,8"], "tp=8 does not divide the model's 4 attention heads"),
         "accumulation": (["--gradient_accumulation_steps=some"], "--gradient_accumulation_steps=some: must be auto or"),
         "architecture": ([f"--model={other}", ARITHMETIC], "model_type 'llama' is not supported"),
-        "shapes": ([f"--model={wide}", ARITHMETIC], "model.embed_tokens.weight has shape [512, 128], not [512, 256]"),
-        "truncated": ([f"--model={torn}", ARITHMETIC], "torn/model.safetensors: not a complete safetensors file"),
+        "shapes": (
+            [f"--model={wide}", ARITHMETIC, *SHORT],
+            "model.embed_tokens.weight has shape [512, 128], not [512, 256]",
+        ),
+        "truncated": (
+            [f"--model={torn}", ARITHMETIC, *SHORT],
+            "torn/model.safetensors: not a complete safetensors file",
+        ),
         "no weights": ([f"--model={tmp_path}"], f"{tmp_path}/config.json: not a readable config.json"),
         "hub": (["--model=Qwen/Nowhere"], "--model=Qwen/Nowhere: not in the Hub cache"),
         "hub data": (["--dataset=gsm8k"], "--dataset=gsm8k: split 'train' cannot be had"),

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import minigrpo.data.arithmetic as arithmetic
 from minigrpo.config import DataOptions, RunOptions, UsageError
-from minigrpo.data import arithmetic
 from minigrpo.data.chat import Tokenizer, warn_of_templated
 from minigrpo.data.columns import Prompt, Reader, answer_reader, chat, completion_readers, prompt_reader, refuse_unused
 from minigrpo.data.files import JSON_FILES, TABLES, is_file, read_file, read_rows, refuse_choice, suffix

@@ -2,8 +2,8 @@
 
 import dataclasses
 
+import minigrpo.planning.hlo as hlo
 from minigrpo.model.params import ModelConfig
-from minigrpo.planning import hlo
 
 
 @dataclasses.dataclass(frozen=True)
