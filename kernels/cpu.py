@@ -21,6 +21,7 @@ def backend(device_kind: str, compute_capability: str) -> Backend:
         causal_attention=causal_attention.attend,
         paged_cache=paged_cache,
         head_tiles=HeadTiles(rows=1024, vocab=2048, backward_rows=512),
+        least_batch=16,
         micro_batch_tokens=2048,
         compiler_options=(("xla_cpu_prefer_vector_width", 512),),
     )

@@ -151,7 +151,7 @@ def write_checkpoint(folder, **changes):
 
 
 ARITHMETIC = "--dataset=builtin:arithmetic"
-SHORT = ("--max_completion_length=64",)
+SHORT = (ARITHMETIC, "--max_completion_length=64")
 
 
 def bad_inputs(tmp_path):

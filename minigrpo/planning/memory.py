@@ -120,7 +120,8 @@ def micro_batch_rows(spec: RunSpec, packing: PackingSpec, sequences: int) -> int
     if flag == "auto":
         row_tokens = packing.packed_share * packing.row_tokens
         busy = max(1, round(spec.backend.micro_batch_tokens / row_tokens))
-        return min(own, busy, int(fitting_rows(spec) / packing.packed_share))
+        most = min(own, busy, int(fitting_rows(spec) / packing.packed_share))
+        return -(-own // -(-own // most))  # as even as they can be at full length
     if not flag.isdigit() or int(flag) < 1:
         raise UsageError(f"--gradient_accumulation_steps={flag}: must be auto or a whole number of at least 1")
     return -(-own // int(flag))
