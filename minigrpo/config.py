@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import numbers
 import os
 import sys
 import textwrap
@@ -19,6 +20,7 @@ from minigrpo import __version__
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 LARGEST_SEED = 2**31 - 1
+LARGEST_BATCH = 65536
 LARGEST_RANK = 4096
 HELP_WIDTH = 100
 """Characters of a line of --help."""
@@ -55,10 +57,22 @@ class Options:
             check_limits(field, getattr(self, field.name))
 
 
+KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def check_kind(field: dataclasses.Field[Any], value: Any) -> None:
+    """Raise UsageError that names the flag if a value, as from a run's config.json, is of another type."""
+    kind = field_type(field)
+    accepted: Any = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise UsageError(f"--{field.name}={value!r:.60}: must be {KINDS[kind]}")
+
+
 def check_limits(field: dataclasses.Field[Any], value: Any) -> None:
     """Raise UsageError that names the flag if a value breaks a limit of its field; None breaks none."""
     if value is None:
         return
+    check_kind(field, value)
     meta = field.metadata
     if meta["choices"] and value not in meta["choices"]:
         raise UsageError(f"--{field.name}={value}: must be one of {', '.join(map(str, meta['choices']))}")
@@ -282,8 +296,8 @@ class OptimizerOptions(Options):
 class StepOptions(Options):
     """Steps"""
 
-    batch_size: int = option(16, "prompts per step", low=1)
-    num_generations: int = option(8, "completions per prompt: the group", low=2)
+    batch_size: int = option(16, "prompts per step", low=1, high=LARGEST_BATCH)
+    num_generations: int = option(8, "completions per prompt: the group", low=2, high=LARGEST_BATCH)
     num_iterations: int = option(1, "passes of the update over a rollout", low=1)
     num_minibatches: int = option(1, "updates per pass, each on an equal share of the prompts", low=1)
     gradient_accumulation_steps: str = option(
@@ -370,7 +384,7 @@ class SftOptions(Options):
     """Supervised training"""
 
     mesh: str = option("auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU")
-    batch_size: int = option(64, "rows per step", low=1)
+    batch_size: int = option(64, "rows per step", low=1, high=LARGEST_BATCH)
     max_steps: int = option(0, "steps; 0 means one pass over the data", low=0)
     max_completion_length: int = option(
         512, "rows with longer completions are dropped and counted", low=1, high=MOST_TOKENS

@@ -22,7 +22,16 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from minigrpo.build import DEFAULT_MODEL, TINY, check_lora, check_loss, check_quantize, grpo_update_spec, make_generator
+from minigrpo.build import (
+    DEFAULT_MODEL,
+    RECIPES,
+    TINY,
+    check_lora,
+    check_loss,
+    check_quantize,
+    grpo_update_spec,
+    make_generator,
+)
 from minigrpo.config import RolloutOptions, Settings, UsageError, parse_mesh, run_command
 from minigrpo.data.chat import load_tokenizer
 from minigrpo.evaluate import QUEUE_SLOTS, greedy_options, prompts_per_rollout
@@ -195,11 +204,10 @@ class Shapes:
     def reference(self) -> tuple[UpdateSpec, Any]:
         """Return the programs and weights of the reference: another copy, or the base without adapters."""
         config = dataclasses.replace(self.spec.config, lora=None)
-        plain = dataclasses.replace(self.update_spec, dropout_seed=None)
         if self.spec.config.lora:
             model = dataclasses.replace(self.update_spec.model, config=config)
-            return dataclasses.replace(plain, model=model), self.frozen
-        return plain, placed(self.spec.mesh, abstract_params(config, self.spec.dtype))
+            return dataclasses.replace(self.update_spec, model=model), self.frozen
+        return self.update_spec, placed(self.spec.mesh, abstract_params(config, self.spec.dtype))
 
     @functools.cached_property
     def batch(self) -> PackedBatch:
@@ -307,7 +315,7 @@ def result_bytes(spec: RunSpec, completions: int) -> int:
 
 def decoded_shapes(shapes: Shapes, made: RolloutSpec) -> Any:
     """Return the policy as it is decoded, whole on every chip."""
-    decoded = jax.eval_shape(functools.partial(decode_weights, made), join(shapes.trainable, shapes.frozen))
+    decoded = jax.eval_shape(functools.partial(decode_weights, made.layout), join(shapes.trainable, shapes.frozen))
     whole = replicated(shapes.spec.mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), decoded)
 
@@ -320,7 +328,7 @@ def plan_weights(shapes: Shapes, work: Work, held: Resident) -> Phase:
     params = join(shapes.trainable, shapes.frozen)
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(decoded_shapes(shapes, made)))
     counted = Counted(held.moments + held.reference, 0.0, moved, whole)
-    return measure(spec, counted, decode_weights, made, params)
+    return measure(spec, counted, decode_weights, made.layout, params)
 
 
 def plan_rollout(shapes: Shapes, work: Work, held: Resident, options: RolloutOptions) -> Phase:
@@ -548,6 +556,7 @@ def announce(shapes: Shapes, chip: Chip) -> None:
 def main(settings: Settings) -> int:
     """Plan as the settings say."""
     jax.config.update("jax_platforms", "cpu")
+    settings = settings.with_defaults(RECIPES.get(settings.model.model, {}))
     spec, chip = plan_spec(settings), find_chip(settings.plan.topology)
     shapes = make_shapes(spec)
     announce(shapes, chip)

@@ -64,8 +64,8 @@ from minigrpo.runtime.signals import EXIT_STOPPED, STOP
 
 SECTIONS = ("model", "lora", "data", "rollout", "rewards", "loss", "optimizer", "steps", "run")
 
-PROGRAMS = ("decode_weights", "run_mesh", "batch_logprobs", "gradients", "apply_gradients")
-"""Device programs of a run, each compiled once, scoring twice at most."""
+PROGRAMS = {"decode_weights": 1, "run_mesh": 2, "batch_logprobs": 2, "gradients": 2, "apply_gradients": 1}
+"""Device programs of a run, and how often each may be compiled: sampling once more for evaluation."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     TINY: {"temperature": 1.0, "learning_rate": 2e-4, "beta": 0.0, "max_steps": 100},
@@ -131,7 +131,9 @@ class Run:
         return join(state.params, self.frozen)
 
 
-def train(run: Run, state: TrainState, first: Position, folder: RunFolder, checkpoints: Checkpoints) -> TrainState:
+def train(
+    run: Run, state: TrainState, first: Position, folder: RunFolder, checkpoints: Checkpoints
+) -> tuple[Position, TrainState]:
     """Run the loop: rollout and reward, advantage, update, log. Stop early where a signal asked for it."""
     options, at = run.settings.run, first
     for step in range(first.step, run.total_steps):
@@ -161,10 +163,10 @@ def train(run: Run, state: TrainState, first: Position, folder: RunFolder, check
             checkpoints.save(at.step, state, dataclasses.asdict(at))
         if stopping:
             raise Stopped(at.step, state)
-    return state
+    return at, state
 
 
-# The five acts
+# From experience to the next state
 
 
 def batch_with_advantages(run: Run, experience: Experience) -> Batch:
@@ -202,9 +204,14 @@ def improve(run: Run, state: TrainState, batches: list[PackedBatch]) -> tuple[Tr
         passed.append(metrics)
     read = jax.device_get(passed)
     last = read[-len(batches) :]
-    means = {name: float(np.mean([one[name] for one in last])) for name in last[0]}
+    means = {name: float(over_minibatches(name)([one[name] for one in last])) for name in last[0]}
     total = {"skipped_updates": float(sum(one["skipped_updates"] for one in read))}
     return state, means | {"learning_rate": float(last[-1]["learning_rate"])} | total
+
+
+def over_minibatches(name: str) -> Callable[[list[Any]], Any]:
+    """Return how a metric of several minibatches becomes the step's: by its name the least, the most or the mean."""
+    return np.max if name.endswith("max") else np.min if name.endswith("min") else np.mean
 
 
 @jax.jit
@@ -275,20 +282,20 @@ def summary(run: Run, experience: Experience, step: int, clock: Clock) -> dict[s
         | completion_metrics(lengths, rollout.stopped[present])
         | {"step_time": clock.total(), "tokens_per_second": lengths.sum() / clock.total()}
         | phases
-        | rollout_metrics(rollout, lengths, phases)
+        | rollout_metrics(rollout, phases)
         | ({"device/peak_bytes": memory["peak_bytes_in_use"]} if "peak_bytes_in_use" in memory else {})
     )
 
 
-def rollout_metrics(rollout: Rollout, lengths: np.ndarray, phases: dict[str, float]) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, phases: dict[str, float]) -> dict[str, float]:
     """Return the metrics of sampling; none for responses on file."""
     if not rollout.decode_steps:
         return {}
     return {
-        "rollout/tokens_per_second": lengths.sum() / phases["time/rollout"],
+        "rollout/tokens_per_second": rollout.sampled / phases["time/rollout"],
         "rollout/occupancy": rollout.occupancy,
         "rollout/preempted": float(rollout.preempted),
-        "rollout/refilled_share": float(rollout.refilled / max(1, lengths.sum())),
+        "rollout/refilled_share": float(rollout.refilled / max(1, rollout.sampled)),
     }
 
 
@@ -383,14 +390,13 @@ def load_reference(built: Build, spec: UpdateSpec, trainable: Params, frozen: Pa
     loss, lora = built.settings.loss, built.spec.config.lora
     if not loss.beta:
         return None, None
-    plain = dataclasses.replace(spec, dropout_seed=None)
     if loss.sync_ref_steps:
         start = jax.tree.map(jnp.copy, trainable) if lora else built.load(built.settings.steps.seed, built.spec.dtype)
-        return Reference(plain, None), start
+        return Reference(spec, None), start
     if lora:
         base = dataclasses.replace(spec.model, config=dataclasses.replace(built.spec.config, lora=None))
-        return Reference(dataclasses.replace(plain, model=base), frozen), None
-    return Reference(plain, built.load(built.settings.steps.seed, built.spec.dtype)), None
+        return Reference(dataclasses.replace(spec, model=base), frozen), None
+    return Reference(spec, built.load(built.settings.steps.seed, built.spec.dtype)), None
 
 
 def check_settings(built: Build) -> None:
@@ -438,11 +444,16 @@ def make_run(built: Build) -> tuple[Run, TrainState]:
     if settings.data.offline:
         collect = functools.partial(recorded_experience, data, steps.batch_size, steps.num_generations, steps.seed)
     else:
-        resident = device_share_bytes((state, frozen, reference.params if reference else None))
+        resident = resident_bytes(state, frozen, reference)
         collect = functools.partial(sample_experience, sampling_spec(built, data, rewards, resident, total))
     weights = {reward.name: reward.weight for reward in rewards}
     run = Run(built, update_spec, packing, frozen, reference, collect, weights, None, len(data), total)
     return dataclasses.replace(run, evaluate=make_evaluation(run, held, state)), state
+
+
+def resident_bytes(state: TrainState, frozen: Params, reference: Reference | None) -> int:
+    """Return the bytes of training on each device while it samples."""
+    return device_share_bytes((state, frozen, reference.params if reference else None))
 
 
 Evaluation = Callable[[TrainState], dict[str, float]]
@@ -455,27 +466,26 @@ def make_evaluation(run: Run, held: PromptSet | None, state: TrainState) -> Eval
     if run.settings.data.offline:
         return make_validation(run, held, state)
     greedy = greedy_options(run.settings.rollout)
-    resident = device_share_bytes((state, run.frozen, run.reference.params if run.reference else None))
+    resident = resident_bytes(state, run.frozen, run.reference)
     return lambda state: accuracy(run.build, run.policy(state), held, greedy, resident)
 
 
 def make_validation(run: Run, held: PromptSet, state: TrainState) -> Evaluation:
     """Return the validation on held-out responses, against the policy at the start."""
-    size, group = run.settings.steps.batch_size, run.settings.steps.num_generations
+    steps, sequences = run.settings.steps, run.build.spec.update_sequences
+    group, size = steps.num_generations, sequences // steps.num_generations
     starts = range(0, len(held), size)
     experiences = [take_responses(held, range(at, min(at + size, len(held))), group, [0, at]) for at in starts]
-    sequences = run.build.spec.update_sequences // group
     batches = [batch_with_advantages(run, experience) for experience in experiences]
     packed = [
-        put_batch(run.build.spec.mesh, pack(run.packing, *pad_batch(experience.prompts, batch, max(size, sequences))))
+        put_batch(run.build.spec.mesh, pack(run.packing, *pad_batch(experience.prompts, batch, size)))
         for experience, batch in zip(experiences, batches, strict=True)
     ]
     advantages = np.concatenate([batch.advantages for batch in batches])
     rows = HeldOut(experiences, packed, advantages)
-    plain = dataclasses.replace(run.update_spec, dropout_seed=None)
 
     def mean_logprobs(state: TrainState) -> Float[np.ndarray, " B"]:
-        return rows.mean_logprobs(lambda batch: np.asarray(batch_logprobs(plain, run.policy(state), batch)))
+        return rows.mean_logprobs(lambda batch: np.asarray(batch_logprobs(run.update_spec, run.policy(state), batch)))
 
     before = mean_logprobs(state)
     return lambda state: validate(rows, before, mean_logprobs(state), group)
@@ -489,7 +499,11 @@ def with_run_settings(settings: Settings) -> Settings:
         raise UsageError("--resume: name the run to continue with --output_dir")
     saved = read_run_settings(Path(settings.run.output_dir))
     saved = {name: value for name, value in saved.items() if name not in ("resume", "output_dir")}
-    return dataclasses.replace(settings.with_defaults(saved), explicit=settings.explicit | saved.keys())
+    try:
+        continued = settings.with_defaults(saved)
+    except UsageError as error:
+        raise UsageError(f"{settings.run.output_dir}/config.json: {error}; mend the file") from error
+    return dataclasses.replace(continued, explicit=settings.explicit | saved.keys())
 
 
 def choose_folder(settings: Settings) -> Path:
@@ -532,21 +546,32 @@ def announce(run: Run, state: TrainState, folder: Path) -> None:
         )
 
 
-def finish(run: Run, state: TrainState, folder: RunFolder, checkpoints: Checkpoints) -> None:
+def finish(run: Run, at: Position, state: TrainState, folder: RunFolder, checkpoints: Checkpoints) -> None:
     """Write the last checkpoint, the model and the report; the model also where a checkpoint could not be."""
     path = folder.folder
     try:
-        checkpoints.save(run.total_steps, state)
+        checkpoints.save(at.step, state, dataclasses.asdict(at))
         checkpoints.close()
     finally:
         folder.close()
         folder.progress.phase("export")
         run.build.export(path / "final", path / "adapter", state.params, run.frozen)
         page = write_report(path)
-    programs = ", ".join(f"{name} {count}" for name, count in folder.progress.programs.items() if name in PROGRAMS)
     best = f"; the best by --keep_best is step {checkpoints.best.step}" if checkpoints.best else ""
-    folder.say(f"compiled: {programs}")
+    folder.say(compiled(folder.progress.programs))
     folder.say(f"done: {run.total_steps} steps; model in {path / 'final'}, report in {page}{best}")
+
+
+def compiled(counts: dict[str, int]) -> str:
+    """Return the line on how often the run's programs were compiled, and which of them too often."""
+    own = {name: count for name, count in counts.items() if name in PROGRAMS}
+    often = [name for name, count in own.items() if count > PROGRAMS[name]]
+    more = (
+        f"\nnote: {', '.join(often)} compiled again for other shapes, which costs time: please report it"
+        if often
+        else ""
+    )
+    return "compiled: " + ", ".join(f"{name} {count}" for name, count in own.items()) + more
 
 
 def stop(stopped: Stopped, folder: RunFolder, checkpoints: Checkpoints) -> int:
@@ -597,10 +622,10 @@ def run_training(settings: Settings, progress: Progress) -> int:
         evaluate(run, state, 0, log, checkpoints)
     with STOP.graceful(options.grace_seconds, f"continue with {resume_command(folder)}", (log.close,)):
         try:
-            state = train(run, state, first, log, checkpoints)
+            at, state = train(run, state, first, log, checkpoints)
         except Stopped as stopped:
             return stop(stopped, log, checkpoints)
-        finish(run, state, log, checkpoints)
+        finish(run, at, state, log, checkpoints)
     return 0
 
 

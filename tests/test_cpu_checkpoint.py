@@ -167,7 +167,9 @@ def write_metrics(run, steps):
     (run / "metrics.jsonl").write_text("".join(json.dumps({"step": n + 1}) + "\n" for n in range(steps)))
 
 
-@pytest.mark.parametrize(("steps", "marked", "refused"), [(12, False, True), (4, True, True), (4, False, False)])
+@pytest.mark.parametrize(
+    ("steps", "marked", "refused"), [(12, False, True), (4, True, True), (1, True, True), (4, False, False)]
+)
 def test_checkpoints_that_are_gone_are_missed(tmp_path, steps, marked, refused):
     """A run killed before its first checkpoint begins again; one whose checkpoints were deleted does not."""
     write_metrics(tmp_path / "run", steps)
@@ -177,7 +179,8 @@ def test_checkpoints_that_are_gone_are_missed(tmp_path, steps, marked, refused):
     if not refused:
         assert checkpoints.restore(LIKE)[0] == 0
         return
-    with pytest.raises(UsageError, match=f"metrics.jsonl has {steps} steps, but .* holds no checkpoint"):
+    said = "newest_checkpoint.txt names checkpoint 3" if marked else f"metrics.jsonl has {steps} steps"
+    with pytest.raises(UsageError, match=f"{said}, but .* holds no checkpoint"):
         checkpoints.restore(LIKE)
 
 
@@ -213,6 +216,16 @@ def test_the_best_step_is_kept_beside_the_newest(tmp_path, metric, best):
             assert checkpoints.restore(LIKE)[0] == 4
     checkpoints.close()
     assert checkpoints.steps() == [best, 6] and checkpoints.best.step == best
+
+
+@pytest.mark.parametrize("metric", ["nonsense", "eval/nonsense"])
+def test_a_best_by_no_metric_is_refused(tmp_path, metric):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1, keep_best=metric)
+    own, other = {"loss": 1.0, "reward": 0.5}, {"eval/accuracy": 0.5}
+    own, other = (other, own) if metric.startswith("eval/") else (own, other)
+    assert not checkpoints.rate(1, other)
+    with pytest.raises(UsageError, match=f"--keep_best={metric}: no such metric; there are "):
+        checkpoints.rate(1, own)
 
 
 def test_another_metric_or_a_best_that_is_gone_is_not_remembered(run):

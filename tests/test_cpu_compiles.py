@@ -46,7 +46,10 @@ def test_a_run_compiles_each_program_once(name, tmp_path, capsys, traced_anew):
     counts = {program: int(count) for program, count in (part.rsplit(" ", 1) for part in said.split(", "))}
     assert counts.pop("run_mesh", 0) == rollouts
     assert all(count <= MOST[program] for program, count in counts.items()), counts
-    lengths = [json.loads(line)["completions/mean_length"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    lengths = [
+        json.loads(line)["completions/mean_length"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert max(lengths) > 1.2 * min(lengths)
 
 

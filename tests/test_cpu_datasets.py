@@ -544,7 +544,8 @@ def test_the_named_prompt_column_holds_for_responses_on_file(tmp_path):
         ({"prompt": "a", "chosen": "x", "rejected": "y", "score_chosen": 1}, "row 2 has nothing as a score"),
         ({"prompt": "a", "chosen": "x", "rejected": None}, "row 2 has nothing as 'rejected'"),
         ({"chosen": "x", "rejected": "y"}, "row 2 has no prompt before its responses"),
-        ({"prompt": "a"}, "row 2 has no responses, response with score, chosen or messages; its columns are prompt"),
+        ({"prompt": "a"}, "row 2 has no responses, chosen or messages; its columns are prompt"),
+        ({"prompt": "a", "response": "x", "score": 1}, "row 2 .* rows of one response each are not mixed with others"),
     ],
 )
 def test_responses_on_file_that_cannot_be_used_are_named_by_row(tmp_path, row, message):
@@ -608,7 +609,7 @@ class Counting(Tokenizer):
     def render(self, messages):
         return messages[-1]["content"]
 
-    def encode(self, texts):
+    def tokens_of(self, texts, add_special_tokens):
         self.given.append((len(texts), sum(map(len, texts))))
         return [[ord(char) for char in text] for text in texts]
 

@@ -431,6 +431,9 @@ def test_an_adapter_whose_base_moved_says_so_and_takes_another(hub, saved, tmp_p
         find_source(str(folder), "x")
     with pytest.raises(UsageError, match=r"has adapters itself"):
         find_source(str(adapter), str(whole))
+    itself = adapter_folder(tmp_path / "itself", base_model_name_or_path=str(tmp_path / "itself"))
+    with pytest.raises(UsageError, match=r"has adapters itself"):
+        find_source(str(itself))
     with pytest.raises(UsageError, match=r"names no base_model_name_or_path; pass --base_model"):
         find_source(str(adapter_folder(tmp_path / "unnamed", base_model_name_or_path=None)))
 

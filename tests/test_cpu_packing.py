@@ -167,11 +167,14 @@ def test_no_lengths_exceed_what_the_arrays_hold(lengths, kind):
 
 
 @pytest.mark.parametrize("share", [False, True])
-def test_at_most_eight_sequences_are_in_a_row(share):
-    """Nine would fit."""
-    spec = PackingSpec(1, 2, *LIMITS, group=9, share_prefixes=share)
+def test_at_most_so_many_sequences_are_in_a_row(share):
+    """Nine would fit where eight may, and seventeen where sixteen may."""
+    spec = PackingSpec(1, 2, *LIMITS, group=9, sequences_per_row=8, share_prefixes=share)
     packed = check_spec(spec, *make_batch([1], [1] * 9))
     assert packed.segment_ids[0, 0].max(axis=1).tolist() == [8, 1] and packed.micro_batches == 1
+    spec = PackingSpec(1, 2, 2, 48, group=17, share_prefixes=share)
+    packed = check_spec(spec, *make_batch([1], [1] * 17))
+    assert packed.segment_ids[0, 0].max(axis=1).tolist() == [16, 1] and packed.micro_batches == 1
 
 
 def test_the_example_of_a_packed_batch():

@@ -353,6 +353,9 @@ def fail(error):
         (lambda completions: None, "returned None, not a list of floats"),
         (lambda completions: "ab", "returned 'ab', not a list of floats"),
         (lambda completions: {"a": 1.0, "b": 2.0}, "not a list of floats"),
+        (lambda completions: {1.0, 2.0}, "not a list of floats"),
+        (lambda completions: frozenset([1.0, 2.0]), "not a list of floats"),
+        (lambda completions: [1e39, 0.0], r"returned 1e.39 for completion 0; scores must be finite, 1e.09 at most"),
         (lambda completions: ["1", "2"], "returned '1' for completion 0, not a list of floats"),
         (lambda completions: [1j, 2j], "returned 1j for completion 0"),
         (lambda completions: [[1.0], [2.0]], r"returned \[1.0\] for completion 0"),
@@ -470,7 +473,10 @@ def test_flags_that_name_no_reward_say_what_is_near(flag, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def f(:\n", r"SyntaxError\(.*'.*r.py', 1"),
+        ("\ndef f(:\n", r"SyntaxError\(.* at .*r.py:2$"),
+        ("x = '\0'\n", r"failed: (ValueError|SyntaxError)\((?!.*minigrpo).*"),
+        ("raise BaseException(5)\n", r"BaseException\(5\) at .*r.py:1$"),
+        ("raise GeneratorExit\n", r"GeneratorExit\(\) at .*r.py:1$"),
         ("\n\nraise KeyError('x' * 10**6)\n", r"KeyError\('x+\.\.\. at .*r.py:3$"),
         ("import sys\nsys.exit(3)\n", r"SystemExit\(3\) at .*r.py:2$"),
         ("import no_such_neighbour\n", r"ModuleNotFoundError\(.*no_such_neighbour.*\) at .*r.py:1$"),

@@ -79,7 +79,8 @@ SIZES = ("--batch_size=3", "--num_generations=5", "--max_prompt_length=64", "--m
 def test_the_plan_of_a_small_model(small_model, share):
     flags = (f"--model={small_model}", "--topology=v6e:2x2", "--mesh=2,2", f"--share_prompts={share}")
     report = report_of("-m", "minigrpo.plan", *flags, *SIZES)
-    assert report["fits"] and report["advice"] == "" and report["micro_batches"] == 1
+    assert report["fits"] and report["advice"] == ""
+    assert report["micro_batches"] == (2 if share == "true" else 1)  # at most: without any shared prompt it takes two
     assert report["largest_batch"] > 8
     phases = report["phases"]
     assert list(phases) == ["weights", "rollout", "reference", "update", "optimizer"]
@@ -100,7 +101,7 @@ def test_the_plan_of_a_small_model(small_model, share):
     [
         (
             ("--topology=v7x:2x2",),
-            "--topology=v7x:2x2: unknown; try v6e:2x4, another of v4, v5e, v5p, v6e, or gpu:80GB",
+            "--topology=v7x:2x2: unknown; try v6e:2x4, another of v4, v5e, v5p, tpu7x, v6e, or gpu:80GB",
         ),
         (("--topology=v6e:3x7",), "--topology=v6e:3x7: not chips that the TPU compiler knows; use such as v6e:2x4"),
         (("--topology=gpu:80",), "--topology=gpu:80: a GPU is written with its memory: gpu:80GB"),
@@ -139,7 +140,9 @@ def test_gpus_are_planned_by_arithmetic():
     report = report_of(*flags)
     assert report["fits"] and report["counted_by"] == "arithmetic"
     assert all(3 < phase["hbm_gib"] < 30 for phase in report["phases"].values())
-    assert report_of(*flags, "--gradient_accumulation_steps=4")["micro_batches"] == 4
+    parts = report_of(*flags, "--gradient_accumulation_steps=4", "--share_prompts=false")["micro_batches"]
+    assert parts == 4
+    assert report_of(*flags, "--gradient_accumulation_steps=4")["micro_batches"] == 5  # where no prompt is shared
 
 
 @pytest.mark.parametrize(
@@ -169,17 +172,16 @@ def test_the_built_in_model_is_planned():
     assert report["fits"] and report["largest_batch"] > 16
 
 
-@pytest.mark.parametrize(("parts", "gib"), [(1, 28.86), (4, 18.39)])
-def test_an_update_on_a_gpu_is_planned_as_its_compiler_counts(parts, gib):
+def test_an_update_on_a_gpu_is_planned_as_its_compiler_counts():
     """Temporaries as XLA's compiler of jax 0.11.2 counts them for an H100, gradient and optimizer in one program.
 
-    An H200 that runs them as two peaks 0.5 and 3.1 % below what is planned (BUILD_NOTES.md).
+    An H200 that runs them as two peaks 3.1 % below what is planned (BUILD_NOTES.md).
     """
     sizes = ("--batch_size=4", "--num_generations=8", "--max_prompt_length=256", "--max_completion_length=2048")
-    flags = (*sizes, "--remat=attention", "--beta=0", f"--gradient_accumulation_steps={parts}")
+    flags = (*sizes, "--remat=attention", "--beta=0", "--gradient_accumulation_steps=4")
     report = report_of("-m", "minigrpo.plan", "--model=Qwen/Qwen3-1.7B", "--topology=gpu:80GB", "--mesh=1,1", *flags)
     update, optimizer = (report["phases"][name] for name in ("update", "optimizer"))
-    assert update["temporaries_gib"] == pytest.approx(gib, rel=0.03)
+    assert update["temporaries_gib"] == pytest.approx(18.39, rel=0.03)
     assert update["arguments_gib"] + update["resident_gib"] == pytest.approx(19.23, rel=0.001)
     assert optimizer["hbm_gib"] == pytest.approx(19.23 * 4 / 3, rel=0.001)
 

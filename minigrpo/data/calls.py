@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float
 
 from minigrpo.config import UsageError
+from minigrpo.data.columns import LARGEST_SCORE
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -105,9 +106,13 @@ def code_of(function: Any) -> CodeType | None:
 
 
 def error_place(error: BaseException, folder: Path | None) -> str:
-    """Return " at FILE:LINE", the innermost place in `folder` or else of all, "" where only this file is known."""
+    """Return " at FILE:LINE", the innermost place in `folder` or else of all, "" where only this package is known."""
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    frames = [place for place in frames if place[0] != __file__ and "importlib" not in place[0]]
+    if isinstance(error, SyntaxError) and error.filename:
+        frames.append((error.filename, error.lineno or 1))
+    frames = [
+        place for place in frames if "importlib" not in place[0] and Path(place[0]).parent != Path(__file__).parent
+    ]
     own = [place for place in frames if folder and Path(place[0]).parent == folder] or frames
     return f" at {own[-1][0]}:{own[-1][1]}" if own else ""
 
@@ -249,7 +254,7 @@ async def finish(scores: Awaitable[Any]) -> Any:
 def read_scores(name: str, scores: Any, count: int) -> list[float]:
     """Return a float per completion, NaN for None; UsageError for anything else."""
     values = scores.tolist() if hasattr(scores, "tolist") else scores  # arrays and tensors, with or without gradient
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+    if isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable):
         raise UsageError(f"reward {name}: returned {shown(scores)}, not a list of floats")
     values = list(itertools.islice(values, count + 1))
     if len(values) != count:
@@ -271,8 +276,10 @@ def read_score(name: str, place: int, value: Any) -> float:
         ) from error
     if isinstance(plain, str | bytes):
         raise UsageError(f"reward {name}: returned {shown(value)} for completion {place}, not a list of floats")
-    if not math.isfinite(number):
-        raise UsageError(f"reward {name}: returned {number} for completion {place}; scores must be finite")
+    if not abs(number) <= LARGEST_SCORE:
+        raise UsageError(
+            f"reward {name}: returned {number} for completion {place}; scores must be finite, {LARGEST_SCORE:g} at most"
+        )
     return number
 
 

@@ -239,7 +239,7 @@ def answer_cell(column: str, row: Row) -> str:
         return completion_text(column, value)
     if isinstance(value, str) and value.strip():
         return value
-    if isinstance(value, numbers.Number) and value == value:
+    if isinstance(value, numbers.Number) and not isinstance(value, bool) and value == value:
         return str(value)
     raise CellError(f"has {describe(value)} as {column!r}; an answer is text or a number")
 

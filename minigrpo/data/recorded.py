@@ -60,7 +60,8 @@ def recorded_row(options: DataOptions, row: Row) -> Row:
         before, response = chat_response(column, row[column])
         responses, scores = [response], [1.0]
     else:
-        raise CellError(f"has no responses, response with score, chosen or messages; its columns are {', '.join(row)}")
+        flat = "; rows of one response each are not mixed with others" if "response" in row else ""
+        raise CellError(f"has no responses, chosen or messages; its columns are {', '.join(row)}{flat}")
     return row | {"prompt": recorded_prompt(options, row, before), "responses": responses, "scores": scores}
 
 

@@ -231,7 +231,9 @@ def load_module(source: str, name: str) -> ModuleType:
         if is_file or error.name is None or not f"{source}.".startswith(f"{error.name}."):
             raise import_failure(source, name, error, folder) from error
         raise UsageError(f"--reward={source}:{name}: no module {source}; a file is named PATH.py:{name}") from error
-    except (Exception, SystemExit) as error:  # the user's own file may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's own file may raise anything
         raise import_failure(source, name, error, folder) from error
 
 

@@ -47,7 +47,8 @@ def ragged_advantages(
 ) -> Float[np.ndarray, " B"]:
     """Compute `group_advantages` of groups that are not all full; NaN is no completion, or no reward, and gives 0.
 
-    A group of one has nothing to be compared with: its advantage is `lone` times its reward.
+    A group of one has nothing to be compared with: its advantage is `lone` times its reward, before the scaling
+    by the batch.
     """
     present = ~np.isnan(rewards)
     if present.all():

@@ -45,7 +45,7 @@ class Batch:
     """Of the policy that sampled, recomputed by the trainer; None when this update is the first on these samples."""
     ref_logprobs: Any = None  # float [..., C]
     loss_excluded: Any = None  # bool [...]
-    """Completions that count in the loss's denominators but teach nothing."""
+    """Completions that teach nothing, though the denominators of grpo and dr_grpo count them."""
 
     @property
     def completion_mask(self) -> Bool[Array, "*B C"]:
@@ -140,15 +140,17 @@ class PackedBatch:
 
 
 def micro_batch(packed: PackedBatch, index: Int[Array, ""] | int) -> PackedBatch:
-    """Take one micro-batch, the devices' rows end to end."""
-    arrays = dataclasses.replace(packed, micro_batches=None)
-    taken = jax.tree.map(lambda x: x[:, index].reshape(-1, *x.shape[3:]), arrays)
-    scored = packed.loss_positions[:, index], packed.targets[:, index]
-    taken = dataclasses.replace(taken, loss_positions=scored[0], targets=scored[1])
+    """Take one micro-batch: the devices' rows and completions end to end.
+
+    Arrays that hold or go with positions among one device's rows keep the leading dim of devices.
+    """
+    by_device = jax.tree.map(lambda x: x[:, index], dataclasses.replace(packed, micro_batches=None))
+    taken = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), by_device)
+    taken = dataclasses.replace(taken, loss_positions=by_device.loss_positions, targets=by_device.targets)
     if packed.shared_prefix is None:
         return taken
-    tables = packed.shared_prefix.first[:, index], packed.shared_prefix.copies[:, index]
-    return dataclasses.replace(taken, shared_prefix=SharedPrefixIndex(taken.shared_prefix.tokens, *tables))
+    shared = dataclasses.replace(by_device.shared_prefix, tokens=taken.shared_prefix.tokens)
+    return dataclasses.replace(taken, shared_prefix=shared)
 
 
 # Dealing sequences to devices and rows
@@ -258,7 +260,11 @@ def deal(spec: PackingSpec, lengths: Lengths, size: int) -> list[list[int]]:
 
 
 def arrange(spec: PackingSpec, lengths: Lengths) -> list[list[MicroBatch]]:
-    """Pack every device's sequences, dealt one by one or, with shared prefixes, in the pieces that need least."""
+    """Pack every device's sequences, dealt one by one or, with shared prefixes, in pieces of groups.
+
+    Pieces are tried as whole groups, halves and so on down to single sequences. Those are kept that need the fewest
+    micro-batches, then the fewest tokens on the busiest device.
+    """
     sizes = [spec.group >> halvings for halvings in range(spec.group.bit_length())] if spec.share_prefixes else [1]
     packed = [[fill_micro_batches(spec, lengths, share) for share in deal(spec, lengths, size)] for size in sizes]
 
@@ -272,13 +278,16 @@ def arrange(spec: PackingSpec, lengths: Lengths) -> list[list[MicroBatch]]:
 
 
 def allocate(spec: PackingSpec, count: int) -> dict[str, Int[np.ndarray, "..."]]:
-    """Return blank arrays for a batch of `count` sequences, by their names in `PackedBatch`, and the rows' tokens."""
+    """Return blank arrays for a batch of `count` sequences, by their names in `PackedBatch`, and `token_at`.
+
+    `token_at` has the number of the packed token at every position of the rows.
+    """
     lead, sequences = (spec.devices, spec.micro_batches(count)), spec.sequences(count)
     shapes = {
         "tokens": (spec.packed_tokens,),
         "position_ids": (spec.packed_tokens,),
         "segment_ids": (spec.rows, spec.row_tokens),
-        "row_tokens": (spec.rows, spec.row_tokens),
+        "token_at": (spec.rows, spec.row_tokens),
         "loss_positions": (spec.loss_tokens,),
         "targets": (spec.loss_tokens,),
         "starts": (sequences,),
@@ -319,7 +328,7 @@ def write_micro_batch(
                 own = own if prefix is None else np.concatenate([np.arange(prefix, prefix + len(prompt)), own])
                 packed_end += new
             span, scores = slice(at, at + total), slice(scored, scored + length)
-            out["row_tokens"].reshape(-1)[span], out["segment_ids"].reshape(-1)[span] = own, segment
+            out["token_at"].reshape(-1)[span], out["segment_ids"].reshape(-1)[span] = own, segment
             out["tokens"][own], out["position_ids"][own] = [*prompt, *completion], np.arange(total)
             out["loss_positions"][scores] = np.arange(at + len(prompt) - 1, at + total - 1)
             out["targets"][scores] = completion
@@ -328,21 +337,21 @@ def write_micro_batch(
 
 
 def index_shared_prefixes(
-    spec: PackingSpec, row_tokens: Int[np.ndarray, "A M R T"], segments: Int[np.ndarray, "A M R T"]
+    spec: PackingSpec, token_at: Int[np.ndarray, "A M R T"], segments: Int[np.ndarray, "A M R T"]
 ) -> SharedPrefixIndex:
-    """Find every packed token's first position and further copies, from the token at every position of the rows."""
-    lead, nowhere = row_tokens.shape[:2], spec.rows * spec.row_tokens
+    """Find every packed token's first position and further copies in the rows."""
+    lead, nowhere = token_at.shape[:2], spec.rows * spec.row_tokens
     first = np.full((*lead, spec.packed_tokens), nowhere, np.int32)
     most = max(1, min(spec.group, spec.sequences_per_row * spec.rows) - 1)
     copies = np.full((*lead, spec.prefix_tokens, most), nowhere, np.int32)
     for index in np.ndindex(*lead):
         used = np.flatnonzero(segments[index])
-        used = used[np.argsort(row_tokens[index].reshape(-1)[used], kind="stable")]
-        token = row_tokens[index].reshape(-1)[used]
+        used = used[np.argsort(token_at[index].reshape(-1)[used], kind="stable")]
+        token = token_at[index].reshape(-1)[used]
         copy = np.arange(len(token)) - np.searchsorted(token, token)
         first[index][token[copy == 0]] = used[copy == 0]
         copies[index][token[copy > 0], copy[copy > 0] - 1] = used[copy > 0]
-    return SharedPrefixIndex(row_tokens, first, copies)
+    return SharedPrefixIndex(token_at, first, copies)
 
 
 def take_in_order(batch: Batch, order: Int[np.ndarray, "A M K"]) -> Batch:
@@ -360,8 +369,8 @@ def pack(spec: PackingSpec, prompts: list[list[int]], batch: Batch) -> PackedBat
     for device, filled in enumerate(devices):
         for number, one in enumerate(filled):
             write_micro_batch(spec, prompts, batch, one, {name: x[device, number] for name, x in arrays.items()})
-    row_tokens = arrays.pop("row_tokens")
-    shared = index_shared_prefixes(spec, row_tokens, arrays["segment_ids"]) if spec.share_prefixes else None
+    token_at = arrays.pop("token_at")
+    shared = index_shared_prefixes(spec, token_at, arrays["segment_ids"]) if spec.share_prefixes else None
     layout = (1, spec.packed_tokens) if spec.share_prefixes else (spec.rows, spec.row_tokens)
     for name in ("tokens", "position_ids"):
         arrays[name] = arrays[name].reshape(*arrays[name].shape[:2], *layout)
@@ -384,8 +393,8 @@ def pad_batch(prompts: list[list[int]], batch: Batch, count: int) -> tuple[list[
 
 def put_batch(mesh: Mesh, packed: PackedBatch) -> PackedBatch:
     """Move a packed batch onto the mesh, each device's micro-batches to it."""
-    arrays = put(mesh, dataclasses.replace(packed, micro_batches=None), by_sequence(mesh))
-    return dataclasses.replace(arrays, micro_batches=put(mesh, packed.micro_batches, replicated(mesh)))
+    arrays = put(dataclasses.replace(packed, micro_batches=None), by_sequence(mesh))
+    return dataclasses.replace(arrays, micro_batches=put(packed.micro_batches, replicated(mesh)))
 
 
 def restore_order(packed: PackedBatch, scores: Float[np.ndarray, "A M K C"], count: int) -> Float[np.ndarray, "B C"]:

@@ -151,6 +151,7 @@ def concatenate(first: Experience, second: Experience) -> Experience:
         occupancy=float(np.average([one.occupancy, two.occupancy], weights=[one.decode_steps, two.decode_steps])),
         preempted=one.preempted + two.preempted,
         refilled=one.refilled + two.refilled,
+        sampled=one.sampled + two.sampled,
     )
     return Experience(
         prompts=first.prompts + second.prompts,
@@ -188,9 +189,7 @@ def take_groups(experience: Experience, groups: np.ndarray) -> Experience:
         rewards=experience.rewards[rows],
         components={name: scores[rows] for name, scores in experience.components.items()},
         group_mask=experience.group_mask[groups],
-        extra={
-            name: [column[row] for row in rows] for name, column in experience.extra.items() if len(column) > max(rows)
-        },
+        extra={name: [column[row] for row in rows] for name, column in experience.extra.items()},
     )
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from minigrpo.config import OptimizerOptions
-from minigrpo.model.params import DIMS, Params, leaf_name, shardings_of
+from minigrpo.model.params import Params, layer_dims, leaf_name, shardings_of
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +24,7 @@ class TrainState:
     updates: Any  # int32 scalar
     """Updates applied; the learning rate is a function of it."""
     reference: Any = None
-    """The frozen policy of the KL penalty when --sync_ref_steps moves it; otherwise None."""
+    """The reference of the KL penalty where --sync_ref_steps moves it; otherwise None."""
 
 
 def learning_rate(options: OptimizerOptions, total: int) -> optax.Schedule:
@@ -46,7 +46,7 @@ def decayed(params: Params) -> Params:
 
 def is_matrix(name: str) -> bool:
     """Tell a matrix by its name."""
-    return len(DIMS[name].replace("L", "")) > 1 and not name.endswith("bias")
+    return len(layer_dims(name)) > 1 and not name.endswith("bias")
 
 
 def make_optimizer(options: OptimizerOptions, total: int) -> optax.GradientTransformation:

@@ -63,9 +63,10 @@ def find_base(adapter: Path, written: str, base_model: str) -> Source:
         raise UsageError(f"--model={adapter}: its {CONFIG_FILE} names no base_model_name_or_path; pass --base_model")
     base = written if base_model == "auto" else base_model
     cure = f"--model={adapter}: its base {base!r:.200} cannot be had; pass --base_model=FOLDER. It is"
-    source = find_source(base, given=cure if base_model == "auto" else f"--base_model={base_model}")
-    if source.lora:
-        raise UsageError(f"--model={adapter}: its base {base} has adapters itself; merge them first")
+    given = cure if base_model == "auto" else f"--base_model={base_model}"
+    source = None if (Path(base) / CONFIG_FILE).is_file() else find_source(base, given=given)
+    if source is None or source.lora:
+        raise UsageError(f"--model={adapter}: its base {base} has adapters itself; merge them, or pass --base_model")
     return source
 
 

@@ -48,8 +48,9 @@ PROJECTIONS = {
 }
 """A layer's matrices -> dims of what goes in and of what comes out."""
 
-for matrix, (ins, outs) in PROJECTIONS.items():
-    DIMS |= {f"{matrix}_lora_a": f"L{ins}R", f"{matrix}_lora_b": f"LR{outs}", f"{matrix}_scale": f"L{outs}"}
+DIMS |= {f"{name}_lora_a": f"L{dims[0]}R" for name, dims in PROJECTIONS.items()}
+DIMS |= {f"{name}_lora_b": f"LR{dims[1]}" for name, dims in PROJECTIONS.items()}
+DIMS |= {f"{name}_scale": f"L{dims[1]}" for name, dims in PROJECTIONS.items()}
 
 Params = dict[str, Any]
 """A nested dict of arrays: the ends by name, and "layers", stacked on a leading dim or, for decoding, a list."""
@@ -119,6 +120,11 @@ class ModelConfig:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter, stacked over layers."""
         return tuple(self.sizes[letter] for letter in DIMS[name])
+
+    @property
+    def decoded(self) -> "ModelConfig":
+        """Return the model as it is decoded: adapters are merged into their matrices, unless these are int8."""
+        return self if self.int8 else dataclasses.replace(self, lora=None)
 
     def quantized(self, name: str) -> bool:
         """Tell if a parameter is held in int8."""

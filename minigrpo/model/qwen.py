@@ -26,6 +26,7 @@ from minigrpo.model.params import (
     ModelConfig,
     Params,
     is_adapter,
+    layer_dims,
     leaf_name,
     select,
     shardings_of,
@@ -177,7 +178,7 @@ class Projections(nnx.Module):
     def project(self, name: str, x: Array, context: LayerContext) -> Array:
         """Apply the matrix `name` to x [B,T,...], scale and adapter included."""
         ins, outs = PROJECTIONS[name]
-        dims = DIMS[name].replace("L", "")
+        dims = layer_dims(name)
         out = jnp.einsum(f"BT{ins},{dims}->BT{outs}", x, self.array(name).astype(x.dtype))
         if self.config.int8:
             out = out * self.array(f"{name}_scale")

@@ -17,7 +17,6 @@ from minigrpo.model.params import ModelConfig
 from minigrpo.model.qwen import abstract_params
 from minigrpo.planning.cost import Work
 from minigrpo.planning.run_spec import RunSpec
-from minigrpo.rollout.generator import decode_config
 from minigrpo.runtime.chips import GIB
 from minigrpo.runtime.mesh import TP
 
@@ -156,7 +155,7 @@ def pool_limit(spec: RunSpec, resident: int) -> int:
     """Return the most pages that fit beside the decoded weights and `resident` bytes; 0 is no limit, on the CPU."""
     if spec.platform == "cpu":
         return 0
-    decoded = jax.tree.leaves(abstract_params(decode_config(spec.config), spec.dtype))
+    decoded = jax.tree.leaves(abstract_params(spec.config.decoded, spec.dtype))
     used = resident + sum(leaf.size * leaf.dtype.itemsize for leaf in decoded) + ROLLOUT_SCRATCH
     return max(1, int(ROLLOUT_SHARE * spec.device_bytes - used) // page_bytes(spec))
 

@@ -58,6 +58,17 @@ TAIL_SHRINK = 4
 
 
 @dataclasses.dataclass(frozen=True)
+class DecodeLayout:
+    """How the policy's weights are laid out for decoding, whatever is sampled from them."""
+
+    policy: ModelConfig
+    """The model that is trained."""
+    mesh: Mesh
+    dtype: Any
+    unroll_layers: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class RolloutSpec:
     """Everything static about a rollout program."""
 
@@ -85,9 +96,14 @@ class RolloutSpec:
     """Called while decoding with each slot's completion, position and token."""
 
     @property
+    def layout(self) -> DecodeLayout:
+        """Return the layout of the weights."""
+        return DecodeLayout(self.policy, self.mesh, self.dtype, self.backend.unroll_layers)
+
+    @property
     def model(self) -> ModelConfig:
-        """Return the policy as it is decoded: adapters are merged into their matrices, unless these are int8."""
-        return decode_config(self.policy)
+        """Return the policy as it is decoded."""
+        return self.policy.decoded
 
     @property
     def cache(self) -> PagedCache:
@@ -204,6 +220,8 @@ class Rollout:
     preempted: int = 0
     refilled: int = 0
     """Tokens whose keys and values were computed again after a preemption."""
+    sampled: int = 0
+    """Tokens of all completions, those of groups that were replaced later included."""
 
     @property
     def completions(self) -> list[list[int]]:
@@ -268,12 +286,15 @@ class DecodeRows:
 
 
 def choose_rows(spec: PageSpec, prompts: PromptBatch, state: State) -> DecodeRows:
-    """Choose the step's tokens: each running slot's last, or the next ones of a slot whose cache is behind."""
-    slots, own = state.slots, jnp.arange(len(state.slots.completion))
+    """Choose the step's tokens: each running slot's last one, or only tokens of a slot whose cache is behind.
+
+    While any slot's cache is behind, as after a preemption, the whole step fills that one, a token for every slot.
+    """
+    slots, lane = state.slots, jnp.arange(len(state.slots.completion))
     behind = running(state) & (slots.cached + 1 < known_tokens(spec, prompts, state))
-    refill, target = behind.any(), jnp.argmax(behind)
-    slot = jnp.where(refill, target, own)
-    position = slots.cached[slot] + jnp.where(refill, own, 0)
+    refill, refilled_slot = behind.any(), jnp.argmax(behind)
+    slot = jnp.where(refill, refilled_slot, lane)
+    position = slots.cached[slot] + jnp.where(refill, lane, 0)
     valid = running(state)[slot] & (~refill | (position + 1 < known_tokens(spec, prompts, state)[slot]))
     completion = jnp.minimum(slots.completion[slot], len(state.status) - 1)
     prompt = completion // spec.group
@@ -326,7 +347,7 @@ def next_tokens(
 
 def decode(
     spec: RolloutSpec,
-    pages: PageSpec,
+    page_spec: PageSpec,
     weights: Params,
     angles: Angles,
     prompts: PromptBatch,
@@ -334,13 +355,13 @@ def decode(
     state: State,
 ) -> State:
     """Decode one token of every running slot, or fill the cache of one that was preempted."""
-    state = extend(pages, state)
-    rows, slots, total = choose_rows(pages, prompts, state), state.slots, len(state.status)
+    state = extend(page_spec, state)
+    rows, slots, total = choose_rows(page_spec, prompts, state), state.slots, len(state.status)
     sampling = running(state) & rows.samples
     completion = jnp.where(sampling, slots.completion, total)
     index = jnp.minimum(completion, total - 1)
     count = state.lengths[index]
-    new_pages, tokens, logprobs = next_tokens(spec, weights, angles, rows, state, uniforms[index, count])
+    pages, tokens, logprobs = next_tokens(spec, weights, angles, rows, state, uniforms[index, count])
     if spec.on_token:
         jax.debug.callback(spec.on_token, completion, count, tokens)
     filled = jnp.zeros_like(slots.cached).at[rows.slot].add(rows.valid.astype(jnp.int32))
@@ -348,7 +369,7 @@ def decode(
     refilled = jnp.where(rows.samples, 0, rows.valid.sum())
     return update(
         state,
-        pages=new_pages,
+        pages=pages,
         slots=dataclasses.replace(slots, cached=slots.cached + filled),
         tokens=state.tokens.at[completion, count].set(tokens, mode="drop"),
         logprobs=state.logprobs.at[completion, count].set(logprobs, mode="drop"),
@@ -360,7 +381,7 @@ def decode(
 
 
 def batch_sizes(slots: int, least: int) -> list[int]:
-    """Return the sizes of the decoding batch, at first and in the tail; none is half of the one before or more.
+    """Return the sizes of the decoding batch, at first and in the tail: each is less than half of the one before.
 
     >>> batch_sizes(64, 4), batch_sizes(32, 4)
     ([64, 16, 4], [32, 8])
@@ -378,7 +399,7 @@ def more_left_than(count: int, state: State) -> Bool[Array, ""]:
 
 def decode_all(
     spec: RolloutSpec,
-    pages: PageSpec,
+    page_spec: PageSpec,
     weights: Params,
     prompts: PromptBatch,
     uniforms: Float[Array, "B C"],
@@ -386,16 +407,16 @@ def decode_all(
     state: State,
 ) -> State:
     """Decode until every completion is done, in a batch that shrinks once fewer are left than it holds."""
-    positions = jnp.arange(pages.table_entries * spec.page_size)
+    positions = jnp.arange(page_spec.table_entries * spec.page_size)
     angles = rope_angles(positions[None], spec.model)
     sizes = batch_sizes(len(state.slots.completion), spec.backend.least_batch)
 
     def step(state: State) -> State:
-        return decode(spec, pages, weights, angles, prompts, uniforms, state)
+        return decode(spec, page_spec, weights, angles, prompts, uniforms, state)
 
     def turn(more_left: Callable[[State], Array], state: State) -> State:
-        state = schedule(pages, prompts, prompt_table, state)
-        return jax.lax.while_loop(lambda s: can_decode(pages, prompts, s) & more_left(s), step, state)
+        state = schedule(page_spec, prompts, prompt_table, state)
+        return jax.lax.while_loop(lambda s: can_decode(page_spec, prompts, s) & more_left(s), step, state)
 
     for size, following in zip(sizes, sizes[1:] + [0], strict=True):
         more_left = functools.partial(more_left_than, following)
@@ -403,19 +424,21 @@ def decode_all(
     return state
 
 
-def initial_state(spec: RolloutSpec, pages: PageSpec, prompts: PromptBatch, start: Start, taken: Array) -> State:
+def initial_state(spec: RolloutSpec, page_spec: PageSpec, prompts: PromptBatch, start: Start, taken: Array) -> State:
     """Return a state with every slot empty and `taken` pages given to prompts, which are yet to be prefilled."""
     total = len(start.lengths)
-    slots, model = spec.slot_count(total // pages.group, pages.group), spec.model
+    slots, model = spec.slot_count(total // page_spec.group, page_spec.group), spec.model
     zeros = jnp.zeros(slots, jnp.int32)
     last = jnp.take_along_axis(start.tokens, jnp.maximum(start.lengths - 1, 0)[:, None], axis=1)[:, 0]
     ended = jnp.isin(last, jnp.array(spec.stop_tokens)) & (start.lengths > 0) | (start.lengths == spec.max_tokens)
-    waits = (jnp.repeat(prompts.lengths, pages.group) > 0) & ~ended
-    sizes = (model.num_hidden_layers, pages.num_pages, spec.page_size, model.num_key_value_heads, model.head_dim)
+    waits = (jnp.repeat(prompts.lengths, page_spec.group) > 0) & ~ended
+    sizes = (model.num_hidden_layers, page_spec.num_pages, spec.page_size, model.num_key_value_heads, model.head_dim)
     return State(
         pages=spec.cache.empty_pages(*sizes, spec.dtype),
-        pool=full_pool(pages.num_pages, taken),
-        slots=Slots(zeros + total, zeros, zeros, jnp.full((slots, pages.table_entries), pages.num_pages, jnp.int32)),
+        pool=full_pool(page_spec.num_pages, taken),
+        slots=Slots(
+            zeros + total, zeros, zeros, jnp.full((slots, page_spec.table_entries), page_spec.num_pages, jnp.int32)
+        ),
         status=jnp.where(waits, WAITING, DONE),
         tokens=start.tokens,
         logprobs=start.logprobs,
@@ -444,12 +467,12 @@ def run_device(
 ) -> tuple[Array, Array, Array, Array]:
     """Run one device's whole rollout -> tokens, log-probs, lengths, and counts [1, 4]."""
     count = len(prompts.lengths)
-    pages = spec.page_spec(count, len(start.lengths) // count)
-    prompt_table, taken = prompt_pages(pages, prompts)
-    state = initial_state(spec, pages, prompts, start, taken)
+    page_spec = spec.page_spec(count, len(start.lengths) // count)
+    prompt_table, taken = prompt_pages(page_spec, prompts)
+    state = initial_state(spec, page_spec, prompts, start, taken)
     state = update(state, pages=prefill(spec, weights, rows, prompt_table, state.pages))
-    uniforms = all_uniforms(pages, prompts, key)
-    state = decode_all(spec, pages, weights, prompts, uniforms, prompt_table, state)
+    uniforms = all_uniforms(page_spec, prompts, key)
+    state = decode_all(spec, page_spec, weights, prompts, uniforms, prompt_table, state)
     return state.tokens, state.logprobs, state.lengths, state.counts[None]
 
 
@@ -478,37 +501,32 @@ def rollout_program(backend: Backend) -> jax.stages.Wrapped:
 # The policy as it is decoded
 
 
-def decode_config(config: ModelConfig) -> ModelConfig:
-    """Return the config that is decoded: adapters are merged into their matrices, unless these are int8."""
-    return config if config.int8 else dataclasses.replace(config, lora=None)
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def decode_weights(spec: RolloutSpec, params: Params) -> Params:
+def decode_weights(layout: DecodeLayout, params: Params) -> Params:
     """Lay the policy out for decoding: in the compute dtype, whole on every device, its layers as the backend wants.
 
     Layers are gathered one after the other, so that one layer's temporaries are there at a time.
     """
-    weights = params if spec.model == spec.policy else merge_adapters(spec.policy, params)
+    weights = params if layout.policy.decoded == layout.policy else merge_adapters(layout.policy, params)
 
     def gather(tree: Params) -> Params:
-        return jax.lax.with_sharding_constraint(cast_weights(tree, spec.dtype), replicated(spec.mesh))
+        return jax.lax.with_sharding_constraint(cast_weights(tree, layout.dtype), replicated(layout.mesh))
 
     layers = weights["layers"]
-    if spec.backend.unroll_layers:
-        count = range(spec.model.num_hidden_layers)
+    if layout.unroll_layers:
+        count = range(layout.policy.num_hidden_layers)
         gathered: Any = [gather(jax.tree.map(lambda w, layer=layer: w[layer], layers)) for layer in count]
     else:
-        gathered = jax.lax.with_sharding_constraint(jax.lax.map(gather, layers), replicated(spec.mesh))
+        gathered = jax.lax.with_sharding_constraint(jax.lax.map(gather, layers), replicated(layout.mesh))
     ends = {name: value for name, value in weights.items() if name != "layers"}
     return gather(ends) | {"layers": gathered}
 
 
-def is_decodable(spec: RolloutSpec, params: Params) -> bool:
+def is_decodable(layout: DecodeLayout, params: Params) -> bool:
     """Tell if the policy is laid out for decoding as it is."""
-    if spec.backend.unroll_layers or spec.model != spec.policy:
+    if layout.unroll_layers or layout.policy.decoded != layout.policy:
         return False
-    return all(x.dtype == spec.dtype and x.is_fully_replicated for x in jax.tree.leaves(params))
+    return all(x.dtype == layout.dtype and x.is_fully_replicated for x in jax.tree.leaves(params))
 
 
 # The host's side
@@ -577,6 +595,7 @@ def make_rollout(spec: RolloutSpec, total: int, slots: int, outs: tuple[np.ndarr
         occupancy=float(counts["busy"].sum() / max(1, counts["steps"].sum() * slots)),
         preempted=int(counts["preempted"].sum()),
         refilled=int(counts["refilled"].sum()),
+        sampled=int(lengths.sum()),
     )
 
 
@@ -601,14 +620,14 @@ class Generator:
         has tokens [P*group, C] that completions continue from.
         """
         spec, total = self.spec, len(prompts) * group
-        weights = params if is_decodable(spec, params) else decode_weights(spec, params)
+        weights = params if is_decodable(spec.layout, params) else decode_weights(spec.layout, params)
         batch, rows, row_group = deal_prompts(spec, prompts, uids, group)
         count = len(batch.lengths) * row_group
         given = no_start(spec, count)
         if start is not None:
             given = jax.tree.map(lambda blank, own: np.concatenate([own, blank[total:]]), given, start)
-        inputs = put(spec.mesh, (batch, rows, given), by_sequence(spec.mesh))
-        key = put(spec.mesh, np.array(seed, np.int32), replicated(spec.mesh))
+        inputs = put((batch, rows, given), by_sequence(spec.mesh))
+        key = put(np.array(seed, np.int32), replicated(spec.mesh))
         outs = rollout_program(spec.backend)(spec, weights, *inputs, key)
         slots = spec.slot_count(len(batch.lengths) // spec.mesh.size, row_group)
         return make_rollout(spec, total, slots, tuple(map(np.asarray, outs)))

@@ -246,7 +246,11 @@ def schedule(spec: PageSpec, prompts: PromptBatch, prompt_table: Int[Array, "P M
 
 
 def can_decode(spec: PageSpec, prompts: PromptBatch, state: State) -> Bool[Array, ""]:
-    """Tell if no completion is about to leave, enter or be preempted: the one question between two decode steps."""
+    """Tell if no completion is about to leave, enter or be preempted: the one question between two decode steps.
+
+    Right after `schedule` a step is always taken, so that each turn of the outer loop decodes at least one token, even
+    where the last free page makes the next admission or preemption due at once.
+    """
     return state.scheduled | ~(state.ended.any() | can_admit(spec, prompts, state) | is_short(spec, state))
 
 

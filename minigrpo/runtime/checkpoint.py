@@ -249,7 +249,13 @@ class Checkpoints:
     # Saving
 
     def rate(self, step: int, metrics: dict[str, float]) -> bool:
-        """Return whether the metric of --keep_best is among these and the best so far: `step` is to be saved then."""
+        """Return whether the metric of --keep_best is among these and the best so far: `step` is to be saved then.
+
+        UsageError for a metric that is missing where it was to be found for the first time.
+        """
+        same_kind = all(name.startswith("eval/") == self.metric.startswith("eval/") for name in metrics)
+        if self.metric and not self.best and same_kind and self.metric not in metrics:
+            raise UsageError(f"--keep_best={self.metric}: no such metric; there are {', '.join(sorted(metrics))}")
         value = self.sign * metrics.get(self.metric, math.nan)
         if math.isnan(value) or (self.best and value <= self.sign * self.best.value):
             return False
@@ -411,13 +417,20 @@ class Checkpoints:
     def check_none_is_lost(self) -> None:
         """Raise UsageError when the logs say that there were checkpoints, so that a run's logs are not emptied."""
         run = self.folder.parent
-        logged = last_step(run / "metrics.jsonl")
-        saved_some = (run / MARKER).exists() or logged > 2 * self.save_steps > 0
-        if saved_some and logged >= max(1, self.save_steps):
+        logged, newest = last_step(run / "metrics.jsonl"), read_marker(run)
+        if newest > 0 or logged > 2 * self.save_steps > 0:
+            saved = f"{run / MARKER} names checkpoint {newest}" if newest else f"{run}/metrics.jsonl has {logged} steps"
             raise UsageError(
-                f"--resume: {run}/metrics.jsonl has {logged} steps, but {self.folder} holds no checkpoint; put them "
-                "back, or start anew in another --output_dir"
+                f"--resume: {saved}, but {self.folder} holds no checkpoint; put them back, or start anew in another "
+                "--output_dir"
             )
+
+
+def read_marker(run: Path) -> int:
+    """Return the number of the newest checkpoint as the run folder names it; 0 where it names none."""
+    path = run / MARKER
+    text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    return int(text) if text.isdecimal() else 0
 
 
 # The settings of a run that goes on

@@ -97,7 +97,7 @@ def by_sequence(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA))
 
 
-def put(mesh: Mesh, tree: Any, sharding: NamedSharding) -> Any:
+def put(tree: Any, sharding: NamedSharding) -> Any:
     """Move host arrays, equal on every process, to devices as laid out by `sharding`."""
 
     def place(x: Any) -> Array:

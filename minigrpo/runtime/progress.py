@@ -68,7 +68,7 @@ class Progress:
         self.early: list[str] = []
         """Text shown before the run folder was there."""
         self.drawn = ""
-        self.name, self.unit, self.done, self.of, self.tokens = "", "", 0, 0, 0
+        self.name = ""
         self.since = self.spoke = time.monotonic()
         self.total = self.finished = 0
         self.recent: deque[float] = deque(maxlen=RECENT)
@@ -151,16 +151,11 @@ class Progress:
 
     # What is going on
 
-    def phase(self, name: str, of: int = 0, unit: str = "") -> None:
-        """Begin a phase, such as 'rollout' of 128 'completions'; '' is none."""
+    def phase(self, name: str) -> None:
+        """Begin a phase, such as 'rollout'; '' is none."""
         with self.lock:
-            self.name, self.of, self.unit, self.done, self.tokens = name, of, unit, 0, 0
-            self.since = time.monotonic()
+            self.name, self.since = name, time.monotonic()
             self.spoke = max(self.spoke, self.since)
-
-    def tick(self, done: int, tokens: int = 0) -> None:
-        """Note how far a phase is: `done` of its units, and `tokens` so far; nearly free."""
-        self.done, self.tokens = done, tokens
 
     def start_steps(self, total: int, finished: int) -> None:
         """Note the run's length and how many steps are behind it."""
@@ -196,12 +191,9 @@ class Progress:
     # Drawing
 
     def status(self, now: float) -> str:
-        """Return the live line: steps, phase with counts and seconds, what is being compiled, time to finish."""
+        """Return the live line: steps, phase with seconds, what is being compiled, time to finish."""
         steps = f"step {self.finished + 1}/{self.total}" if self.total > self.finished else ""
-        counts = f" {self.done:,}/{self.of:,} {self.unit}" if self.of else ""
-        waited = now - self.since
-        speed = f", {self.tokens / waited:,.0f} tok/s" if self.tokens and waited > 0 else ""
-        phase = f"{self.name}{counts}{speed}, {waited:.0f} s" if self.name else ""
+        phase = f"{self.name}, {now - self.since:.0f} s" if self.name else ""
         slow = [(name, now - start) for name, start in list(self.compiling.values()) if now - start >= LONG_COMPILE]
         compiling = f"compiling {slow[0][0]}, {slow[0][1]:.0f} s" if slow else ""
         left = self.seconds_left()
