@@ -59,7 +59,7 @@ TAIL_SHRINK = 4
 
 @dataclasses.dataclass(frozen=True)
 class DecodeLayout:
-    """How the policy's weights are laid out for decoding, whatever is sampled from them."""
+    """Layout of the policy's weights for decoding, whatever is sampled from them."""
 
     policy: ModelConfig
     """The model that is trained."""
