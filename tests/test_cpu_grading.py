@@ -13,6 +13,7 @@ from minigrpo import evaluate
 from minigrpo.config import UsageError
 from minigrpo.data import grading, rewards, symbolic
 from minigrpo.data.datasets import PromptSet
+from minigrpo.data.rows import Ragged
 from minigrpo.data.grading import extract_answer, marked_answer, most_common, same_answer, take_undecided
 
 RIGHT = [
@@ -304,7 +305,10 @@ def test_expressions_are_equal_where_the_library_says_so(given, wanted):
 def test_evaluate_and_the_rewards_give_the_same_marks():
     table = [pair for pair in RIGHT + WRONG if marked_answer(pair[0])]
     texts, wanted = zip(*table, strict=True)
-    problems = PromptSet([{"prompt": "", "answer": answer} for answer in wanted], [[1]] * len(wanted), 0)
+    tokens = Ragged()
+    for _ in wanted:
+        tokens.append([1])
+    problems = PromptSet([{"prompt": "", "answer": answer} for answer in wanted], tokens, 0)
     grades = evaluate.grade(list(texts), problems)
     marks = np.array(rewards.math_answer(completions=texts, answer=wanted), bool)
     np.testing.assert_array_equal(grades.flexible[:, 0], marks)
