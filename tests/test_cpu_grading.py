@@ -13,8 +13,8 @@ from minigrpo import evaluate
 from minigrpo.config import UsageError
 from minigrpo.data import grading, rewards, symbolic
 from minigrpo.data.datasets import PromptSet
-from minigrpo.data.rows import Ragged
 from minigrpo.data.grading import extract_answer, marked_answer, most_common, same_answer, take_undecided
+from minigrpo.data.rows import Ragged
 
 RIGHT = [
     (r"\boxed{18}", "18"),
