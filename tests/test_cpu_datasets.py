@@ -9,6 +9,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import tokenizers
 from conftest import ROOT
 
 from minigrpo.config import DataOptions, RunOptions, UsageError
@@ -605,6 +606,7 @@ class Counting(Tokenizer):
 
     def __init__(self):
         object.__setattr__(self, "given", [])
+        object.__setattr__(self, "hub", tokenizers.Tokenizer(tokenizers.models.BPE()))
 
     def render(self, messages):
         return messages[-1]["content"]
