@@ -62,6 +62,8 @@ def encode(built: Build, prompt: str | list[Message]) -> list[int]:
     data = built.settings.data
     system = "" if data.system_prompt == "auto" else data.system_prompt
     tokens = built.tokenizer.encode_prompts([built.tokenizer.render(chat(prompt, system))])[0]
+    if not tokens:
+        raise UsageError(f"--chat_template={data.chat_template}: makes no text of {str(prompt)[:40]!r}; choose another")
     if len(tokens) > data.max_prompt_length:
         raise UsageError(f"--max_prompt_length={data.max_prompt_length}: {str(prompt)[:40]!r} has {len(tokens)} tokens")
     return tokens

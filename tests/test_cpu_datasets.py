@@ -668,3 +668,9 @@ def test_ragged_lists_of_tokens():
 def test_worked_examples_of_columns():
     result = doctest.testmod(columns)
     assert result.attempted > 0 and result.failed == 0
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,prompt,answer\na,b,1\n")
+    with pytest.raises(UsageError, match=r"^--dataset=.*rows.csv: has two columns 'prompt'; rename one of them$"):
+        read(str(tmp_path / "rows.csv"))

@@ -240,6 +240,9 @@ def csv_arguments(path: Path, label: str, separator: str) -> dict[str, Any]:
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, csv.Error) as error:
         raise UsageError(f"{label}: cannot be read ({error})") from error
     columns = [name or f"Unnamed: {place}" for place, name in enumerate(names)]
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{label}: has two columns {twice!r}; rename one of them")
     features = datasets.Features({name: datasets.Value("string") for name in columns})
     return {"features": features, "index_col": False, **CSV_TEXT}
 
