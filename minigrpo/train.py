@@ -46,21 +46,9 @@ from minigrpo.model.params import Params, join, split_trainable
 from minigrpo.planning.memory import device_share_bytes, packing_spec, pool_limit
 from minigrpo.report import write_report
 from minigrpo.rollout.generator import Rollout
-from minigrpo.runtime.checkpoint import Checkpoints, any_process, check_same_run, read_run_settings
 from minigrpo.runtime.progress import Progress
-from minigrpo.runtime.run_folder import (
-    RunFolder,
-    check_empty,
-    check_writable,
-    completion_metrics,
-    evaluated,
-    import_wandb,
-    make_folder,
-    open_sinks,
-    reward_metrics,
-    save_settings,
-)
-from minigrpo.runtime.signals import EXIT_STOPPED, STOP
+from minigrpo.runtime.run_folder import RunFolder, completion_metrics, import_wandb, reward_metrics
+from minigrpo.runtime.session import Position, Session, choose_folder, open_session, with_run_settings
 
 SECTIONS = ("model", "lora", "data", "rollout", "rewards", "loss", "optimizer", "steps", "run")
 
@@ -71,27 +59,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     TINY: {"temperature": 1.0, "learning_rate": 2e-4, "beta": 0.0, "max_steps": 100},
 }
 """Defaults that a built-in model carries for this command besides those for every command."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """Progress of a run, saved with every checkpoint."""
-
-    step: int = 0
-    """Finished steps."""
-    skipped_in_a_row: int = 0
-
-    def after(self, skipped: bool) -> "Position":
-        """Return the position after one more step."""
-        return Position(self.step + 1, self.skipped_in_a_row + 1 if skipped else 0)
-
-
-class Stopped(Exception):
-    """The end of the loop on request, after a step whose checkpoint is under way."""
-
-    def __init__(self, step: int, state: TrainState) -> None:
-        super().__init__(step)
-        self.step, self.state = step, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,18 +98,16 @@ class Run:
         return join(state.params, self.frozen)
 
 
-def train(
-    run: Run, state: TrainState, first: Position, folder: RunFolder, checkpoints: Checkpoints
-) -> tuple[Position, TrainState]:
+def train(run: Run, state: TrainState, session: Session) -> tuple[Position, TrainState]:
     """Run the loop: rollout and reward, advantage, update, log. Stop early where a signal asked for it."""
-    options, at = run.settings.run, first
-    for step in range(first.step, run.total_steps):
+    options, at, log = run.settings.run, session.first, session.log
+    for step in range(at.step, run.total_steps):
         clock = Clock()
-        with STOP.saving(functools.partial(save_now, checkpoints, at, state)):
-            folder.progress.phase("rollout")
+        with session.saving(at, state):
+            log.progress.phase("rollout")
             experience = run.collect(run.policy(state), step)
         clock.start_phase()
-        folder.progress.phase("update")
+        log.progress.phase("update")
         batch = batch_with_advantages(run, experience)
         batches = score_minibatches(run, state, batch, experience.prompts)
         clock.mark("time/logprobs")
@@ -151,18 +116,14 @@ def train(
         clock.mark("time/update")
         metrics |= summary(run, experience, step, clock)
         at = at.after(metrics["skipped_updates"] > 0)
-        folder.log(at.step, metrics)
-        folder.append("completions.jsonl", samples(experience, step, options.log_completions))
+        log.log(at.step, metrics)
+        log.append("completions.jsonl", samples(experience, step, options.log_completions))
         if at.skipped_in_a_row == options.max_skipped_steps:
-            give_up(folder, at.step, batch, at.skipped_in_a_row)
-        rated = checkpoints.rate(at.step, metrics)
+            give_up(log, at.step, batch, at.skipped_in_a_row)
+        best = session.checkpoints.rate(at.step, metrics)
         if run.evaluate and at.step % options.eval_steps == 0:
-            rated |= evaluate(run, state, at.step, folder, checkpoints)
-        stopping = any_process(STOP.requested)
-        if rated or stopping or checkpoints.due(at.step):
-            checkpoints.save(at.step, state, dataclasses.asdict(at))
-        if stopping:
-            raise Stopped(at.step, state)
+            best |= evaluate(run, state, at.step, session)
+        session.end_step(at, state, best)
     return at, state
 
 
@@ -316,20 +277,11 @@ def as_json(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def evaluate(run: Run, state: TrainState, step: int, folder: RunFolder, checkpoints: Checkpoints) -> bool:
+def evaluate(run: Run, state: TrainState, step: int, session: Session) -> bool:
     """Measure the policy as --eval_steps asks and log it -> True if it is the best so far by --keep_best."""
     assert run.evaluate
-    folder.progress.phase("evaluation")
-    result = run.evaluate(state)
-    folder.log_evaluation(step, result)
-    return checkpoints.rate(step, evaluated(result))
-
-
-def save_now(checkpoints: Checkpoints, at: Position, state: TrainState) -> int:
-    """Save the state at once and wait until it is on disk -> its step."""
-    checkpoints.save(at.step, state, dataclasses.asdict(at))
-    checkpoints.wait()
-    return at.step
+    session.progress.phase("evaluation")
+    return session.log_evaluation(step, run.evaluate(state))
 
 
 # Setting up
@@ -491,34 +443,6 @@ def make_validation(run: Run, held: PromptSet, state: TrainState) -> Evaluation:
     return lambda state: validate(rows, before, mean_logprobs(state), group)
 
 
-def with_run_settings(settings: Settings) -> Settings:
-    """Return settings with a resumed run's own values for every flag that was not given."""
-    if not settings.run.resume:
-        return settings
-    if settings.run.output_dir == "auto":
-        raise UsageError("--resume: name the run to continue with --output_dir")
-    saved = read_run_settings(Path(settings.run.output_dir))
-    saved = {name: value for name, value in saved.items() if name not in ("resume", "output_dir")}
-    try:
-        continued = settings.with_defaults(saved)
-    except UsageError as error:
-        raise UsageError(f"{settings.run.output_dir}/config.json: {error}; mend the file") from error
-    return dataclasses.replace(continued, explicit=settings.explicit | saved.keys())
-
-
-def choose_folder(settings: Settings) -> Path:
-    """Choose the run folder, new or to be resumed; UsageError rather than a mix of two runs. Creates nothing."""
-    options = settings.run
-    folder = Path(time.strftime("runs/%Y%m%d-%H%M%S") if options.output_dir == "auto" else options.output_dir)
-    if options.resume:
-        for note in check_same_run(folder, settings.as_dict()):
-            sys.stderr.write(f"{note}\n")
-    else:
-        check_empty(folder)
-    check_writable(folder)
-    return folder
-
-
 def announce(run: Run, state: TrainState, folder: Path) -> None:
     """Print every value used, once, and where things go."""
     for name in run.settings.sections:
@@ -546,48 +470,6 @@ def announce(run: Run, state: TrainState, folder: Path) -> None:
         )
 
 
-def finish(run: Run, at: Position, state: TrainState, folder: RunFolder, checkpoints: Checkpoints) -> None:
-    """Write the last checkpoint, the model and the report; the model also where a checkpoint could not be."""
-    path = folder.folder
-    try:
-        checkpoints.save(at.step, state, dataclasses.asdict(at))
-        checkpoints.close()
-    finally:
-        folder.close()
-        folder.progress.phase("export")
-        run.build.export(path / "final", path / "adapter", state.params, run.frozen)
-        page = write_report(path)
-    best = f"; the best by --keep_best is step {checkpoints.best.step}" if checkpoints.best else ""
-    folder.say(compiled(folder.progress.programs))
-    folder.say(f"done: {run.total_steps} steps; model in {path / 'final'}, report in {page}{best}")
-
-
-def compiled(counts: dict[str, int]) -> str:
-    """Return the line on how often the run's programs were compiled, and which of them too often."""
-    own = {name: count for name, count in counts.items() if name in PROGRAMS}
-    often = [name for name, count in own.items() if count > PROGRAMS[name]]
-    more = (
-        f"\nnote: {', '.join(often)} compiled again for other shapes, which costs time: please report it"
-        if often
-        else ""
-    )
-    return "compiled: " + ", ".join(f"{name} {count}" for name, count in own.items()) + more
-
-
-def stop(stopped: Stopped, folder: RunFolder, checkpoints: Checkpoints) -> int:
-    """End a run that was asked to stop, its checkpoint on disk -> the exit code."""
-    STOP.finishing()
-    checkpoints.wait()
-    folder.close()
-    folder.say(f"stopped after step {stopped.step}; continue with {resume_command(folder.folder)}")
-    return EXIT_STOPPED
-
-
-def resume_command(folder: Path) -> str:
-    """Return the flags that continue a run."""
-    return f"--resume --output_dir={folder}"
-
-
 def main(settings: Settings) -> int:
     """Train as the settings say."""
     with Progress() as progress:
@@ -598,41 +480,18 @@ def run_training(settings: Settings, progress: Progress) -> int:
     """Build the run, train it, and write its results."""
     progress.phase("loading")
     built = build(settings, settings.run.mesh, RECIPES)
-    options, folder = built.settings.run, choose_folder(built.settings)
+    folder = choose_folder(built.settings)
     run, state = make_run(built)
     announce(run, state, folder)
-    make_folder(folder)
-    progress.open_log(folder)
-    save_settings(folder, built.settings)
-    checkpoints = Checkpoints(
-        folder / "checkpoints",
-        options.save_total_limit,
-        save_steps=options.save_steps,
-        save_minutes=options.save_minutes,
-        keep_best=options.keep_best,
-    )
-    progress.say(checkpoints.space(state))
-    first, state = restore(checkpoints, state) if options.resume else (Position(), state)
-    writes = jax.process_index() == 0
-    sinks = open_sinks(folder, options, built.settings.as_dict(), first.step) if writes else []
-    log = RunFolder(folder, run.total_steps, sinks, writes, first.step, progress)
-    if options.resume:
-        log.say(f"resumed after step {first.step}")
-    if run.evaluate and first.step == 0:
-        evaluate(run, state, 0, log, checkpoints)
-    with STOP.graceful(options.grace_seconds, f"continue with {resume_command(folder)}", (log.close,)):
-        try:
-            at, state = train(run, state, first, log, checkpoints)
-        except Stopped as stopped:
-            return stop(stopped, log, checkpoints)
-        finish(run, at, state, log, checkpoints)
-    return 0
+    session, state = open_session(folder, built.settings, run.total_steps, state, progress)
+    if run.evaluate and session.first.step == 0:
+        evaluate(run, state, 0, session)
 
+    def export(state: TrainState) -> Path:
+        built.export(folder / "final", folder / "adapter", state.params, run.frozen)
+        return write_report(folder)
 
-def restore(checkpoints: Checkpoints, state: TrainState) -> tuple[Position, TrainState]:
-    """Return the newest checkpoint's position and state."""
-    step, state, host = checkpoints.restore(state)
-    return Position(step, int(host.get("skipped_in_a_row", 0))), state
+    return session.complete(lambda: train(run, state, session), export, PROGRAMS)
 
 
 if __name__ == "__main__":

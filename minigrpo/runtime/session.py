@@ -1,0 +1,211 @@
+"""A run in a folder that can be stopped and resumed: what training commands have around their loops."""
+
+import contextlib
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from minigrpo.config import RunOptions, Settings, UsageError
+from minigrpo.runtime.checkpoint import Checkpoints, any_process, check_same_run, read_run_settings
+from minigrpo.runtime.progress import Progress
+from minigrpo.runtime.run_folder import (
+    RunFolder,
+    check_empty,
+    check_writable,
+    evaluated,
+    make_folder,
+    open_sinks,
+    save_settings,
+)
+from minigrpo.runtime.signals import EXIT_STOPPED, STOP
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Progress of a run, saved with every checkpoint."""
+
+    step: int = 0
+    """Finished steps."""
+    skipped_in_a_row: int = 0
+
+    def after(self, skipped: bool) -> "Position":
+        """Return the position after one more step."""
+        return Position(self.step + 1, self.skipped_in_a_row + 1 if skipped else 0)
+
+
+class Stopped(Exception):
+    """The end of the loop on request, after a step whose checkpoint is under way."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+
+# The folder
+
+
+def with_run_settings(settings: Settings) -> Settings:
+    """Return settings with a resumed run's own values for every flag that was not given."""
+    if not settings.run.resume:
+        return settings
+    if settings.run.output_dir == "auto":
+        raise UsageError("--resume: name the run to continue with --output_dir")
+    saved = read_run_settings(Path(settings.run.output_dir))
+    saved = {name: value for name, value in saved.items() if name not in ("resume", "output_dir")}
+    try:
+        continued = settings.with_defaults(saved)
+    except UsageError as error:
+        raise UsageError(f"{settings.run.output_dir}/config.json: {error}; mend the file") from error
+    return dataclasses.replace(continued, explicit=settings.explicit | saved.keys())
+
+
+def choose_folder(settings: Settings) -> Path:
+    """Choose the run folder, new or to be resumed; UsageError rather than a mix of two runs. Creates nothing."""
+    options = settings.run
+    folder = Path(time.strftime("runs/%Y%m%d-%H%M%S") if options.output_dir == "auto" else options.output_dir)
+    if options.resume:
+        for note in check_same_run(folder, settings.as_dict()):
+            sys.stderr.write(f"{note}\n")
+    else:
+        check_empty(folder)
+    check_writable(folder)
+    return folder
+
+
+def resume_command(folder: Path) -> str:
+    """Return the flags that continue a run."""
+    return f"--resume --output_dir={folder}"
+
+
+# The run
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A run under way: its logs, its checkpoints, and the position that it starts from. States are any pytree."""
+
+    log: RunFolder
+    checkpoints: Checkpoints
+    first: Position
+    options: RunOptions
+
+    @property
+    def progress(self) -> Progress:
+        """Return the status line."""
+        return self.log.progress
+
+    def saving(self, at: Position, state: Any) -> contextlib.AbstractContextManager[None]:
+        """Let a request to stop be met at once by saving `state`, which does not change inside."""
+        return STOP.saving(functools.partial(self.save_now, at, state))
+
+    def save_now(self, at: Position, state: Any) -> int:
+        """Save the state at once and wait until it is on disk -> its step."""
+        self.checkpoints.save(at.step, state, dataclasses.asdict(at))
+        self.checkpoints.wait()
+        return at.step
+
+    def log_evaluation(self, step: int, result: dict[str, float]) -> bool:
+        """Log what --eval_steps measured after `step` steps -> True if it is the best so far by --keep_best."""
+        self.log.log_evaluation(step, result)
+        return self.checkpoints.rate(step, evaluated(result))
+
+    def end_step(self, at: Position, state: Any, best: bool) -> None:
+        """Save the state where a checkpoint is due, or `best` by --keep_best; raise Stopped where a signal asked."""
+        stopping = any_process(STOP.requested)
+        if best or stopping or self.checkpoints.due(at.step):
+            self.checkpoints.save(at.step, state, dataclasses.asdict(at))
+        if stopping:
+            raise Stopped(at.step)
+
+    def complete(
+        self, loop: Callable[[], tuple[Position, Any]], export: Callable[[Any], Path], programs: dict[str, int]
+    ) -> int:
+        """Run the loop to its end, or until a signal asks to stop -> the exit code.
+
+        `export` writes the last state's model and the report, and returns the report's path. `programs` are the names
+        of the run's device programs, and how often each may be compiled.
+        """
+        folder = self.log.folder
+        with STOP.graceful(self.options.grace_seconds, f"continue with {resume_command(folder)}", (self.log.close,)):
+            try:
+                at, state = loop()
+            except Stopped as stopped:
+                return self.stop(stopped)
+            page = self.finish(at, state, export)
+            best = f"; the best by --keep_best is step {self.checkpoints.best.step}" if self.checkpoints.best else ""
+            self.log.say(compiled(self.progress.programs, programs))
+            self.log.say(f"done: {at.step} steps; model in {folder / 'final'}, report in {page}{best}")
+        return 0
+
+    def finish(self, at: Position, state: Any, export: Callable[[Any], Path]) -> Path:
+        """Write the last checkpoint, the model and the report; the model also where a checkpoint could not be."""
+        try:
+            self.checkpoints.save(at.step, state, dataclasses.asdict(at))
+            self.checkpoints.close()
+        finally:
+            self.log.close()
+            self.progress.phase("export")
+            page = export(state)
+        return page
+
+    def stop(self, stopped: Stopped) -> int:
+        """End a run that was asked to stop, its checkpoint on disk -> the exit code."""
+        STOP.finishing()
+        self.checkpoints.wait()
+        self.log.close()
+        self.log.say(f"stopped after step {stopped.step}; continue with {resume_command(self.log.folder)}")
+        return EXIT_STOPPED
+
+
+def compiled(counts: dict[str, int], programs: dict[str, int]) -> str:
+    """Return the line on how often the run's programs were compiled, and which of them too often."""
+    own = {name: count for name, count in counts.items() if name in programs}
+    often = [name for name, count in own.items() if count > programs[name]]
+    more = (
+        f"\nnote: {', '.join(often)} compiled again for other shapes, which costs time: please report it"
+        if often
+        else ""
+    )
+    return "compiled: " + ", ".join(f"{name} {count}" for name, count in own.items()) + more
+
+
+def open_checkpoints(folder: Path, options: RunOptions) -> Checkpoints:
+    """Open the checkpoints of a run folder as the flags say."""
+    return Checkpoints(
+        folder / "checkpoints",
+        options.save_total_limit,
+        save_steps=options.save_steps,
+        save_minutes=options.save_minutes,
+        keep_best=options.keep_best,
+    )
+
+
+def restore(checkpoints: Checkpoints, state: Any) -> tuple[Position, Any]:
+    """Return the newest checkpoint's position and state."""
+    step, state, host = checkpoints.restore(state)
+    return Position(step, int(host.get("skipped_in_a_row", 0))), state
+
+
+def open_session(
+    folder: Path, settings: Settings, total_steps: int, state: Any, progress: Progress
+) -> tuple[Session, Any]:
+    """Make or reopen the run folder -> the session, and `state` or, with --resume, the newest checkpoint's."""
+    options = settings.run
+    make_folder(folder)
+    progress.open_log(folder)
+    save_settings(folder, settings)
+    checkpoints = open_checkpoints(folder, options)
+    progress.say(checkpoints.space(state))
+    first, state = restore(checkpoints, state) if options.resume else (Position(), state)
+    writes = jax.process_index() == 0
+    sinks = open_sinks(folder, options, settings.as_dict(), first.step) if writes else []
+    log = RunFolder(folder, total_steps, sinks, writes, first.step, progress)
+    if options.resume:
+        log.say(f"resumed after step {first.step}")
+    return Session(log, checkpoints, first, options), state
