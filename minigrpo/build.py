@@ -267,7 +267,7 @@ def build(settings: Settings, mesh_flag: str, recipes: Recipes = MappingProxyTyp
     check_ends(tokenizer, config, source.folder)
     if settings.model.compute_dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     spec = RunSpec(
         settings=settings,
         config=config,

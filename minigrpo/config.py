@@ -380,6 +380,19 @@ class RunOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True)
+class ClusterOptions(Options):
+    """Several processes"""
+
+    coordinator_address: str = option(
+        "",
+        "HOST:PORT of worker 0; unset asks the TPU's metadata, Slurm, Open MPI or GKE; else one process",
+    )
+    num_processes: int = option(0, "workers that run this command, each with its own --process_id", low=0, high=65536)
+    process_id: int | None = option(None, "number of this worker, from 0", low=0)
+    start_timeout: float = option(300.0, "seconds that workers wait for each other at the start", above=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class SftOptions(Options):
     """Supervised training"""
 
@@ -481,6 +494,7 @@ class Settings:
     optimizer: OptimizerOptions = OptimizerOptions()
     steps: StepOptions = StepOptions()
     run: RunOptions = RunOptions()
+    cluster: ClusterOptions = ClusterOptions()
     sft: SftOptions = SftOptions()
     evaluate: EvalOptions = EvalOptions()
     generate: GenerateOptions = GenerateOptions()
@@ -506,10 +520,9 @@ class Settings:
         return dataclasses.replace(self, **changed)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the value of every flag of the command by name."""
-        return {
-            flag: value for name in self.sections for flag, value in dataclasses.asdict(getattr(self, name)).items()
-        }
+        """Return the value of every flag of the command by name, but those of `cluster`: where it runs."""
+        named = [name for name in self.sections if name != "cluster"]
+        return {flag: value for name in named for flag, value in dataclasses.asdict(getattr(self, name)).items()}
 
 
 SECTION_NAMES = tuple(

@@ -28,6 +28,7 @@ from minigrpo.model.params import Params
 from minigrpo.planning.memory import device_share_bytes, pool_limit
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import write_lines
+from minigrpo.runtime.workers import WORKERS, joined
 
 QUEUE, QUEUE_SLOTS = 2, 64
 """PromptSet prefilled per slot, and the slots that are counted with where --slots is auto."""
@@ -36,7 +37,7 @@ Z95 = 1.96
 """Standard errors on either side of a 95 % interval."""
 
 
-SECTIONS = ("model", "data", "rollout", "evaluate")
+SECTIONS = ("model", "data", "rollout", "evaluate", "cluster")
 
 
 def held_out(tokenizer: Tokenizer, options: DataOptions, size: int) -> PromptSet:
@@ -191,7 +192,7 @@ def build_one(settings: Settings, model: str, asked: dict[str, Any]) -> Build:
 
 def main(settings: Settings) -> int:
     """Evaluate as the settings say; return the exit code."""
-    with Progress() as progress:
+    with joined(settings), Progress() as progress:
         return run_evaluation(settings, progress)
 
 
@@ -212,7 +213,7 @@ def run_evaluation(settings: Settings, progress: Progress) -> int:
         report(result, final.data.dataset)
         results.append(result)
         answers += lines
-    if options.output:
+    if options.output and WORKERS.writes:
         write_lines(Path(options.output), answers)
     last = results[0] | ({"base": results[1]} if options.base else {}) | {"platform": jax.default_backend()}
     sys.stdout.write(json.dumps(last) + "\n")

@@ -16,8 +16,9 @@ from minigrpo.model.hub import run_defaults
 from minigrpo.model.params import Params
 from minigrpo.planning.memory import device_share_bytes, pool_limit
 from minigrpo.rollout.generator import Generator
+from minigrpo.runtime.workers import WORKERS, joined
 
-SECTIONS = ("model", "data", "rollout", "generate")
+SECTIONS = ("model", "data", "rollout", "generate", "cluster")
 
 
 UNUSED = frozenset({"dataset", "offline", "answer_column"})
@@ -140,7 +141,16 @@ def main(settings: Settings) -> int:
     unused = settings.explicit & (UNUSED if options.prompts else UNUSED | {"num_generations", "prompt_column"})
     if unused:
         raise UsageError(f"--{min(unused)}: means nothing here; leave it out")
-    model = settings.model.model
+    with joined(settings):
+        if WORKERS.count > 1 and not options.prompts:
+            raise UsageError("several workers answer --prompts=FILE only; --prompt and --chat need one process")
+        respond(settings)
+    return 0
+
+
+def respond(settings: Settings) -> None:
+    """Load the model, and answer the prompt, the file or the chat."""
+    options, model = settings.generate, settings.model.model
     built = build(settings, options.mesh, {model: run_defaults(model)})
     params = built.load(options.seed)
     if options.prompt:
@@ -149,7 +159,6 @@ def main(settings: Settings) -> int:
         answer_file(built, params, Path(options.prompts))
     else:
         talk(built, params)
-    return 0
 
 
 FOOTER = """--model may also be a run folder, one of its checkpoints or an adapter; it is asked as that run did."""

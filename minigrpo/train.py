@@ -46,11 +46,13 @@ from minigrpo.model.params import Params, join, split_trainable
 from minigrpo.planning.memory import device_share_bytes, packing_spec, pool_limit
 from minigrpo.report import write_report
 from minigrpo.rollout.generator import Rollout
+from minigrpo.runtime.mesh import fetch
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import RunFolder, completion_metrics, import_wandb, reward_metrics
 from minigrpo.runtime.session import Position, Session, choose_folder, open_session, with_run_settings
+from minigrpo.runtime.workers import WORKERS, joined
 
-SECTIONS = ("model", "lora", "data", "rollout", "rewards", "loss", "optimizer", "steps", "run")
+SECTIONS = ("model", "lora", "data", "rollout", "rewards", "loss", "optimizer", "steps", "run", "cluster")
 
 PROGRAMS = {"decode_weights": 1, "run_mesh": 2, "batch_logprobs": 2, "gradients": 2, "apply_gradients": 1}
 """Device programs of a run, and how often each may be compiled: sampling once more for evaluation."""
@@ -437,7 +439,7 @@ def make_validation(run: Run, held: PromptSet, state: TrainState) -> Evaluation:
     rows = HeldOut(experiences, packed, advantages)
 
     def mean_logprobs(state: TrainState) -> Float[np.ndarray, " B"]:
-        return rows.mean_logprobs(lambda batch: np.asarray(batch_logprobs(run.update_spec, run.policy(state), batch)))
+        return rows.mean_logprobs(lambda batch: fetch(batch_logprobs(run.update_spec, run.policy(state), batch)))
 
     before = mean_logprobs(state)
     return lambda state: validate(rows, before, mean_logprobs(state), group)
@@ -472,7 +474,7 @@ def announce(run: Run, state: TrainState, folder: Path) -> None:
 
 def main(settings: Settings) -> int:
     """Train as the settings say."""
-    with Progress() as progress:
+    with joined(settings), Progress() as progress:
         return run_training(with_run_settings(settings), progress)
 
 
@@ -489,7 +491,7 @@ def run_training(settings: Settings, progress: Progress) -> int:
 
     def export(state: TrainState) -> Path:
         built.export(folder / "final", folder / "adapter", state.params, run.frozen)
-        return write_report(folder)
+        return Path(WORKERS.first(lambda: str(write_report(folder))))
 
     return session.complete(lambda: train(run, state, session), export, PROGRAMS)
 

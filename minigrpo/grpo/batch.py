@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from minigrpo.model.attention import SharedPrefixIndex
-from minigrpo.runtime.mesh import by_sequence, put, replicated
+from minigrpo.runtime.mesh import by_sequence, fetch, put, replicated
 
 SEQUENCES_PER_ROW = 16
 """Most sequences that share a row."""
@@ -399,7 +399,7 @@ def put_batch(mesh: Mesh, packed: PackedBatch) -> PackedBatch:
 
 def restore_order(packed: PackedBatch, scores: Float[np.ndarray, "A M K C"], count: int) -> Float[np.ndarray, "B C"]:
     """Return scores of the `count` completions that were packed, in the order they had before."""
-    order = np.asarray(packed.order).reshape(-1)
+    order = fetch(packed.order).reshape(-1)
     restored = np.zeros((count + 1, scores.shape[-1]), scores.dtype)
     restored[order] = scores.reshape(-1, scores.shape[-1])
     return restored[:count]

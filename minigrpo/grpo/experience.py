@@ -12,12 +12,13 @@ from minigrpo.config import RewardOptions
 from minigrpo.data.calls import Reward, TrainerState
 from minigrpo.data.datasets import PromptSet, batch_numbers
 from minigrpo.data.grading import take_undecided
-from minigrpo.data.rewards import score_completions
+from minigrpo.data.rewards import Scores, score_completions
 from minigrpo.data.rows import Row
 from minigrpo.grpo.advantages import normalised_separately, ragged_advantages
 from minigrpo.grpo.batch import Batch
 from minigrpo.model.params import Params
 from minigrpo.rollout.generator import Generator, Rollout
+from minigrpo.runtime.workers import WORKERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +93,7 @@ def sample_groups(spec: SamplingSpec, params: Params, indices: list[int], uids: 
     rollout = spec.generator(params, prompts, uids, spec.group, (spec.seed, step))
     sampled = time.perf_counter()
     texts = spec.decode(rollout.completions)
-    arguments = reward_arguments(rows, spec.group, texts, rollout.completions)
-    epoch = (step + 1) * spec.batch_size / len(spec.data)
-    state = TrainerState(global_step=step, max_steps=spec.total_steps, epoch=epoch)
-    scores = score_completions(list(spec.rewards), spec.reward_timeout, arguments, state)
+    scores = score_shared(spec, rows, texts, rollout.completions, step)
     return Experience(
         prompts=prompts,
         rows=rows,
@@ -105,9 +103,50 @@ def sample_groups(spec: SamplingSpec, params: Params, indices: list[int], uids: 
         components=scores.by_function,
         group_mask=np.ones(len(indices), bool),
         seconds={"time/rollout": sampled - started, "time/reward": time.perf_counter() - sampled},
-        metrics=scores.metrics | {"rewards/undecided": float(take_undecided())},
+        metrics=scores.metrics,
         extra=scores.extra,
     )
+
+
+def score_shared(spec: SamplingSpec, rows: list[Row], texts: list[str], ids: list[list[int]], step: int) -> Scores:
+    """Score every completion on one worker, each its share of the groups, and give all workers all scores."""
+    ends = [len(rows) * (number + 1) // WORKERS.count for number in range(WORKERS.count)]
+    own = slice(ends[WORKERS.index - 1] if WORKERS.index else 0, ends[WORKERS.index])
+    part = slice(own.start * spec.group, own.stop * spec.group)
+    epoch = (step + 1) * spec.batch_size / len(spec.data)
+    state = TrainerState(global_step=step, max_steps=spec.total_steps, epoch=epoch)
+    arguments = reward_arguments(rows[own], spec.group, texts[part], ids[part])
+    rewards = list(spec.rewards)
+    none = Scores(np.zeros(0), {reward.name: np.zeros(0) for reward in rewards}, {}, {})
+    scores = score_completions(rewards, spec.reward_timeout, arguments, state) if rows[own] else none
+    return join_scores(WORKERS.gather(as_values(scores) | {"undecided": take_undecided()}))
+
+
+def as_values(scores: Scores) -> dict[str, Any]:
+    """Return scores as plain values, which workers can send each other."""
+    by_function = {name: own.tolist() for name, own in scores.by_function.items()}
+    return {"rewards": scores.rewards.tolist(), "by_function": by_function} | {
+        "metrics": scores.metrics,
+        "extra": scores.extra,
+    }
+
+
+def join_scores(parts: list[dict[str, Any]]) -> Scores:
+    """Join the workers' scores; metrics that reward functions logged are averaged over the workers that have them."""
+    rewards = np.concatenate([np.array(part["rewards"], np.float64) for part in parts])
+    names = list(parts[0]["by_function"])
+    by_function = {
+        name: np.concatenate([np.array(part["by_function"][name], float) for part in parts]) for name in names
+    }
+    logged = dict.fromkeys(name for part in parts for name in part["metrics"])
+    metrics = {name: float(np.mean([p["metrics"][name] for p in parts if name in p["metrics"]])) for name in logged}
+    metrics["rewards/undecided"] = float(sum(part["undecided"] for part in parts))
+    columns = dict.fromkeys(name for part in parts for name in part["extra"])
+    extra = {
+        name: [value for part in parts for value in part["extra"].get(name, [None] * len(part["rewards"]))]
+        for name in columns
+    }
+    return Scores(rewards, by_function, metrics, extra)
 
 
 def reward_arguments(rows: list[Row], group: int, texts: list[str], ids: list[list[int]]) -> dict[str, Any]:

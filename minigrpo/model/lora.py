@@ -13,7 +13,8 @@ from minigrpo.config import LARGEST_RANK, LoraOptions, UsageError
 from minigrpo.data.json_file import read_object
 from minigrpo.model.params import PROJECTIONS, Lora, ModelConfig, Params
 from minigrpo.model.qwen import adapter_shapes
-from minigrpo.model.weights import BUILTIN, HUB_NAMES, copy_tokenizer, hub_tensors, load_tree, write_tensors
+from minigrpo.model.weights import BUILTIN, HUB_NAMES, copy_tokenizer, hub_tensors, load_tree, take_part, write_tensors
+from minigrpo.runtime.workers import WORKERS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -70,8 +71,11 @@ def save_adapter(
 ) -> None:
     """Write a folder that peft loads; it appears under its name only when complete. `base` is a Hub id or path.
 
-    The tokenizer files of the folder `source` go along, with `chat_template` in place of theirs if given.
+    The tokenizer files of the folder `source` go along, with `chat_template` in place of theirs if given. Of several
+    workers, the first writes.
     """
+    if not WORKERS.writes:
+        return take_part(adapters, np.float32)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

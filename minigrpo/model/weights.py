@@ -34,6 +34,8 @@ from minigrpo.model.params import (
     shardings_of,
 )
 from minigrpo.model.qwen import abstract_params, init_params
+from minigrpo.runtime.mesh import fetch
+from minigrpo.runtime.workers import WORKERS
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -56,7 +58,7 @@ FAULTS_NAMED = 8
 """Faults of a checkpoint that an error names; the others are counted."""
 
 BUILTIN = {"builtin:tiny": Path(__file__).parent.parent / "builtin"}
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 1 << 30
 """Largest safetensors file written."""
 
 HUB_NAMES = {
@@ -328,10 +330,16 @@ def hub_tensors(params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
         dims, sides = layer_dims(name), hub_dims(name)
         order = [dims.index(letter) for letter in "".join(sides)]
         for layer in range(leaf.shape[0]) if "L" in DIMS[name] else [None]:
-            value = np.asarray(leaf if layer is None else leaf[layer]).astype(dtype)
+            value = fetch(leaf if layer is None else leaf[layer]).astype(dtype)
             sizes = dict(zip(dims, value.shape, strict=True))
             shape = [math.prod(sizes[letter] for letter in side) for side in sides]
             yield HUB_NAMES[name].format(layer), np.ascontiguousarray(value.transpose(order).reshape(shape))
+
+
+def take_part(params: Params, dtype: Any) -> None:
+    """Give worker 0, which writes, this process's parts of every tensor."""
+    for _ in hub_tensors(params, dtype):
+        continue
 
 
 def config_json(config: ModelConfig, stop_tokens: tuple[int, ...], dtype: Any) -> dict[str, Any]:
@@ -381,10 +389,12 @@ def export(
     dtype: Any = ml_dtypes.bfloat16,
     chat_template: str | None = None,
 ) -> None:
-    """Write a Hub-format model folder; it appears under its name only when complete.
+    """Write a Hub-format model folder; it appears under its name only when complete. Of several workers, the first.
 
     `source` is the folder whose tokenizer files go along; `chat_template` is the text of another template.
     """
+    if not WORKERS.writes:
+        return take_part(params, dtype)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

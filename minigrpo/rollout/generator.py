@@ -48,7 +48,7 @@ from minigrpo.rollout.scheduler import (
     shrink,
     update,
 )
-from minigrpo.runtime.mesh import DATA, by_sequence, put, replicated
+from minigrpo.runtime.mesh import DATA, by_sequence, fetch, put, replicated
 
 PREFILL_ROWS = 8
 """Rows of prompts prefilled at a time on one device."""
@@ -630,7 +630,7 @@ class Generator:
         key = put(np.array(seed, np.int32), replicated(spec.mesh))
         outs = rollout_program(spec.backend)(spec, weights, *inputs, key)
         slots = spec.slot_count(len(batch.lengths) // spec.mesh.size, row_group)
-        return make_rollout(spec, total, slots, tuple(map(np.asarray, outs)))
+        return make_rollout(spec, total, slots, tuple(map(fetch, outs)))
 
 
 def rollout_spec(

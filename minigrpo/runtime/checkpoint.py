@@ -20,18 +20,18 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from minigrpo.config import UsageError
 from minigrpo.runtime.digest import digests
 from minigrpo.runtime.files import disk_error, free_bytes, remove_tree, size_text, sync, sync_tree, write_whole
 from minigrpo.runtime.run_folder import last_step
+from minigrpo.runtime.workers import WORKERS
 
 FREE_TO_CHANGE = {
-    "coordinator_address", "eval_dataset", "eval_size", "eval_steps", "grace_seconds", "gradient_accumulation_steps",
-    "keep_best", "log_completions", "max_skipped_steps", "mesh", "num_processes", "output_dir", "page_size",
-    "pool_pages", "process_id", "remat", "report_to", "resume", "reward_timeout", "save_minutes", "save_steps",
-    "save_total_limit", "slots", "start_timeout", "wandb_mode", "wandb_project",
+    "eval_dataset", "eval_size", "eval_steps", "grace_seconds", "gradient_accumulation_steps",
+    "keep_best", "log_completions", "max_skipped_steps", "mesh", "output_dir", "page_size",
+    "pool_pages", "remat", "report_to", "resume", "reward_timeout", "save_minutes", "save_steps",
+    "save_total_limit", "slots", "wandb_mode", "wandb_project",
 }  # fmt: skip
 """Settings that a resumed run may have otherwise than the run it continues: they change no result by design."""
 
@@ -98,11 +98,6 @@ def first_line(error: BaseException) -> str:
     """Return the message of an error, without the details of tensorstore's objects."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return line.split(" See full TensorStore details")[0].split(" [source locations=")[0][:300]
-
-
-def any_process(flag: bool) -> bool:
-    """Return whether `flag` is true in any process of the run; every process calls this at the same place."""
-    return bool(multihost_utils.process_allgather(jax.numpy.asarray(flag)).any()) if jax.process_count() > 1 else flag
 
 
 # The manifest
@@ -271,7 +266,7 @@ class Checkpoints:
         if not self.save_steps:
             return False
         late = self.save_minutes > 0 and time.monotonic() - self.saved_at >= 60 * self.save_minutes
-        return step % self.save_steps == 0 or any_process(late)
+        return step % self.save_steps == 0 or late
 
     def save(self, step: int, state: Any, host: dict[str, Any] | None = None) -> None:
         """Start saving `state` and the JSON values `host` as after `step` steps; returns before they are on disk.
@@ -285,7 +280,7 @@ class Checkpoints:
         self.needed = state_bytes(state)
         path = self.folder / str(step)
         try:
-            if path.exists() and jax.process_index() == 0:
+            if path.exists() and WORKERS.writes:
                 set_aside(path)
             manifest = make_manifest(step, arrays, host or {}, self.best)
             items = ocp.args.Composite(default=ocp.args.StandardSave(arrays), manifest=ocp.args.JsonSave(manifest))
@@ -298,7 +293,7 @@ class Checkpoints:
 
     def sync_data(self) -> None:
         """Bring a checkpoint to the disk itself before it gets its name; orbax calls this in its own thread."""
-        if jax.process_index() == 0:
+        if WORKERS.writes:
             for folder in self.folder.glob(f"*{TEMPORARY}*"):
                 sync_tree(folder)
 
@@ -306,7 +301,7 @@ class Checkpoints:
         """Wait for a save under way, then note it and delete older ones; runs in a thread of its own."""
         try:
             self.checkpointer.wait_until_finished()
-            if jax.process_index() == 0:
+            if WORKERS.writes:
                 sync(self.folder)
                 write_whole(self.folder.parent / MARKER, f"{step}\n")
             self.committed.add(step)
@@ -320,7 +315,7 @@ class Checkpoints:
         protected = {*sorted(self.committed)[-self.keep :], *([self.best.step] if self.best else [])}
         for step in sorted(self.committed - protected):
             self.committed.discard(step)
-            if jax.process_index() == 0 and (self.folder / str(step)).exists():
+            if WORKERS.writes and (self.folder / str(step)).exists():
                 remove_tree(self.folder / str(step))
 
     def raise_failure(self) -> None:
@@ -392,7 +387,7 @@ class Checkpoints:
             found = read_checked(folder, shapes, manifest), manifest
         except Unusable as error:
             reason = str(error)
-        if not any_process(found is None):
+        if not WORKERS.any(found is None):
             return found
         failed[folder] = reason
         sys.stderr.write(f"checkpoint {folder} is not usable, trying the one before: {reason}\n")
@@ -400,14 +395,13 @@ class Checkpoints:
 
     def take(self, step: int, manifest: dict[str, Any], failed: dict[Path, str]) -> None:
         """Adopt a checkpoint: set damaged ones aside, and delete half-written and surplus ones that a crash left."""
-        if jax.process_index() == 0:
+        if WORKERS.writes:
             for folder in failed:
                 set_aside(folder)
             for pattern in (f"*{TEMPORARY}*", "*.deleted"):
                 for left in self.folder.glob(pattern):
                     remove_tree(left)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        WORKERS.gather("damaged checkpoints are set aside")
         self.committed, self.newest = set(self.steps()), step
         best = manifest["best"]
         if best and best["metric"] == self.metric and best["step"] in self.committed:

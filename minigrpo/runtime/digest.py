@@ -61,10 +61,16 @@ def on_host(array: jax.Array) -> int:
     return total % 2**32
 
 
+@jax.jit
+def array_digests(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return the digest of every array, computed on the devices."""
+    return jax.tree.map(on_device, arrays)
+
+
 def digests(arrays: dict[str, jax.Array]) -> dict[str, int]:
     """Return the digest of every array, by name."""
     here = all(array.is_fully_addressable for array in arrays.values())
     if here and all(device.platform == "cpu" for array in arrays.values() for device in array.devices()):
         return {name: on_host(array) for name, array in arrays.items()}
-    found = jax.jit(lambda tree: jax.tree.map(on_device, tree))(arrays)
+    found = array_digests(arrays)
     return {name: int(value) for name, value in jax.device_get(found).items()}

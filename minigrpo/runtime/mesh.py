@@ -1,17 +1,20 @@
 """The (fsdp, tp) mesh: platform start-up, how every parameter and activation is laid out on it."""
 
 import contextlib
+import functools
 import math
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from minigrpo.config import UsageError, parse_mesh
 from minigrpo.runtime.platform import choose_platform, start_backend
+from minigrpo.runtime.workers import WORKERS
 
 PLATFORMS, CPU_DEVICES = "jax_platforms", "jax_num_cpu_devices"
 FSDP, TP = "fsdp", "tp"
@@ -23,10 +26,18 @@ AXIS_OF_DIM = {"V": TP, "N": TP, "K": TP, "F": TP, "D": FSDP}
 
 
 def mesh_sizes(mesh_flag: str, platform: str, devices: int) -> tuple[int, int]:
-    """Return fsdp and tp of `--mesh`; auto is every device as fsdp, and 1,1 on the CPU, whose devices are virtual."""
+    """Return fsdp and tp of `--mesh`; auto is every device as fsdp, and on the CPU one virtual device per process."""
     if mesh_flag != "auto":
         return parse_mesh(mesh_flag)
-    return (1, 1) if platform == "cpu" else (devices, 1)
+    return (WORKERS.count, 1) if platform == "cpu" else (devices, 1)
+
+
+def virtual_devices(mesh_flag: str) -> int:
+    """Return how many virtual devices each process's CPU is to have; UsageError for an uneven share."""
+    total = math.prod(mesh_sizes(mesh_flag, "cpu", 1))
+    if total % WORKERS.count:
+        raise UsageError(f"--mesh={mesh_flag}: {total} devices cannot be shared evenly by {WORKERS.count} processes")
+    return total // WORKERS.count
 
 
 def start_platform(mesh_flag: str) -> None:
@@ -35,7 +46,7 @@ def start_platform(mesh_flag: str) -> None:
     if platform == "cpu":
         jax.config.update(PLATFORMS, "cpu")
         with contextlib.suppress(RuntimeError):  # a second run in one process has the devices of the first
-            jax.config.update(CPU_DEVICES, math.prod(mesh_sizes(mesh_flag, "cpu", 1)))
+            jax.config.update(CPU_DEVICES, virtual_devices(mesh_flag))
         # One CPU client runs programs one after another: with several virtual devices, concurrent
         # programs can starve each other's collectives of threads.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -55,7 +66,21 @@ def make_mesh(mesh_flag: str) -> Mesh:
             f"--mesh={mesh_flag}: {fsdp * tp} devices wanted, {len(devices)} {devices[0].platform} devices found; "
             f"use --mesh={len(devices)},1 or another pair whose product is {len(devices)}"
         )
-    return arrange(devices, fsdp, tp)
+    mesh = arrange(devices, fsdp, tp)
+    if WORKERS.count > 1:
+        meet(mesh)
+    return mesh
+
+
+def meet(mesh: Mesh) -> None:
+    """Open the connections between workers' devices now, as all are here; later one may still compile for minutes."""
+    WORKERS.equal({"devices": f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}"})
+    for axes in (DATA, (FSDP,), (TP,)):
+        ones = put(np.ones(mesh.size, np.float32), by_sequence(mesh))
+        add = jax.shard_map(
+            functools.partial(jax.lax.psum, axis_name=axes), mesh=mesh, in_specs=P(DATA), out_specs=P(DATA)
+        )
+        jax.block_until_ready(jax.jit(add)(ones))
 
 
 def arrange(devices: list[Any], fsdp: int, tp: int) -> Mesh:
@@ -64,9 +89,9 @@ def arrange(devices: list[Any], fsdp: int, tp: int) -> Mesh:
     return Mesh(grid, DATA, axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
-def spec_of(dims: str) -> PartitionSpec:
+def spec_of(dims: str) -> P:
     """Return the layout of a parameter with these dim letters: 'LNDH' -> P(None, 'tp', 'fsdp', None)."""
-    return PartitionSpec(*(AXIS_OF_DIM.get(letter) for letter in dims))
+    return P(*(AXIS_OF_DIM.get(letter) for letter in dims))
 
 
 def check_divisible(sizes: dict[str, int], mesh: Mesh) -> None:
@@ -89,12 +114,12 @@ def check_divisible(sizes: dict[str, int], mesh: Mesh) -> None:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the layout of arrays that every device holds whole."""
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, P())
 
 
 def by_sequence(mesh: Mesh) -> NamedSharding:
     """Return the layout of [B, ...] arrays: sequences over every device."""
-    return NamedSharding(mesh, PartitionSpec(DATA))
+    return NamedSharding(mesh, P(DATA))
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:
@@ -105,3 +130,10 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(place, tree)
+
+
+def fetch(x: Array) -> np.ndarray:
+    """Return a whole array on the host of every process; each calls this at the same place."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

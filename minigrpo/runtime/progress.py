@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import jax
 
 from minigrpo.config import UsageError
+from minigrpo.runtime.workers import WORKERS
 
 TICK, MINUTE = 0.5, 60.0
 """Seconds between redrawings of the live line, and between lines where there is no terminal."""
@@ -59,8 +60,8 @@ class Progress:
     """Status of the process, shown on stderr. Threads may use it; it never holds up the end of the process."""
 
     def __init__(self, stream: Any = None):
-        """Show on `stream`, sys.stderr if None."""
-        self.stream = stream or sys.stderr
+        """Show on `stream`, sys.stderr if None; of several workers only the first shows anything."""
+        self.stream = open(os.devnull, "w") if WORKERS.index else stream or sys.stderr
         self.live = self.stream.isatty()
         self.lock = threading.RLock()
         self.pid = os.getpid()
@@ -114,9 +115,13 @@ class Progress:
                 log.close()
 
     def open_log(self, folder: Path) -> None:
-        """Copy lines to RUN/train.log from now on, beginning with the lines shown before the folder existed."""
+        """Copy lines to RUN/train.log from now on, beginning with the lines shown before the folder existed.
+
+        Workers but the first have a log of their own, RUN/train.worker-1.log.
+        """
+        name = f"train.worker-{WORKERS.index}.log" if WORKERS.index else "train.log"
         with self.lock:
-            self.log = open(folder / "train.log", "a", encoding="utf-8", errors="backslashreplace")
+            self.log = open(folder / name, "a", encoding="utf-8", errors="backslashreplace")
             early, self.early = self.early, []
             self.record("".join(early))
 

@@ -3,16 +3,17 @@
 import contextlib
 import dataclasses
 import functools
+import os
+import secrets
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from minigrpo.config import RunOptions, Settings, UsageError
-from minigrpo.runtime.checkpoint import Checkpoints, any_process, check_same_run, read_run_settings
+from minigrpo.runtime.checkpoint import Checkpoints, check_same_run, read_run_settings
+from minigrpo.runtime.files import write_whole
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import (
     RunFolder,
@@ -24,6 +25,10 @@ from minigrpo.runtime.run_folder import (
     save_settings,
 )
 from minigrpo.runtime.signals import EXIT_STOPPED, STOP
+from minigrpo.runtime.workers import WORKERS
+
+SHARED_TRIES = 50
+"""Looks at a shared disk, five a second, until a file of another worker's must be there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +71,12 @@ def with_run_settings(settings: Settings) -> Settings:
 
 
 def choose_folder(settings: Settings) -> Path:
-    """Choose the run folder, new or to be resumed; UsageError rather than a mix of two runs. Creates nothing."""
+    """Return the run folder, new or to be resumed, as worker 0 chooses it; UsageError for one that cannot be used."""
+    return Path(WORKERS.first(lambda: str(own_folder(settings))))
+
+
+def own_folder(settings: Settings) -> Path:
+    """Choose the run folder; UsageError rather than a mix of two runs. Creates nothing."""
     options = settings.run
     folder = Path(time.strftime("runs/%Y%m%d-%H%M%S") if options.output_dir == "auto" else options.output_dir)
     if options.resume:
@@ -76,6 +86,40 @@ def choose_folder(settings: Settings) -> Path:
         check_empty(folder)
     check_writable(folder)
     return folder
+
+
+def check_shared(folder: Path) -> None:
+    """Raise UsageError, on every worker, when a worker does not see the run folder that worker 0 made."""
+    if WORKERS.count == 1:
+        return
+    path = folder / ".shared"
+    token = WORKERS.first(lambda: write_token(path))
+    seen = WORKERS.gather(sees(path, token))
+    if WORKERS.writes:
+        path.unlink(missing_ok=True)
+    if not all(seen):
+        raise UsageError(
+            f"--output_dir={folder}: worker {seen.index(False)} does not see what worker 0 wrote there; name a folder "
+            "on a disk that all workers share, or a bucket such as gs://BUCKET/run"
+        )
+
+
+def write_token(path: Path) -> str:
+    """Write a word that nobody else has into a file -> the word."""
+    token = secrets.token_hex(16)
+    write_whole(path, token)
+    return token
+
+
+def sees(path: Path, token: str) -> bool:
+    """Return whether a file holds the word, which network disks may show some seconds late."""
+    for _ in range(SHARED_TRIES):
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # makes NFS look again
+            if path.read_text(encoding="utf-8") == token:
+                return True
+        time.sleep(0.2)
+    return False
 
 
 def resume_command(folder: Path) -> str:
@@ -101,8 +145,13 @@ class Session:
         return self.log.progress
 
     def saving(self, at: Position, state: Any) -> contextlib.AbstractContextManager[None]:
-        """Let a request to stop be met at once by saving `state`, which does not change inside."""
-        return STOP.saving(functools.partial(self.save_now, at, state))
+        """Let a request to stop be met at once by saving `state`, which does not change inside.
+
+        Several workers save together, which they can only at the end of a step.
+        """
+        return (
+            contextlib.nullcontext() if WORKERS.count > 1 else STOP.saving(functools.partial(self.save_now, at, state))
+        )
 
     def save_now(self, at: Position, state: Any) -> int:
         """Save the state at once and wait until it is on disk -> its step."""
@@ -117,8 +166,10 @@ class Session:
 
     def end_step(self, at: Position, state: Any, best: bool) -> None:
         """Save the state where a checkpoint is due, or `best` by --keep_best; raise Stopped where a signal asked."""
-        stopping = any_process(STOP.requested)
-        if best or stopping or self.checkpoints.due(at.step):
+        due, stopping = best or self.checkpoints.due(at.step), STOP.requested
+        answers = WORKERS.gather([due, stopping])
+        stopping = any(asked for _, asked in answers)
+        if answers[0][0] or stopping:
             self.checkpoints.save(at.step, state, dataclasses.asdict(at))
         if stopping:
             raise Stopped(at.step)
@@ -197,15 +248,16 @@ def open_session(
 ) -> tuple[Session, Any]:
     """Make or reopen the run folder -> the session, and `state` or, with --resume, the newest checkpoint's."""
     options = settings.run
-    make_folder(folder)
+    WORKERS.first(lambda: make_folder(folder))
+    check_shared(folder)
     progress.open_log(folder)
-    save_settings(folder, settings)
+    if WORKERS.writes:
+        save_settings(folder, settings)
     checkpoints = open_checkpoints(folder, options)
     progress.say(checkpoints.space(state))
     first, state = restore(checkpoints, state) if options.resume else (Position(), state)
-    writes = jax.process_index() == 0
-    sinks = open_sinks(folder, options, settings.as_dict(), first.step) if writes else []
-    log = RunFolder(folder, total_steps, sinks, writes, first.step, progress)
+    sinks = open_sinks(folder, options, settings.as_dict(), first.step) if WORKERS.writes else []
+    log = RunFolder(folder, total_steps, sinks, WORKERS.writes, first.step, progress)
     if options.resume:
         log.say(f"resumed after step {first.step}")
     return Session(log, checkpoints, first, options), state
