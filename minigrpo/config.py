@@ -439,7 +439,8 @@ class PlanOptions(Options):
     topology: str = option(
         "v6e:2x4", "TPU generation and chips: v6e:2x4, v5e:4x4, v5p:2x2x1; or each GPU's memory: gpu:80GB"
     )
-    mesh: str = option("4,2", "FSDP,TP mesh")
+    mesh: str = option("4,2", "FSDP,TP mesh, of each slice")
+    slices: int = option(1, "slices of that topology, joined by the data-centre network", low=1, high=64)
     eval_steps: int = option(0, "plan the evaluation of such a run too; 0 means it has none", low=0)
     eval_size: int = option(500, "held-out prompts per evaluation", low=1)
 

@@ -72,14 +72,16 @@ NO_TPU = {
 """Keeps the TPU library from looking for chips, and from complaining that there are none; any known type will do."""
 
 
-def topology_devices(name: str) -> list[Any]:
-    """Return abstract chips for the compiler; UsageError for an unknown topology.
+def topology_devices(name: str, slices: int = 1) -> list[Any]:
+    """Return abstract chips for the compiler, of all slices; UsageError for an unknown topology.
 
     Programs for them cannot be read back from jax's cache of compiled ones, so that is off from here on.
     """
     jax.config.update("jax_enable_compilation_cache", False)
     os.environ |= NO_TPU
     options: dict[str, Any] = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    if slices > 1:
+        options["num_slices"] = slices
     if re.fullmatch(r"\w+:1x1(x1)?", name):
         options["chips_per_host_bounds"] = (1, 1, 1)  # the library takes four chips for a host's
     try:
@@ -92,14 +94,15 @@ def topology_devices(name: str) -> list[Any]:
         ) from error
 
 
-def topology_mesh(name: str, mesh_flag: str) -> Mesh:
-    """Return a mesh of abstract chips; UsageError for a mesh of another size."""
+def topology_mesh(name: str, mesh_flag: str, slices: int = 1) -> Mesh:
+    """Return a mesh of abstract chips; UsageError for a mesh of another size than each slice."""
     fsdp, tp = parse_mesh(mesh_flag)
-    devices = topology_devices(name)
-    if len(devices) != fsdp * tp:
+    devices = topology_devices(name, slices)
+    each = len(devices) // slices
+    if each != fsdp * tp:
         raise UsageError(
-            f"--mesh={mesh_flag}: {fsdp * tp} chips, but --topology={name} has {len(devices)}; "
-            f"use --mesh={len(devices)},1 or another pair whose product is {len(devices)}"
+            f"--mesh={mesh_flag}: {fsdp * tp} chips, but --topology={name} has {each}; "
+            f"use --mesh={each},1 or another pair whose product is {each}"
         )
     return arrange(devices, fsdp, tp)
 
@@ -149,7 +152,7 @@ def plan_spec(settings: Settings) -> RunSpec:
     on_gpu = wanted.topology.startswith(GPU)
     config, num_tokens = known_model(name)
     config = dataclasses.replace(config, lora=make_lora(settings.lora), int8=options.quantize == "int8")
-    mesh = virtual_mesh(wanted.mesh) if on_gpu else topology_mesh(wanted.topology, wanted.mesh)
+    mesh = virtual_mesh(wanted.mesh) if on_gpu else topology_mesh(wanted.topology, wanted.mesh, wanted.slices)
     check_divisible(config.sizes, mesh)
     check_lengths(config, settings.data.max_prompt_length, settings.rollout.max_completion_length)
     check_loss(settings)

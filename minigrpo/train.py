@@ -451,10 +451,12 @@ def announce(run: Run, state: TrainState, folder: Path) -> None:
         options = getattr(run.settings, name)
         values = " ".join(f"{flag}={value}" for flag, value in dataclasses.asdict(options).items() if value is not None)
         sys.stderr.write(f"{(type(options).__doc__ or '').lower()}: {values}\n")
-    devices, packing = run.build.spec.mesh.devices, run.packing
+    mesh, packing = run.build.spec.mesh, run.packing
+    devices, sizes = mesh.devices, " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    processes = f" of {WORKERS.count} workers" if WORKERS.count > 1 else ""
     most = packing.micro_batches(run.build.spec.update_sequences)
     sys.stderr.write(
-        f"mesh: fsdp={devices.shape[0]} tp={devices.shape[1]} of {devices.flat[0].device_kind} devices; "
+        f"mesh: {sizes} of {devices.flat[0].device_kind} devices{processes}; "
         f"update in at most {most} micro-batch{'es' * (most > 1)} of {packing.rows} x {packing.row_tokens} tokens; "
         f"run folder {folder}\n"
     )

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from minigrpo.kernels.backend import HeadTiles
-from minigrpo.runtime.mesh import DATA, FSDP, TP
+from minigrpo.runtime.mesh import FSDP, SLICE, TP, data_spec
 
 LOWEST = -1e30
 """Replaces -inf where a difference of two of them must not become NaN."""
@@ -46,7 +46,7 @@ def forward(
     head: LMHead, hidden: Array, weights: Array, targets: Array
 ) -> tuple[tuple[Array, Array], tuple[Array, Array, Array, Array]]:
     """Compute `token_logprobs` -> its results, and everything that the backward pass needs."""
-    rows, split = PartitionSpec(DATA), PartitionSpec(TP)
+    rows, split = data_spec(head.mesh), PartitionSpec(TP)
     run = jax.shard_map(
         functools.partial(local_forward, head),
         mesh=head.mesh,
@@ -63,7 +63,7 @@ def backward(
 ) -> tuple[Array, Array, None]:
     """Compute gradients of hidden states and weights for the cotangents of the log-probs."""
     hidden, weights, targets, log_total = saved
-    rows = PartitionSpec(DATA)
+    rows = data_spec(head.mesh)
     run = jax.shard_map(
         functools.partial(local_backward, head),
         mesh=head.mesh,
@@ -182,6 +182,8 @@ def local_backward(
     zeros = jnp.zeros(weights.shape, jnp.float32)
     weights_grad, hidden_grad = jax.lax.scan(chunk, zeros, in_chunks(size, (hidden, targets, log_total, cotangent)))
     hidden_grad = hidden_grad.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    if SLICE in head.mesh.axis_names:
+        weights_grad = jax.lax.psum(weights_grad, SLICE)
     return hidden_grad, sum_and_split(weights_grad, FSDP, 1)
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from minigrpo.kernels.backend import CausalAttention
 from minigrpo.model.qwen import Attend
-from minigrpo.runtime.mesh import DATA
+from minigrpo.runtime.mesh import data_spec
 
 
 @jax.tree_util.register_dataclass
@@ -99,7 +99,7 @@ def attend_shared(
 
 def on_devices(mesh: Mesh, local: Callable[..., Array], *arguments: Any) -> Array:
     """Run `local` on each device's own rows."""
-    spec = PartitionSpec(DATA)
+    spec = data_spec(mesh)
     return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*arguments)
 
 

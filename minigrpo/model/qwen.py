@@ -33,7 +33,7 @@ from minigrpo.model.params import (
     to_int8,
 )
 from minigrpo.model.rope import attention_factor, inverse_frequencies
-from minigrpo.runtime.mesh import DATA, FSDP, TP, by_sequence, replicated
+from minigrpo.runtime.mesh import FSDP, TP, by_sequence, data_spec, replicated
 
 MLP = "mlp"
 """Name of the MLP's two inner projections in rematerialisation policies."""
@@ -94,7 +94,7 @@ class ComputeSpec:
         """Look up tokens in the embedding."""
         if self.mesh is None or self.mesh.size == 1:
             return table.at[tokens].get(mode="promise_in_bounds", wrap_negative_indices=False).astype(self.dtype)
-        rows, split = PartitionSpec(DATA), PartitionSpec(TP, FSDP)
+        rows, split = data_spec(self.mesh), PartitionSpec(TP, FSDP)
         run = jax.shard_map(look_up, mesh=self.mesh, in_specs=(split, rows), out_specs=rows, check_vma=False)
         return run(table.astype(self.dtype), tokens)
 

@@ -48,7 +48,7 @@ from minigrpo.rollout.scheduler import (
     shrink,
     update,
 )
-from minigrpo.runtime.mesh import DATA, by_sequence, fetch, put, replicated
+from minigrpo.runtime.mesh import by_sequence, data_spec, fetch, put, replicated
 
 PREFILL_ROWS = 8
 """Rows of prompts prefilled at a time on one device."""
@@ -481,7 +481,7 @@ def run_mesh(
 ) -> tuple[Array, Array, Array, Array]:
     """Run every device's rollout of its share of the prompts."""
     key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
-    own, whole = PartitionSpec(DATA), PartitionSpec()
+    own, whole = data_spec(spec.mesh), PartitionSpec()
     generate = jax.shard_map(
         functools.partial(run_device, spec),
         mesh=spec.mesh,

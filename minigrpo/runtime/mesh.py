@@ -17,9 +17,9 @@ from minigrpo.runtime.platform import choose_platform, start_backend
 from minigrpo.runtime.workers import WORKERS
 
 PLATFORMS, CPU_DEVICES = "jax_platforms", "jax_num_cpu_devices"
-FSDP, TP = "fsdp", "tp"
-DATA = (FSDP, TP)
-"""Activations and sequences are split over both mesh axes: every device is a data-parallel worker."""
+SLICE, FSDP, TP = "slice", "fsdp", "tp"
+"""Axes of a mesh. Slices, joined by the data-centre network, each hold all of the weights; there is an axis for them
+only where there are several."""
 
 AXIS_OF_DIM = {"V": TP, "N": TP, "K": TP, "F": TP, "D": FSDP}
 """Dim letter -> the mesh axis that shards it; H and L stay whole."""
@@ -58,13 +58,16 @@ def start_platform(mesh_flag: str) -> None:
 def make_mesh(mesh_flag: str) -> Mesh:
     """Return the mesh of `--mesh`; UsageError when it does not match the devices there are."""
     devices = jax.devices()
-    fsdp, tp = mesh_sizes(mesh_flag, devices[0].platform, len(devices))
+    slices = slice_count(devices)
+    each = len(devices) // slices
+    fsdp, tp = mesh_sizes(mesh_flag, devices[0].platform, each)
     if devices[0].platform == "cpu":  # which are virtual: some may stay unused
-        devices = devices[: fsdp * tp]
-    if fsdp * tp != len(devices):
+        devices, each = devices[: fsdp * tp], fsdp * tp
+    if fsdp * tp != each or len(devices) < fsdp * tp:
+        where = f"in each of {slices} slices" if slices > 1 else "found"
         raise UsageError(
-            f"--mesh={mesh_flag}: {fsdp * tp} devices wanted, {len(devices)} {devices[0].platform} devices found; "
-            f"use --mesh={len(devices)},1 or another pair whose product is {len(devices)}"
+            f"--mesh={mesh_flag}: {fsdp * tp} devices wanted, {each} {devices[0].platform} devices {where}; "
+            f"use --mesh={each},1 or another pair whose product is {each}"
         )
     mesh = arrange(devices, fsdp, tp)
     if WORKERS.count > 1:
@@ -75,18 +78,31 @@ def make_mesh(mesh_flag: str) -> Mesh:
 def meet(mesh: Mesh) -> None:
     """Open the connections between workers' devices now, as all are here; later one may still compile for minutes."""
     WORKERS.equal({"devices": f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}"})
-    for axes in (DATA, (FSDP,), (TP,)):
+    rows = data_spec(mesh)
+    for axes in (mesh.axis_names, (FSDP,), (TP,)):
         ones = put(np.ones(mesh.size, np.float32), by_sequence(mesh))
-        add = jax.shard_map(
-            functools.partial(jax.lax.psum, axis_name=axes), mesh=mesh, in_specs=P(DATA), out_specs=P(DATA)
-        )
-        jax.block_until_ready(jax.jit(add)(ones))
+        add = functools.partial(jax.lax.psum, axis_name=axes)
+        jax.block_until_ready(jax.jit(jax.shard_map(add, mesh=mesh, in_specs=rows, out_specs=rows))(ones))
 
 
 def arrange(devices: list[Any], fsdp: int, tp: int) -> Mesh:
-    """Arrange devices as an (fsdp, tp) mesh, neighbours on the chips' own network kept near each other."""
-    grid = mesh_utils.create_device_mesh((fsdp, tp), devices, allow_split_physical_axes=True)
-    return Mesh(grid, DATA, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    """Arrange devices as an (fsdp, tp) mesh per slice, neighbours on the chips' own network kept near each other."""
+    slices = slice_count(devices)
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh((fsdp, tp), devices, allow_split_physical_axes=True)
+        return Mesh(grid, (FSDP, TP), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    grid = mesh_utils.create_hybrid_device_mesh((1, fsdp, tp), (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(grid, (SLICE, FSDP, TP), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def slice_count(devices: list[Any]) -> int:
+    """Return the number of slices that devices are of."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def data_spec(mesh: Mesh) -> P:
+    """Return the layout of sequences and activations: over all axes, as every device is a data-parallel worker."""
+    return P(mesh.axis_names)
 
 
 def spec_of(dims: str) -> P:
@@ -119,7 +135,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def by_sequence(mesh: Mesh) -> NamedSharding:
     """Return the layout of [B, ...] arrays: sequences over every device."""
-    return NamedSharding(mesh, P(DATA))
+    return NamedSharding(mesh, data_spec(mesh))
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:

@@ -1,0 +1,444 @@
+"""Several processes: joining, agreeing on host values, ending together; runs of two workers equal runs of one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from minigrpo.config import ClusterOptions, Settings, UsageError
+from minigrpo.runtime import links, workers
+from minigrpo.runtime.links import split_address
+from minigrpo.runtime.workers import Place, Workers, find_place, first_difference
+
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[001-002]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}  # fmt: skip
+
+
+# Finding one's place
+
+
+def options(**given):
+    return ClusterOptions(**given)
+
+
+def test_a_process_on_its_own_has_no_place():
+    assert find_place(options(), {}) is None
+    assert find_place(options(coordinator_address="a:1", num_processes=1, process_id=0), {}) is None
+
+
+def test_flags_and_variables_of_jax_give_the_place():
+    assert find_place(options(coordinator_address="a:1", num_processes=4, process_id=0), {}) == Place("a:1", 4, 0)
+    environ = {"JAX_COORDINATOR_ADDRESS": "b:2", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
+    assert find_place(options(), environ) == Place("b:2", 3, 2)
+    assert find_place(options(process_id=1), environ) == Place("b:2", 3, 1)
+
+
+def test_slurm_gives_the_place(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    place = find_place(options(), {})
+    assert (place.count, place.index) == (2, 1) and place.address.startswith("node001:")
+
+
+@pytest.mark.parametrize(
+    ("given", "environ", "said"),
+    [
+        ({"coordinator_address": "a:1"}, {}, "--num_processes"),
+        ({"num_processes": 2}, {}, "--coordinator_address"),
+        ({"num_processes": 2, "process_id": 0}, {}, "--coordinator_address"),
+        ({"coordinator_address": "a:1", "num_processes": 2}, {}, "--process_id"),
+        ({"coordinator_address": "a:1", "num_processes": 2, "process_id": 2}, {}, "--process_id=2"),
+        ({}, {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two"),
+        ({}, {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1"),
+    ],
+)
+def test_half_a_place_is_refused(given, environ, said):
+    with pytest.raises(UsageError, match=said):
+        find_place(options(**given), environ)
+
+
+@pytest.mark.parametrize("address", ["", "host", "host:", ":80", "host:0", "host:70000", "host:http"])
+def test_an_address_is_host_and_port(address):
+    with pytest.raises(UsageError, match="HOST:PORT"):
+        split_address(address)
+
+
+def test_the_first_difference_names_worker_and_value():
+    assert first_difference([{"jax": "1"}, {"jax": "1"}]) == ""
+    assert "worker 1 has jax 2 and worker 0 1" in first_difference([{"jax": "1"}, {"jax": "2"}])
+    assert "worker 2 has --max_steps 5" in first_difference([{"--max_steps": 4}] * 2 + [{"--max_steps": 5}])
+
+
+# Meeting, without jax
+
+
+@pytest.fixture
+def port():
+    return links.free_port()
+
+
+class Gang:
+    """Workers in threads of this process, each with its own links; nothing of jax is started."""
+
+    def __init__(self, port, facts, timeout=20.0, absent=(), numbers=None):
+        self.ended, self.errors, self.started = {}, {}, time.monotonic()
+        self.all = [Workers() for _ in facts]
+        for worker in self.all:
+            worker.serve = lambda: 1
+            worker.exit = lambda code, worker=worker: self.stop(worker, code)
+        self.threads = [
+            threading.Thread(target=self.join, args=(i, port, facts, timeout, numbers or [0, 1, 2]), daemon=True)
+            for i in range(len(facts)) if i not in absent
+        ]  # fmt: skip
+        for thread in self.threads:
+            thread.start()
+        for thread in self.threads:
+            thread.join(timeout + 10)
+
+    def join(self, i, port, facts, timeout, numbers):
+        worker = self.all[i]
+        worker.index, worker.count = numbers[i], len(facts)
+        deadline = time.monotonic() + timeout
+        try:
+            (worker.meet if worker.index else worker.welcome)("127.0.0.1", port, facts[i], deadline, timeout)
+        except UsageError as error:
+            self.errors[i] = str(error)
+        else:
+            threading.Thread(target=worker.read, daemon=True).start()
+
+    def stop(self, worker, code):
+        self.ended[self.all.index(worker)] = code
+        for link in worker.links.values():
+            link.close()
+        threading.Event().wait()
+
+    def each(self, call):
+        results = {}
+        threads = [
+            threading.Thread(target=lambda i=i, w=w: results.update({i: call(i, w)}), daemon=True)
+            for i, w in enumerate(self.all)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        return results
+
+    def wait_for_end(self, count):
+        for _ in range(100):
+            if len(self.ended) == count:
+                break
+            time.sleep(0.1)
+        return self.ended
+
+
+def hang_up(link):
+    """End a connection as the end of its process would; a thread may be waiting on it."""
+    with socket.socket(fileno=os.dup(link.fileno())) as own:
+        own.shutdown(socket.SHUT_RDWR)
+
+
+def test_workers_gather_the_same_values_turn_after_turn(port):
+    gang = Gang(port, [{}, {}, {}])
+    assert not gang.errors
+    for turn in range(5):
+        value = {"rewards": [0.1 + turn, float("inf")], "text": "ä\ud83d"}
+        seen = gang.each(lambda i, worker, value=value: worker.gather(value | {"from": i}))
+        assert seen[0] == seen[1] == seen[2] == [value | {"from": i} for i in range(3)]
+    assert gang.each(lambda i, worker: worker.any(i == 2)) == {0: True, 1: True, 2: True}
+    assert gang.each(lambda i, worker: worker.any(False)) == {0: False, 1: False, 2: False}
+    calls = []
+    assert gang.each(lambda i, worker: worker.first(lambda: calls.append(i) or "x")) == {0: "x", 1: "x", 2: "x"}
+    assert calls == [0]
+
+
+def test_a_worker_that_does_not_come_is_named(port):
+    gang = Gang(port, [{}, {}, {}], timeout=2.0, absent=(2,))
+    assert "--start_timeout=2: worker 2 did not come" in gang.errors[0] and "worker 2" in gang.errors[1]
+
+
+def test_worker_0_that_does_not_come_is_named(port):
+    gang = Gang(port, [{}, {}], timeout=2.0, absent=(0,))
+    assert "worker 0 did not answer" in gang.errors[1]
+
+
+def test_differing_facts_stop_every_worker_in_the_same_words(port):
+    gang = Gang(port, [{"jax": "0.10"}, {"jax": "0.10"}, {"jax": "0.11"}])
+    assert "worker 2 has jax 0.11" in gang.errors[0] and gang.errors[0] == gang.errors[1] == gang.errors[2]
+
+
+def test_two_workers_of_one_number_are_refused(port):
+    gang = Gang(port, [{}, {}, {}], timeout=5.0, numbers=[0, 1, 1])
+    assert "--process_id=1: two workers have it" in gang.errors[0]
+
+
+def test_a_taken_port_is_named(port):
+    with socket.create_server(("", port)):
+        gang = Gang(port, [{}, {}], timeout=2.0)
+    assert f"port {port} cannot be used" in gang.errors[0]
+
+
+def test_noise_on_the_port_is_not_a_worker(port):
+    def knock():
+        for content in (b"GET / HTTP/1.1\r\n\r\n", b"", b"\x00\x00\x00\x02hi"):
+            for _ in range(50):
+                try:
+                    with socket.create_connection(("127.0.0.1", port), timeout=1) as visitor:
+                        visitor.sendall(content)
+                    break
+                except OSError:
+                    time.sleep(0.05)
+
+    threading.Thread(target=knock, daemon=True).start()
+    assert not Gang(port, [{}, {}]).errors
+
+
+def test_an_error_on_one_worker_ends_all_in_its_words(port, capfd):
+    gang = Gang(port, [{}, {}, {}])
+    threading.Thread(target=gang.all[1].fail, args=(UsageError("--reward=x: raised"),), daemon=True).start()
+    assert gang.wait_for_end(3) == {0: 2, 1: 2, 2: 2}
+    assert capfd.readouterr().err.count("worker 1: error: --reward=x: raised") == 3
+
+
+def test_a_lost_worker_ends_the_others_with_the_code_that_says_resume(port, capfd):
+    gang = Gang(port, [{}, {}, {}])
+    hang_up(gang.all[2].links[0])
+    ended = gang.wait_for_end(2)
+    assert {ended[0], ended[1]} == {75} and "worker 2 is gone" in capfd.readouterr().err
+
+
+def test_lost_worker_0_ends_the_others(port, capfd):
+    gang = Gang(port, [{}, {}, {}])
+    gang.all[0].ending.set()
+    for link in gang.all[0].links.values():
+        hang_up(link)
+    ended = gang.wait_for_end(2)
+    assert {ended[1], ended[2]} == {75} and "worker 0 is gone" in capfd.readouterr().err
+
+
+def test_messages_are_data_only(port):
+    """Nothing that arrives is unpickled."""
+    source = (ROOT / "minigrpo/runtime/links.py").read_text() + (ROOT / "minigrpo/runtime/workers.py").read_text()
+    assert "pickle" not in source and ".recv()" not in source and ".send(" not in source
+
+
+# Whole runs
+
+SMALL = ("--mesh=4,1", "--max_steps=3", "--batch_size=4", "--num_generations=4", "--max_completion_length=32",
+         "--save_steps=1", "--report_to=none")  # fmt: skip
+
+
+def command(module, *flags):
+    return [sys.executable, "-m", f"minigrpo.{module}", *flags]
+
+
+def environment(folder):
+    own = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
+    return os.environ | own | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+
+def start(folder, count, module, *flags, own=lambda i: ()):
+    """Start `count` workers; their output is in worker-I.out."""
+    address = f"--coordinator_address=127.0.0.1:{links.free_port()}"
+    return [
+        subprocess.Popen(
+            [*command(module, *flags), address, f"--num_processes={count}", f"--process_id={i}", *own(i)],
+            stdout=open(folder / f"worker-{i}.stdout", "w"),
+            stderr=open(folder / f"worker-{i}.stderr", "w"),
+            env=environment(folder),
+            cwd=folder,
+        )
+        for i in range(count)
+    ]
+
+
+def codes(processes, seconds=420):
+    deadline = time.monotonic() + seconds
+    return [process.wait(max(1, deadline - time.monotonic())) for process in processes]
+
+
+def errors(folder, i):
+    lines = (folder / f"worker-{i}.stderr").read_text().splitlines()
+    return [line for line in lines if "Gloo" not in line]
+
+
+def rows(path):
+    timings = ("time/", "step_time", "tokens_per_second", "rollout/tokens", "device/")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith(timings)} for row in lines]
+
+
+def same_metrics(one, two):
+    for first, second in zip(rows(one / "metrics.jsonl"), rows(two / "metrics.jsonl"), strict=True):
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            if name.startswith(("reward", "completions/")):
+                assert second[name] == value, name
+            elif not name.startswith("sampling/"):  # differences of float32 log-probs: noise over noise
+                assert second[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    assert rows(one / "completions.jsonl") == rows(two / "completions.jsonl")
+
+
+def weights_of(folder):
+    import ml_dtypes  # noqa: F401  NumPy's bfloat16
+    from safetensors.numpy import load_file
+
+    return {name: value.astype(np.float32) for name, value in load_file(folder / "model.safetensors").items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same run by one process and by two workers."""
+    folder = tmp_path_factory.mktemp("workers")
+    subprocess.run(
+        command("train", *SMALL, f"--output_dir={folder}/one"), env=environment(folder), cwd=folder, check=True,
+        capture_output=True,
+    )  # fmt: skip
+    pair = start(folder, 2, "train", *SMALL, f"--output_dir={folder}/two")
+    assert codes(pair) == [0, 0], errors(folder, 0)[-3:] + errors(folder, 1)[-3:]
+    return folder
+
+
+@pytest.mark.slow
+def test_two_workers_train_as_one_process_does(runs):
+    same_metrics(runs / "one", runs / "two")
+    one, two = weights_of(runs / "one/final"), weights_of(runs / "two/final")
+    assert one.keys() == two.keys()
+    assert all(np.abs(one[name] - two[name]).max() <= 1e-6 + 2**-8 * np.abs(one[name]).max() for name in one)
+
+
+@pytest.mark.slow
+def test_only_worker_0_speaks_and_every_file_is_written_once(runs):
+    assert errors(runs, 1) == [] and "step 3/3" in (runs / "worker-0.stderr").read_text()
+    alone = {path.relative_to(runs / "one") for path in (runs / "one").rglob("*") if "checkpoints" not in path.parts}
+    both = {path.relative_to(runs / "two") for path in (runs / "two").rglob("*") if "checkpoints" not in path.parts}
+    assert {str(path) for path in both - alone} == {"train.worker-1.log"} and not alone - both
+    assert "compiled" in (runs / "two/train.worker-1.log").read_text()
+
+
+RANDOM = """
+import os, random, time
+
+def chance(completions, **kwargs):
+    return [random.random() for _ in completions]
+
+def fails(completions, **kwargs):
+    if os.environ.get("WORKER") == "1":
+        raise ValueError("on worker 1 alone")
+    return [float(len(text)) for text in completions]
+
+def hangs(completions, **kwargs):
+    time.sleep(3600 if os.environ.get("WORKER") == "1" else 0)
+    return [float(len(text)) for text in completions]
+"""
+
+
+def with_number(folder, count, *flags):
+    """Start workers that know their number by a variable of their own."""
+    processes = []
+    address = f"--coordinator_address=127.0.0.1:{links.free_port()}"
+    for i in range(count):
+        where = [address, f"--num_processes={count}", f"--process_id={i}"]
+        out = open(folder / f"worker-{i}.stderr", "w")
+        env = environment(folder) | {"WORKER": str(i)}
+        processes.append(subprocess.Popen([*command("train", *flags), *where], stderr=out, env=env, cwd=folder))
+    return processes
+
+
+@pytest.mark.slow
+def test_a_random_reward_is_agreed_on(runs, tmp_path):
+    (tmp_path / "own.py").write_text(RANDOM)
+    (tmp_path / "programs").symlink_to(runs / "programs")
+    flags = [*SMALL, f"--output_dir={tmp_path}/run", "--reward=own.py:chance"]
+    assert codes(with_number(tmp_path, 2, *flags)) == [0, 0]
+    logged = rows(tmp_path / "run/completions.jsonl")
+    assert len({row["reward"] for row in logged}) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("reward", "more", "said"), [
+    ("fails", (), "on worker 1 alone"), ("hangs", ("--reward_timeout=3",), "--reward_timeout"),
+])  # fmt: skip
+def test_a_reward_that_fails_on_one_worker_ends_all_in_one_line(runs, tmp_path, reward, more, said):
+    (tmp_path / "own.py").write_text(RANDOM)
+    (tmp_path / "programs").symlink_to(runs / "programs")
+    pair = with_number(tmp_path, 2, *SMALL, f"--output_dir={tmp_path}/run", f"--reward=own.py:{reward}", *more)
+    assert codes(pair) == [2, 2]
+    for i in range(2):
+        last = errors(tmp_path, i)[-1]
+        assert last.startswith("worker 1: error: ") and said in last
+        assert "Traceback" not in "\n".join(errors(tmp_path, i))
+
+
+def wait_for_step(folder, step, processes):
+    for _ in range(2400):
+        path = folder / "newest_checkpoint.txt"
+        if path.exists() and int(path.read_text()) >= step:
+            return
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+    raise AssertionError("no checkpoint came")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "number"), [
+    (0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGTERM), (1, signal.SIGTERM),
+])  # fmt: skip
+def test_a_worker_that_ends_ends_the_others_and_the_run_goes_on_with_one_process(runs, tmp_path, victim, number):
+    (tmp_path / "programs").symlink_to(runs / "programs")
+    long = [*SMALL, "--max_steps=8", "--lr_schedule=constant", "--warmup_ratio=0", f"--output_dir={tmp_path}/run"]
+    pair = start(tmp_path, 2, "train", *long)
+    wait_for_step(tmp_path / "run", 2, pair)
+    pair[victim].send_signal(number)
+    ended = codes(pair, 60)
+    assert ended[1 - victim] == 75 and ended[victim] == (-9 if number == signal.SIGKILL else 75)
+    assert "Traceback" not in "\n".join(errors(tmp_path, 0) + errors(tmp_path, 1))
+    subprocess.run(
+        command("train", "--resume", f"--output_dir={tmp_path}/run"), env=environment(tmp_path), cwd=tmp_path,
+        check=True, capture_output=True,
+    )  # fmt: skip
+    whole = tmp_path / "whole"
+    subprocess.run(
+        command("train", *long[:-1], f"--output_dir={whole}"), env=environment(tmp_path), cwd=tmp_path, check=True,
+        capture_output=True,
+    )  # fmt: skip
+    same_metrics(whole, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_workers_started_differently_are_told_before_anything_runs(tmp_path):
+    pair = start(tmp_path, 2, "train", *SMALL, own=lambda i: (f"--seed={i}",))
+    assert codes(pair, 120) == [2, 2]
+    for i in range(2):
+        assert errors(tmp_path, i) == ["error: worker 1 has --seed 1 and worker 0 0; make them equal"]
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_shared_is_refused(tmp_path):
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+    address = f"--coordinator_address=127.0.0.1:{links.free_port()}"
+    pair = [
+        subprocess.Popen(
+            [*command("train", *SMALL, "--output_dir=run"), address, "--num_processes=2", f"--process_id={i}"],
+            stderr=open(tmp_path / f"worker-{i}.stderr", "w"), env=environment(tmp_path), cwd=tmp_path / str(i),
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    assert codes(pair) == [2, 2]
+    assert "worker 1 does not see what worker 0 wrote" in errors(tmp_path, 0)[-1]
+
+
+def test_facts_name_what_must_be_equal():
+    facts = workers.own_facts(Settings(sections=("steps", "cluster")))
+    assert {"Python", "jax", "jaxlib", "--seed"} <= facts.keys() and "--process_id" not in facts
