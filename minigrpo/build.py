@@ -27,8 +27,10 @@ from minigrpo.model.weights import export, random_params
 from minigrpo.planning.run_spec import RunSpec
 from minigrpo.rollout.generator import Generator, rollout_spec
 from minigrpo.runtime.chips import GIB, memory_of_kind
+from minigrpo.runtime.files import fingerprint
 from minigrpo.runtime.mesh import check_divisible, make_mesh, start_platform
 from minigrpo.runtime.program_cache import keep_programs
+from minigrpo.runtime.workers import WORKERS
 
 TINY = "builtin:tiny"
 Recipes = Mapping[str, Mapping[str, Any]]
@@ -254,6 +256,8 @@ def build(settings: Settings, mesh_flag: str, recipes: Recipes = MappingProxyTyp
     mesh = make_mesh(mesh_flag)
     settings = resolve(settings, recipes)
     source = find_source(settings.model.model, settings.model.base_model)
+    if WORKERS.count > 1:
+        WORKERS.equal({f"files of --model={settings.model.model} of digest": fingerprint(source.folder)})
     config = read_config(source.folder / "config.json")
     int8 = settings.model.quantize == "int8"
     config = dataclasses.replace(config, lora=choose_lora(settings, source), int8=int8)

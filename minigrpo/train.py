@@ -388,6 +388,8 @@ def make_run(built: Build) -> tuple[Run, TrainState]:
     settings, spec = built.settings, built.spec
     steps = settings.steps
     data, rewards = load_prompts(built)
+    if WORKERS.count > 1:
+        WORKERS.equal({f"prompts of --dataset={settings.data.dataset} of digest": data.digest()})
     held = load_held_out(built)
     total = steps.max_steps or max(1, round(steps.num_epochs * len(data) / steps.batch_size))
     update_spec = grpo_update_spec(spec, total * steps.updates_per_step)

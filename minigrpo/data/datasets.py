@@ -2,6 +2,7 @@
 
 import array
 import dataclasses
+import hashlib
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -152,6 +153,13 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def digest(self) -> str:
+        """Return a digest of all prompts' tokens."""
+        digest = hashlib.blake2b(digest_size=6)
+        for tokens in self.tokens:
+            digest.update(np.array([*tokens, -1], np.int64).tobytes())
+        return digest.hexdigest()
 
     def only(self, kept: Sequence[int] | np.ndarray) -> "PromptSet":
         """Return the prompts of these indices, which rise; the others count as dropped."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -106,6 +107,15 @@ def write_whole(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
         sync(path.parent)
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a digest of a folder's files: their names, sizes and beginnings, which hold the headers of weights."""
+    digest = hashlib.blake2b(digest_size=6)
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(1 << 20))
+    return digest.hexdigest()
 
 
 def remove_tree(folder: Path) -> None:

@@ -35,6 +35,9 @@ BROKEN = 10.0
 PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=3600 --xla_cpu_collective_timeout_seconds=3600"
 """Flags that make CPU collectives wait for a worker that compiles longer; a lost worker is noticed otherwise."""
 
+CLOCKS = 60.0
+"""Seconds by which the clocks of machines may differ before it is said; buckets refuse those that are far off."""
+
 T = TypeVar("T")
 
 
@@ -153,6 +156,8 @@ class Workers:
                     break
                 link, message = found
                 index = message["index"]
+                if abs(late := message["clock"] - time.time()) > CLOCKS:
+                    print_line(f"note: worker {index}'s clock differs by {late:.0f} s; set the machines' clocks")
                 if index in told:
                     problem = f"--process_id={index}: two workers have it; give each its own number"
                 self.links[index], told[index] = link, message["facts"]
@@ -168,7 +173,7 @@ class Workers:
         """Report to worker 0 -> the address of jax's service."""
         link = connect(host, port, deadline)
         if link is not None:
-            send(link, {"kind": "hello", "index": self.index, "facts": facts})
+            send(link, {"kind": "hello", "index": self.index, "facts": facts, "clock": time.time()})
         answer = receive(link) if link is not None and link.poll(max(0.0, deadline + 5 - time.monotonic())) else None
         if link is None or answer is None:
             self.leave_early(
