@@ -148,8 +148,8 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(place, tree)
 
 
-def fetch(x: Array) -> np.ndarray:
+def fetch(x: Array | np.ndarray) -> np.ndarray:
     """Return a whole array on the host of every process; each calls this at the same place."""
-    if x.is_fully_addressable or x.is_fully_replicated:
+    if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
