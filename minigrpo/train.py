@@ -48,8 +48,9 @@ from minigrpo.report import write_report
 from minigrpo.rollout.generator import Rollout
 from minigrpo.runtime.mesh import fetch
 from minigrpo.runtime.progress import Progress
-from minigrpo.runtime.run_folder import RunFolder, completion_metrics, import_wandb, reward_metrics
+from minigrpo.runtime.run_folder import RunFolder, completion_metrics, reward_metrics
 from minigrpo.runtime.session import Position, Session, choose_folder, open_session, with_run_settings
+from minigrpo.runtime.sinks import import_wandb
 from minigrpo.runtime.workers import WORKERS, joined
 
 SECTIONS = ("model", "lora", "data", "rollout", "rewards", "loss", "optimizer", "steps", "run", "cluster")

@@ -26,15 +26,12 @@ from minigrpo.runtime import files, progress, run_folder
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import (
     RunFolder,
-    TensorBoard,
-    Wandb,
     completion_metrics,
-    grouped,
-    open_sinks,
     reward_metrics,
     save_settings,
 )
 from minigrpo.runtime.signals import EXIT_STOPPED, StopRequest
+from minigrpo.runtime.sinks import TensorBoard, Wandb, grouped, open_sinks
 
 METRICS = {
     "num_tokens": 10.0, "reward": 0.5, "rewards/answer/mean": 0.25, "loss": 0.1, "kl": 0.0, "grad_norm": 1.0,

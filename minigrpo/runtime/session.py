@@ -21,10 +21,10 @@ from minigrpo.runtime.run_folder import (
     check_writable,
     evaluated,
     make_folder,
-    open_sinks,
     save_settings,
 )
 from minigrpo.runtime.signals import EXIT_STOPPED, STOP
+from minigrpo.runtime.sinks import open_sinks
 from minigrpo.runtime.workers import WORKERS
 
 SHARED_TRIES = 50
