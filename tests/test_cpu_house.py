@@ -15,6 +15,7 @@ from minigrpo import config, evaluate, generate, plan, sft, train
 
 LEVELS = [
     {"config", "__main__"},
+    {"user_code"},
     {"runtime", "data", "diagnostics"},
     {"model"},
     {"rollout"},
