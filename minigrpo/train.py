@@ -50,7 +50,7 @@ from minigrpo.runtime.mesh import fetch
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import RunFolder, completion_metrics, reward_metrics
 from minigrpo.runtime.session import Position, Session, choose_folder, open_session, with_run_settings
-from minigrpo.runtime.sinks import import_wandb
+from minigrpo.runtime.sinks import find_sinks
 from minigrpo.runtime.workers import WORKERS, joined
 
 SECTIONS = ("model", "lora", "data", "rollout", "rewards", "loss", "optimizer", "steps", "run", "cluster")
@@ -120,7 +120,7 @@ def train(run: Run, state: TrainState, session: Session) -> tuple[Position, Trai
         metrics |= summary(run, experience, step, clock)
         at = at.after(metrics["skipped_updates"] > 0)
         log.log(at.step, metrics)
-        log.append("completions.jsonl", samples(experience, step, options.log_completions))
+        log.log_completions(at.step, samples(experience, step, options.log_completions))
         if at.skipped_in_a_row == options.max_skipped_steps:
             give_up(log, at.step, batch, at.skipped_in_a_row)
         best = session.checkpoints.rate(at.step, metrics)
@@ -359,8 +359,6 @@ def check_settings(built: Build) -> None:
     check_loss(built.settings)
     check_quantize(built.spec.config)
     check_lora(built.settings, built.spec.config)
-    if "wandb" in built.settings.run.report_to:
-        import_wandb()
 
 
 def sampling_spec(
@@ -484,11 +482,12 @@ def main(settings: Settings) -> int:
 def run_training(settings: Settings, progress: Progress) -> int:
     """Build the run, train it, and write its results."""
     progress.phase("loading")
+    openers = find_sinks(settings.run)
     built = build(settings, settings.run.mesh, RECIPES)
     folder = choose_folder(built.settings)
     run, state = make_run(built)
     announce(run, state, folder)
-    session, state = open_session(folder, built.settings, run.total_steps, state, progress)
+    session, state = open_session(folder, built.settings, run.total_steps, state, progress, openers)
     if run.evaluate and session.first.step == 0:
         evaluate(run, state, 0, session)
 

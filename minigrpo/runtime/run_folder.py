@@ -1,5 +1,6 @@
 """The run folder: metrics.jsonl, sample completions, settings, and one readable line per step."""
 
+import copy
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 from minigrpo.config import Settings, UsageError
 from minigrpo.runtime.files import size_text, sync, write_whole, writing
 from minigrpo.runtime.progress import Progress
-from minigrpo.runtime.sinks import Sink
+from minigrpo.runtime.sinks import Sink, failure
 
 TIMINGS = ("step_time", "time/", "tokens_per_second", "rollout/tokens_per_second", "device/")
 """Prefixes of the metrics that measure the machine and so differ between equal runs."""
@@ -58,8 +59,7 @@ class RunFolder:
         self.tokens += metrics["num_tokens"]
         metrics = metrics | {"num_tokens": self.tokens}
         self.append("metrics.jsonl", [{"step": step} | metrics])
-        for sink in self.sinks:
-            sink.log(step, metrics)
+        self.tell("log", step, metrics)
         self.say(step_line(step, self.total_steps, metrics))
         self.progress.step(step, metrics["step_time"], compiled)
 
@@ -68,9 +68,31 @@ class RunFolder:
         if not self.writes:
             return
         self.append("evaluations.jsonl", [{"step": step} | values])
-        for sink in self.sinks:
-            sink.log(step, evaluated(values))
+        self.tell("log", step, evaluated(values))
         self.say(f"step {step}: held out: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Write sample completions of a step to completions.jsonl and to every sink that takes them."""
+        self.append("completions.jsonl", rows)
+        if self.writes and rows:
+            self.tell("log_completions", step, rows)
+
+    def tell(self, method: str, step: int, content: Any) -> None:
+        """Hand a copy of `content` to every sink that has the method; one that fails is named, and told nothing more.
+
+        UsageError, as of a full disk, ends the run.
+        """
+        for sink in [sink for sink in self.sinks if hasattr(sink, method)]:
+            try:
+                getattr(sink, method)(step, copy.deepcopy(content))
+            except (UsageError, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # a library, or the user's own class, may raise anything
+                self.sinks.remove(sink)
+                self.say(
+                    f"warning: sink {type(sink).__name__} failed at step {step}: {failure(error)}; it gets nothing "
+                    "more, and the run goes on"
+                )
 
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Add one line per row to a JSONL file of the folder, on the disk itself before it returns."""
@@ -90,6 +112,8 @@ class RunFolder:
                 sink.close()
             except UsageError as error:
                 failures.append(error)
+            except Exception as error:
+                self.say(f"warning: sink {type(sink).__name__} failed at its end: {failure(error)}")
         self.sinks = []
         if failures:
             raise failures[0]
