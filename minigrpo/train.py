@@ -52,6 +52,7 @@ from minigrpo.runtime.run_folder import RunFolder, completion_metrics, reward_me
 from minigrpo.runtime.session import Position, Session, choose_folder, open_session, with_run_settings
 from minigrpo.runtime.sinks import find_sinks
 from minigrpo.runtime.workers import WORKERS, joined
+from minigrpo.share import check_hub, push, write_card
 
 SECTIONS = ("model", "lora", "data", "rollout", "rewards", "loss", "optimizer", "steps", "run", "cluster")
 
@@ -482,9 +483,10 @@ def main(settings: Settings) -> int:
 def run_training(settings: Settings, progress: Progress) -> int:
     """Build the run, train it, and write its results."""
     progress.phase("loading")
-    openers = find_sinks(settings.run)
+    openers = find_sinks(settings.run) if WORKERS.writes else {}
     built = build(settings, settings.run.mesh, RECIPES)
     folder = choose_folder(built.settings)
+    WORKERS.first(lambda: check_hub(built.settings.run))
     run, state = make_run(built)
     announce(run, state, folder)
     session, state = open_session(folder, built.settings, run.total_steps, state, progress, openers)
@@ -493,9 +495,26 @@ def run_training(settings: Settings, progress: Progress) -> int:
 
     def export(state: TrainState) -> Path:
         built.export(folder / "final", folder / "adapter", state.params, run.frozen)
-        return Path(WORKERS.first(lambda: str(write_report(folder))))
+        return Path(WORKERS.first(lambda: describe_run(folder, built)))
 
-    return session.complete(lambda: train(run, state, session), export, PROGRAMS)
+    code = session.complete(lambda: train(run, state, session), export, PROGRAMS)
+    name = built.settings.run.push_to_hub
+    if not code and name:
+        upload(session.log, name)
+    return code
+
+
+def describe_run(folder: Path, built: Build) -> str:
+    """Write the report and the model card -> the report's path."""
+    page = write_report(folder)
+    write_card(folder, built.settings, built.source.base)
+    return str(page)
+
+
+def upload(log: RunFolder, name: str) -> None:
+    """Upload the model to the Hub repository `name`; UsageError in every process where that fails."""
+    log.progress.phase("upload")
+    log.say(f"uploaded: {WORKERS.first(lambda: push(log.folder, name))}")
 
 
 if __name__ == "__main__":
