@@ -10,6 +10,7 @@ from typing import Any
 
 import huggingface_hub
 import jinja2
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from minigrpo import __version__
@@ -126,16 +127,21 @@ def one_line(value: Any) -> str:
 
 
 def results(folder: Path, settings: Settings, summary: dict[str, Any]) -> list[str]:
-    """Return what the run reached, one sentence each: held-out accuracy with its interval, and reward."""
-    rows = [row for row in read_steps(folder / "evaluations.jsonl") if "accuracy" in row]
+    """Return what the run reached, one sentence each: held-out accuracy with its interval, or margin, and reward."""
+    rows = read_steps(folder / "evaluations.jsonl")
+    name = "margin" if settings.data.offline else "accuracy"
+    measured = [row for row in rows if name in row]
+    ends = [measured[0], measured[-1]] if len(measured) > 1 else measured
+    data = plain(settings.run.eval_dataset if settings.run.eval_dataset != "auto" else settings.data.dataset)
+    if settings.data.offline:
+        told = "; ".join(f"{row['margin']:.4f} after {row['step']} steps" for row in ends) or "not measured"
+        return [f"Margin of better over worse responses on held-out prompts, in nats per token: {told}."]
     reward = summary["reward"]
     lines = [f"Mean reward: {reward['first']:.3f} in the first tenth of the steps, {reward['last']:.3f} in the last."]
-    if not rows:
+    if not ends:
         return [*lines, "Accuracy on held-out problems was not measured during the run."]
-    data = settings.run.eval_dataset if settings.run.eval_dataset != "auto" else settings.data.dataset
-    ends = [rows[0], rows[-1]] if len(rows) > 1 else rows
     told = "; ".join(f"{accuracy(row)} after {row['step']} steps" for row in ends)
-    return [f"Greedy accuracy on {int(rows[-1]['problems'])} held-out problems of {plain(data)}: {told}.", *lines]
+    return [f"Greedy accuracy on {int(ends[-1]['problems'])} held-out problems of {data}: {told}.", *lines]
 
 
 def accuracy(row: dict[str, Any]) -> str:
@@ -166,14 +172,12 @@ def upload_commands(folder: Path, name: str) -> str:
 
 
 def check_hub(options: RunOptions) -> None:
-    """Create the repository of --push_to_hub, if it is set; UsageError where the upload at the end could not succeed."""
+    """Create the repository of --push_to_hub, if set; UsageError where the upload at the end could not succeed."""
     name = options.push_to_hub
     if not name:
         return
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise UsageError(
-            f"--push_to_hub={name}: HF_HUB_OFFLINE forbids it; unset it, or upload RUN/final by hand later"
-        )
+    if constants.HF_HUB_OFFLINE:
+        raise UsageError(f"--push_to_hub={name}: HF_HUB_OFFLINE is set; unset it, or upload RUN/final by hand later")
     if huggingface_hub.get_token() is None:
         raise UsageError(f"--push_to_hub={name}: there is no token; set HF_TOKEN, or run `hf auth login`")
     api = huggingface_hub.HfApi()
@@ -191,7 +195,7 @@ def check_hub(options: RunOptions) -> None:
 def refusal(error: Exception) -> str:
     """Return why the Hub refused, and the cure, in one line."""
     if not isinstance(error, HfHubHTTPError):
-        return f"the Hub cannot be reached ({first_line(error)})"
+        return f"the Hub gave no answer ({type(error).__name__}: {first_line(error)})"
     status = error.response.status_code
     cures = {401: "the token is not valid; set HF_TOKEN anew", 403: "the token may not write there; set one that may"}
     return f"{cures.get(status, f'the Hub answered {status}')} ({error.server_message or first_line(error)})"

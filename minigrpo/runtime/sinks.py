@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from minigrpo.config import RunOptions, UsageError
 from minigrpo.runtime.files import write_whole, writing
@@ -24,6 +24,7 @@ Opener = Callable[[Path, dict[str, Any], int], "Sink"]
 """(run folder, settings by flag, finished steps) -> an open sink."""
 
 
+@runtime_checkable
 class Sink(Protocol):
     """A receiver of metrics. One with `log_completions(step, rows)` gets sample completions too."""
 
