@@ -24,7 +24,7 @@ TEMPLATE = Path(__file__).parent / "builtin" / "card.md.jinja"
 PICTURES = {"progress": "Held-out accuracy by step", "reward": "Reward by step"}
 """Pictures of the report that the card shows -> their captions."""
 
-PRIVATE = ("run", "evaluate")
+PRIVATE = ("run", "cluster")
 """Sections whose flags say where and how a run was kept, not how the model was trained."""
 
 STALE = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
