@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from minigrpo.config import RolloutOptions, Settings, UsageError
-from minigrpo.data.chat import Tokenizer, load_tokenizer
+from minigrpo.data.chat import Tokenizer, brings_template, load_tokenizer
 from minigrpo.grpo import losses
 from minigrpo.grpo.logprobs import LMHead
 from minigrpo.grpo.optimizer import learning_rate, make_optimizer
@@ -174,9 +174,10 @@ class Build:
 
     @property
     def own_template(self) -> str | None:
-        """Return the chat template of --chat_template=FILE, which is written with the model."""
+        """Return the chat template to be written with the model where its files bring none or another; else None."""
         given = self.settings.data.chat_template
-        return None if given in ("auto", "none") else self.tokenizer.template.source
+        kept = given == "none" or (given == "auto" and brings_template(self.source.tokenizer_folder))
+        return None if kept else self.tokenizer.template.source
 
     def load_base(self, seed: int, dtype: Any) -> Params:
         """Load the base's weights, or draw them with --init=random, on the mesh."""
@@ -197,13 +198,18 @@ class Build:
         return join(base, brought or random_adapters(spec.config, spec.mesh, seed))
 
     def export(self, folder: Path, adapter: Path, trainable: Params, frozen: Params) -> None:
-        """Write the trained model as a Hub folder, and its adapters, if there are any, as one of PEFT's."""
+        """Write the trained model as a Hub folder, and its adapters, if there are any, as one of PEFT's.
+
+        Where the base is a run's checkpoint, which PEFT cannot load, it is written beside them as a Hub folder, base/.
+        """
         spec, files = self.spec, self.source.tokenizer_folder
-        if spec.config.lora:
-            save_adapter(
-                adapter, trainable, spec.config.lora, self.source.base, source=files, chat_template=self.own_template
-            )
         base = load_base(self.source, spec.config, spec.mesh, spec.dtype) if spec.config.int8 else frozen
+        if spec.config.lora:
+            name = self.source.base
+            if self.source.base_step:
+                name = str(folder.with_name("base"))
+                export(Path(name), files, base, spec.config, spec.stop_tokens, spec.base_dtype, self.own_template)
+            save_adapter(adapter, trainable, spec.config.lora, name, source=files, chat_template=self.own_template)
         whole = merge_adapters(spec.config, join(trainable, base))
         export(folder, files, whole, spec.config, spec.stop_tokens, chat_template=self.own_template)
 

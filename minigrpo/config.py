@@ -5,6 +5,7 @@ import json
 import math
 import numbers
 import os
+import re
 import sys
 import textwrap
 import types
@@ -27,6 +28,10 @@ HELP_WIDTH = 100
 
 MOST_TOKENS, LARGEST_PAGE, MOST_PAGES, MOST_SLOTS = 2**20, 4096, 2**24, 2**16
 """Of a prompt or a completion, beyond any model's context; of a page; and pages, a thousand million tokens in all."""
+
+SINKS = ("tensorboard", "wandb", "trackio", "mlflow")
+HUB_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,94}/[\w][\w.-]{0,94}(?<![-.])", re.ASCII)
+"""OWNER/NAME, of letters, digits, -, _ and a single dot between them."""
 
 
 class UsageError(ValueError):
@@ -358,8 +363,13 @@ class RunOptions(Options):
     )
     eval_split: str = option("auto", "split of that dataset; auto is test")
     log_completions: int = option(4, "sample completions written per step", low=0)
+    print_completions: int = option(0, "of those, how many are printed too", low=0)
+    push_to_hub: str = option("", "OWNER/NAME of the Hub repository that the trained model is uploaded to")
+    hub_private: bool = option(False, "make that repository private")
     report_to: str = option(
-        "tensorboard", "metric sinks besides metrics.jsonl, by commas: tensorboard, wandb (an extra), or none"
+        "tensorboard",
+        "sinks of metrics and completions, by commas: tensorboard; wandb, trackio, mlflow (extras of these names); "
+        "FILE.py:CLASS or PACKAGE.MODULE:CLASS; or none",
     )
     wandb_project: str | None = option(
         None, "project of Weights & Biases; unset is WANDB_PROJECT, or minigrpo; the key comes from the environment"
@@ -372,11 +382,33 @@ class RunOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = [name for name in self.report_to.split(",") if name not in ("tensorboard", "wandb", "none")]
-        if unknown:
-            raise UsageError(f"--report_to={self.report_to}: {unknown[0]!r} is not tensorboard, wandb or none")
+        check_sinks(self.report_to, self.sinks)
+        if self.print_completions > self.log_completions:
+            raise UsageError(
+                f"--print_completions={self.print_completions}: only --log_completions={self.log_completions} are "
+                "kept of a step; raise that too"
+            )
+        if self.hub_private and not self.push_to_hub:
+            raise UsageError("--hub_private: nothing is uploaded; name a repository with --push_to_hub=OWNER/NAME")
+        if self.push_to_hub and not HUB_REPOSITORY.fullmatch(self.push_to_hub):
+            raise UsageError(f"--push_to_hub={self.push_to_hub}: must be OWNER/NAME, as on the Hub")
         if self.keep_best.startswith(("eval/", "-eval/")) and not self.eval_steps:
             raise UsageError(f"--keep_best={self.keep_best}: nothing is evaluated; set --eval_steps")
+
+    @property
+    def sinks(self) -> tuple[str, ...]:
+        """Return the sinks of --report_to, () for none."""
+        names = tuple(dict.fromkeys(name.strip() for name in self.report_to.split(",")))
+        return () if names == ("none",) else names
+
+
+def check_sinks(flag: str, names: tuple[str, ...]) -> None:
+    """Raise UsageError for a sink of --report_to that is none of ours and names no class."""
+    unknown = next((name for name in names if name not in SINKS and not all(name.rpartition(":"))), None)
+    if unknown == "none":
+        raise UsageError(f"--report_to={flag}: none goes alone")
+    if unknown is not None:
+        raise UsageError(f"--report_to={flag}: {unknown!r} is not {', '.join(SINKS)}, none or FILE.py:CLASS")
 
 
 @dataclasses.dataclass(frozen=True)

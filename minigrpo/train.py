@@ -48,9 +48,11 @@ from minigrpo.report import write_report
 from minigrpo.rollout.generator import Rollout
 from minigrpo.runtime.mesh import fetch
 from minigrpo.runtime.progress import Progress
-from minigrpo.runtime.run_folder import RunFolder, completion_metrics, import_wandb, reward_metrics
+from minigrpo.runtime.run_folder import RunFolder, completion_metrics, reward_metrics
 from minigrpo.runtime.session import Position, Session, choose_folder, open_session, with_run_settings
+from minigrpo.runtime.sinks import find_sinks
 from minigrpo.runtime.workers import WORKERS, joined
+from minigrpo.share import check_hub, push, write_card
 
 SECTIONS = ("model", "lora", "data", "rollout", "rewards", "loss", "optimizer", "steps", "run", "cluster")
 
@@ -119,7 +121,7 @@ def train(run: Run, state: TrainState, session: Session) -> tuple[Position, Trai
         metrics |= summary(run, experience, step, clock)
         at = at.after(metrics["skipped_updates"] > 0)
         log.log(at.step, metrics)
-        log.append("completions.jsonl", samples(experience, step, options.log_completions))
+        log.log_completions(at.step, samples(experience, step, options.log_completions))
         if at.skipped_in_a_row == options.max_skipped_steps:
             give_up(log, at.step, batch, at.skipped_in_a_row)
         best = session.checkpoints.rate(at.step, metrics)
@@ -358,8 +360,6 @@ def check_settings(built: Build) -> None:
     check_loss(built.settings)
     check_quantize(built.spec.config)
     check_lora(built.settings, built.spec.config)
-    if "wandb" in built.settings.run.report_to:
-        import_wandb()
 
 
 def sampling_spec(
@@ -485,19 +485,38 @@ def main(settings: Settings) -> int:
 def run_training(settings: Settings, progress: Progress) -> int:
     """Build the run, train it, and write its results."""
     progress.phase("loading")
+    openers = find_sinks(settings.run) if WORKERS.writes else {}
     built = build(settings, settings.run.mesh, RECIPES)
     folder = choose_folder(built.settings)
+    WORKERS.first(lambda: check_hub(built.settings.run))
     run, state = make_run(built)
     announce(run, state, folder)
-    session, state = open_session(folder, built.settings, run.total_steps, state, progress)
+    session, state = open_session(folder, built.settings, run.total_steps, state, progress, openers)
     if run.evaluate and session.first.step == 0:
         evaluate(run, state, 0, session)
 
     def export(state: TrainState) -> Path:
         built.export(folder / "final", folder / "adapter", state.params, run.frozen)
-        return Path(WORKERS.first(lambda: str(write_report(folder))))
+        return Path(WORKERS.first(lambda: describe_run(folder, built)))
 
-    return session.complete(lambda: train(run, state, session), export, PROGRAMS)
+    code = session.complete(lambda: train(run, state, session), export, PROGRAMS)
+    name = built.settings.run.push_to_hub
+    if not code and name:
+        upload(session.log, name)
+    return code
+
+
+def describe_run(folder: Path, built: Build) -> str:
+    """Write the report and the model card -> the report's path."""
+    page = write_report(folder)
+    write_card(folder, built.settings, built.source.base)
+    return str(page)
+
+
+def upload(log: RunFolder, name: str) -> None:
+    """Upload the model to the Hub repository `name`; UsageError in every process where that fails."""
+    log.progress.phase("upload")
+    log.say(f"uploaded: {WORKERS.first(lambda: push(log.folder, name))}")
 
 
 if __name__ == "__main__":

@@ -205,6 +205,11 @@ def test_adapters_on_a_checkpoint_keep_to_it(offline, tmp_path, capsys):
         run(generate, f"--model={tmp_path}/lora/{model}", f"--prompts={tmp_path}/asked.txt", "--temperature=0")
         answers.append(json.loads(capsys.readouterr().out))
     assert answers[0] == answers[1] == answers[2]
+    written = json.loads((tmp_path / "lora" / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str((tmp_path / "lora" / "base").resolve())
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        p.name for p in (tmp_path / "lora/base").iterdir()
+    }
 
 
 def test_what_a_crash_left_of_a_line_is_passed_over(offline, tmp_path):

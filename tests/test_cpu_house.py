@@ -15,6 +15,7 @@ from minigrpo import config, evaluate, generate, plan, sft, train
 
 LEVELS = [
     {"config", "__main__"},
+    {"user_code"},
     {"runtime", "data", "diagnostics"},
     {"model"},
     {"rollout"},
@@ -22,6 +23,7 @@ LEVELS = [
     {"planning"},
     {"build"},
     {"evaluate", "generate", "report"},
+    {"share"},
     {"train", "sft", "tiny", "plan"},
     {"__init__"},
 ]
@@ -78,7 +80,10 @@ def test_the_core_names_no_platform():
             assert not re.findall(r"""["'](?:cpu|gpu|tpu)["']""", path.read_text()), path
 
 
-@pytest.mark.parametrize("name", ["data.datasets", "data.columns", "data.grading", "data.rewards", "rollout.generator"])
+@pytest.mark.parametrize(
+    "name",
+    ["data.datasets", "data.columns", "data.grading", "data.rewards", "rollout.generator", "runtime.sinks", "share"],
+)
 def test_worked_examples(name):
     result = doctest.testmod(importlib.import_module(f"minigrpo.{name}"))
     assert result.attempted > 0 and result.failed == 0

@@ -26,15 +26,12 @@ from minigrpo.runtime import files, progress, run_folder
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import (
     RunFolder,
-    TensorBoard,
-    Wandb,
     completion_metrics,
-    grouped,
-    open_sinks,
     reward_metrics,
     save_settings,
 )
 from minigrpo.runtime.signals import EXIT_STOPPED, StopRequest
+from minigrpo.runtime.sinks import TensorBoard, Wandb, find_sinks, grouped, open_sinks
 
 METRICS = {
     "num_tokens": 10.0, "reward": 0.5, "rewards/answer/mean": 0.25, "loss": 0.1, "kl": 0.0, "grad_norm": 1.0,
@@ -214,7 +211,7 @@ def fake_wandb(monkeypatch, folder, **known):
 
 def test_weights_and_biases_gets_our_names_where_nothing_else_is_named(tmp_path, monkeypatch):
     run, given = fake_wandb(monkeypatch, tmp_path)
-    (sink,) = open_sinks(tmp_path, RunOptions(report_to="wandb"), {"seed": 1}, 0)
+    (sink,) = open_sinks(find_sinks(RunOptions(report_to="wandb")), tmp_path, {"seed": 1}, 0)
     assert {name: given[name] for name in ("project", "name", "dir", "config")} == {
         "project": "minigrpo", "name": tmp_path.name, "dir": str(tmp_path), "config": {"seed": 1},
     }  # fmt: skip

@@ -10,7 +10,6 @@ import math
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +21,9 @@ from jaxtyping import Float
 
 from minigrpo.config import UsageError
 from minigrpo.data.columns import LARGEST_SCORE
+from minigrpo.user_code import error_place, shown
 
 RewardFunction = Callable[..., Sequence[float]]
-
-LONGEST_SHOWN = 300
-"""Characters of a user's value or error that a message shows."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +80,7 @@ def as_plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else shown(value)
 
 
-def shown(value: Any) -> str:
-    """Return a value's repr on one line, bounded, whatever its repr does."""
-    try:
-        text = repr(value)
-    except (Exception, SystemExit):  # the user's own class may raise anything
-        text = f"{type(value).__name__} (its repr fails)"
-    line = " ".join(text[: 2 * LONGEST_SHOWN].split())
-    return line if len(line) <= LONGEST_SHOWN else line[:LONGEST_SHOWN] + "..."
-
-
-# Where an error is
+# Telling what a function raised
 
 
 def code_of(function: Any) -> CodeType | None:
@@ -103,18 +90,6 @@ def code_of(function: Any) -> CodeType | None:
     function = inspect.unwrap(function)
     method = vars(type(function)).get("__call__")  # of an instance
     return getattr(function, "__code__", getattr(method, "__code__", None))
-
-
-def error_place(error: BaseException, folder: Path | None) -> str:
-    """Return " at FILE:LINE", the innermost place in `folder` or else of all, "" where only this package is known."""
-    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    if isinstance(error, SyntaxError) and error.filename:
-        frames.append((error.filename, error.lineno or 1))
-    frames = [
-        place for place in frames if "importlib" not in place[0] and Path(place[0]).parent != Path(__file__).parent
-    ]
-    own = [place for place in frames if folder and Path(place[0]).parent == folder] or frames
-    return f" at {own[-1][0]}:{own[-1][1]}" if own else ""
 
 
 def describe(error: BaseException, function: Any) -> str:

@@ -166,6 +166,12 @@ def choose_template(folder: Path, wanted: str, special: dict[str, str]) -> ChatT
     return ChatTemplate(listed_template(path, read_object(path, {}).get("chat_template")), str(path), special)
 
 
+def brings_template(folder: Path) -> bool:
+    """Tell whether a checkpoint folder has a chat template of its own."""
+    listed = read_object(folder / "tokenizer_config.json", {}).get("chat_template")
+    return (folder / "chat_template.jinja").is_file() or bool(listed)
+
+
 def read_template(path: Path, name: str) -> str:
     """Return a template file's text."""
     try:

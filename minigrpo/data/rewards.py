@@ -7,14 +7,9 @@ trainer_state, log_metric and log_extra by keyword, the lists of equal length, a
 import dataclasses
 import difflib
 import functools
-import importlib
-import importlib.util
 import math
 import re
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -29,10 +24,9 @@ from minigrpo.data.calls import (
     TrainerState,
     call_reward,
     check_parameters,
-    error_place,
-    shown,
 )
 from minigrpo.data.grading import LONGEST, between, extract_answer, reference_answer, same_answer, tail
+from minigrpo.user_code import load_named
 
 # The built-in reward functions
 
@@ -196,7 +190,7 @@ def parse_reward(part: str, modules: dict[str, ModuleType]) -> Reward:
         raise UsageError(f"--reward={part}: the weight must be finite")
     path, _, name = source.strip().rpartition(":")
     if path:
-        return Reward(name, load_function(path, name, modules), scale)
+        return Reward(name, load_named("--reward", path, name, modules), scale)
     if name not in BUILTIN:
         hint = near(name, [*BUILTIN, *KNOWN_ELSEWHERE])
         raise UsageError(
@@ -204,65 +198,6 @@ def parse_reward(part: str, modules: dict[str, ModuleType]) -> Reward:
             f"or one of {', '.join(BUILTIN)}"
         )
     return Reward(name, BUILTIN[name], scale, builtin=True)
-
-
-def load_function(source: str, name: str, modules: dict[str, ModuleType]) -> RewardFunction:
-    """Return the function `name` of a Python file or of a module, each of which is executed once per flag."""
-    if source not in modules:
-        modules[source] = load_module(source, name)
-    function: RewardFunction | None = getattr(modules[source], name, None)
-    if function is None or not callable(function):
-        known = [key for key, value in vars(modules[source]).items() if callable(value)]
-        raise UsageError(f"--reward={source}:{name}: {source} has no function {name}{near(name, known)}")
-    return function
-
-
-def load_module(source: str, name: str) -> ModuleType:
-    """Import the Python file or module of a reward; UsageError naming --reward if it fails."""
-    path = Path(source)
-    is_file = path.suffix == ".py" or len(path.parts) > 1 or path.is_file()
-    if is_file and (not path.is_file() or path.suffix != ".py"):
-        raise UsageError(f"--reward={source}:{name}: there is no Python file {source}")
-    folder = path.resolve().parent if is_file else Path.cwd()
-    try:
-        with importable_from(folder):
-            return execute(path) if is_file else importlib.import_module(source)
-    except ModuleNotFoundError as error:
-        if is_file or error.name is None or not f"{source}.".startswith(f"{error.name}."):
-            raise import_failure(source, name, error, folder) from error
-        raise UsageError(f"--reward={source}:{name}: no module {source}; a file is named PATH.py:{name}") from error
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # the user's own file may raise anything
-        raise import_failure(source, name, error, folder) from error
-
-
-def import_failure(source: str, name: str, error: BaseException, folder: Path) -> UsageError:
-    """Return the UsageError for a module that cannot be imported."""
-    return UsageError(
-        f"--reward={source}:{name}: importing {source} failed: {shown(error)}{error_place(error, folder)}"
-    )
-
-
-def execute(path: Path) -> ModuleType:
-    """Run a Python file as a module."""
-    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
-    assert spec and spec.loader
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-@contextmanager
-def importable_from(folder: Path) -> Iterator[None]:
-    """Let a folder's modules be imported, before all others now, and after all others from then on."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
 
 
 # Scoring

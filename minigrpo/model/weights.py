@@ -399,11 +399,13 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     index: dict[str, str] = {}
+    size = 0
     for number, group in enumerate(shards(params, dtype), 1):
         file = f"model-{number:05d}.safetensors"
         write_tensors(partial / file, group)
         index |= dict.fromkeys(group, file)
-    name_files(partial, index)
+        size += sum(value.nbytes for value in group.values())
+    name_files(partial, index, size)
     (partial / "config.json").write_text(json.dumps(config_json(config, stop_tokens, dtype), indent=2) + "\n")
     copy_tokenizer(source, partial, chat_template)
     write_ends(partial / "generation_config.json", stop_tokens)
@@ -426,8 +428,8 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str | None) -> Non
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8", newline="")
 
 
-def name_files(folder: Path, index: dict[str, str]) -> None:
-    """Give the numbered files their Hub names: model.safetensors alone, or model-i-of-n with an index."""
+def name_files(folder: Path, index: dict[str, str], size: int) -> None:
+    """Give the numbered files, of `size` bytes, their Hub names: model.safetensors, or model-i-of-n with an index."""
     files = sorted(set(index.values()))
     if len(files) == 1:
         (folder / files[0]).rename(folder / "model.safetensors")
@@ -436,5 +438,5 @@ def name_files(folder: Path, index: dict[str, str]) -> None:
     for file, name in names.items():
         (folder / file).rename(folder / name)
     weight_map = {tensor: names[file] for tensor, file in index.items()}
-    text = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2)
+    text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2)
     (folder / INDEX_FILE).write_text(text + "\n")

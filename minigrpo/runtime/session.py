@@ -21,10 +21,10 @@ from minigrpo.runtime.run_folder import (
     check_writable,
     evaluated,
     make_folder,
-    open_sinks,
     save_settings,
 )
 from minigrpo.runtime.signals import EXIT_STOPPED, STOP
+from minigrpo.runtime.sinks import Opener, Terminal, find_sinks, open_sinks
 from minigrpo.runtime.workers import WORKERS
 
 SHARED_TRIES = 50
@@ -244,9 +244,17 @@ def restore(checkpoints: Checkpoints, state: Any) -> tuple[Position, Any]:
 
 
 def open_session(
-    folder: Path, settings: Settings, total_steps: int, state: Any, progress: Progress
+    folder: Path,
+    settings: Settings,
+    total_steps: int,
+    state: Any,
+    progress: Progress,
+    openers: dict[str, Opener] | None = None,
 ) -> tuple[Session, Any]:
-    """Make or reopen the run folder -> the session, and `state` or, with --resume, the newest checkpoint's."""
+    """Make or reopen the run folder -> the session, and `state` or, with --resume, the newest checkpoint's.
+
+    `openers` are the sinks that --report_to names, where `find_sinks` has found them before.
+    """
     options = settings.run
     WORKERS.first(lambda: make_folder(folder))
     check_shared(folder)
@@ -256,7 +264,9 @@ def open_session(
     checkpoints = open_checkpoints(folder, options)
     progress.say(checkpoints.space(state))
     first, state = restore(checkpoints, state) if options.resume else (Position(), state)
-    sinks = open_sinks(folder, options, settings.as_dict(), first.step) if WORKERS.writes else []
+    openers = find_sinks(options) if openers is None else openers
+    sinks = open_sinks(openers, folder, settings.as_dict(), first.step) if WORKERS.writes else []
+    sinks += [Terminal(progress.say, options.print_completions)] if options.print_completions else []
     log = RunFolder(folder, total_steps, sinks, WORKERS.writes, first.step, progress)
     if options.resume:
         log.say(f"resumed after step {first.step}")
