@@ -1,5 +1,6 @@
 """GRPO for Qwen3 and Qwen2.5 in pure JAX."""
 
+import importlib
 from pathlib import Path
 
 from minigrpo.runtime.signals import STOP, started_as_command
@@ -8,6 +9,19 @@ __version__ = "0.2.0"
 
 if not Path(__file__).with_name("kernels").is_dir():  # a checkout, in which kernels/ is beside the package
     __path__.append(str(Path(__file__).parent.parent))
+
+API = ("train", "generate", "evaluate", "load")
+"""Functions of the Python door; the first three are the commands' modules, which may be called."""
+
+
+def __getattr__(name: str) -> object:
+    """Return a function of the Python door, importing what it needs only now."""
+    if name in API:
+        if name == "load":
+            return importlib.import_module("minigrpo.api").load
+        return importlib.import_module(f"minigrpo.{name}")
+    raise AttributeError(f"module 'minigrpo' has no attribute {name!r}")
+
 
 if started_as_command():  # signals are heard from the first moment on
     STOP.install()

@@ -23,6 +23,7 @@ from minigrpo.config import (
 from minigrpo.data.chat import Tokenizer
 from minigrpo.data.datasets import PromptSet, load_dataset, tokenize
 from minigrpo.data.grading import Extract, extract_answer, marked_answer, most_common, same_answer
+from minigrpo.door import make_callable
 from minigrpo.model.hub import run_defaults
 from minigrpo.model.params import Params
 from minigrpo.planning.memory import device_share_bytes, pool_limit
@@ -137,12 +138,12 @@ def accuracy(
 
 
 def evaluate(
-    built: Build, problems: PromptSet, decoding: RolloutOptions
+    built: Build, problems: PromptSet, decoding: RolloutOptions, params: Params | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Evaluate one model -> its figures with their interval, and a line for every answer."""
+    """Evaluate one model, loading its weights if None -> its figures with their interval, a line for every answer."""
     options, name = built.settings.evaluate, built.settings.model.model
     started = time.perf_counter()
-    params = built.load(options.seed)
+    params = built.load(options.seed) if params is None else params
     resident = device_share_bytes(params)
     texts, lengths = ask(built, params, problems, decoding, options.num_generations, options.seed, resident)
     grades = grade(texts, problems)
@@ -222,6 +223,8 @@ def run_evaluation(settings: Settings, progress: Progress) -> int:
 
 FOOTER = """Here --temperature is 0 unless given, for a single answer: greedy.
 --model and --base may also be a run folder, one of its checkpoints or an adapter; it is asked as that run asked."""
+
+make_callable(__name__)
 
 if __name__ == "__main__":
     run_command("python -m minigrpo.evaluate", __doc__ or "", SECTIONS, main, FOOTER)

@@ -12,6 +12,7 @@ from minigrpo.config import Settings, UsageError, run_command
 from minigrpo.data.columns import chat
 from minigrpo.data.datasets import read_prompts
 from minigrpo.data.template import Message
+from minigrpo.door import make_callable
 from minigrpo.model.hub import run_defaults
 from minigrpo.model.params import Params
 from minigrpo.planning.memory import device_share_bytes, pool_limit
@@ -162,6 +163,8 @@ def respond(settings: Settings) -> None:
 
 
 FOOTER = """--model may also be a run folder, one of its checkpoints or an adapter; it is asked as that run did."""
+
+make_callable(__name__)
 
 if __name__ == "__main__":
     run_command("python -m minigrpo.generate", __doc__ or "", SECTIONS, main, FOOTER)

@@ -4,8 +4,9 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from minigrpo.data.calls import Reward, lacking
 from minigrpo.data.datasets import XML_REWARDS, PromptSet, held_out_options, load_dataset, tokenize
 from minigrpo.data.recorded import load_recorded
 from minigrpo.data.rewards import check_columns, check_names, overlong_rewards, parse_rewards
+from minigrpo.door import make_callable
 from minigrpo.evaluate import accuracy, greedy_options, held_out
 from minigrpo.grpo.batch import Batch, PackedBatch, PackingSpec, pack, pad_batch, put_batch
 from minigrpo.grpo.experience import (
@@ -50,7 +52,7 @@ from minigrpo.runtime.mesh import fetch
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import RunFolder, completion_metrics, reward_metrics
 from minigrpo.runtime.session import Position, Session, choose_folder, open_session, with_run_settings
-from minigrpo.runtime.sinks import find_sinks
+from minigrpo.runtime.sinks import Opener, find_sinks
 from minigrpo.runtime.workers import WORKERS, joined
 from minigrpo.share import check_hub, push, write_card
 
@@ -482,10 +484,10 @@ def main(settings: Settings) -> int:
         return run_training(with_run_settings(settings), progress)
 
 
-def run_training(settings: Settings, progress: Progress) -> int:
-    """Build the run, train it, and write its results."""
+def run_training(settings: Settings, progress: Progress, sinks: Mapping[str, Opener] = MappingProxyType({})) -> int:
+    """Build the run, train it, and write its results; `sinks` are opened besides those of --report_to."""
     progress.phase("loading")
-    openers = find_sinks(settings.run) if WORKERS.writes else {}
+    openers = find_sinks(settings.run) | dict(sinks) if WORKERS.writes else {}
     built = build(settings, settings.run.mesh, RECIPES)
     folder = choose_folder(built.settings)
     WORKERS.first(lambda: check_hub(built.settings.run))
@@ -518,6 +520,8 @@ def upload(log: RunFolder, name: str) -> None:
     log.progress.phase("upload")
     log.say(f"uploaded: {WORKERS.first(lambda: push(log.folder, name))}")
 
+
+make_callable(__name__)
 
 if __name__ == "__main__":
     own = "\n  ".join(f"--{name}={value}" for name, value in (MODEL_RECIPES[TINY] | RECIPES[TINY]).items())

@@ -14,7 +14,7 @@ from conftest import ROOT
 from minigrpo import config, evaluate, generate, plan, sft, train
 
 LEVELS = [
-    {"config", "__main__"},
+    {"config", "door", "__main__"},
     {"user_code"},
     {"runtime", "data", "diagnostics"},
     {"model"},
@@ -25,6 +25,7 @@ LEVELS = [
     {"evaluate", "generate", "report"},
     {"share"},
     {"train", "sft", "tiny", "plan"},
+    {"api"},
     {"__init__"},
 ]
 """Wings and files of minigrpo from the bottom up: each imports only from its own wing and from levels below."""

@@ -134,6 +134,9 @@ BUILTIN: dict[str, RewardFunction] = {function.__name__: function for function i
 
 # Choosing
 
+FROM_PYTHON: dict[str, RewardFunction] = {}
+"""Functions that a Python program gave to `minigrpo.train`, by name; --reward knows them as python:NAME."""
+
 KNOWN_ELSEWHERE = {
     "accuracy": "answer", "accuracy_reward": "math_answer", "correctness_reward_func": "correctness",
     "int_reward_func": "integer", "strict_format_reward_func": "strict_format", "xmlcount_reward_func": "tag_count",
@@ -189,6 +192,10 @@ def parse_reward(part: str, modules: dict[str, ModuleType]) -> Reward:
     if not math.isfinite(scale):
         raise UsageError(f"--reward={part}: the weight must be finite")
     path, _, name = source.strip().rpartition(":")
+    if path == "python":
+        if name not in FROM_PYTHON:
+            raise UsageError(f"--reward={part}: is a function of a Python program; go on there, with rewards=[{name}]")
+        return Reward(name, FROM_PYTHON[name], scale)
     if path:
         return Reward(name, load_named("--reward", path, name, modules), scale)
     if name not in BUILTIN:

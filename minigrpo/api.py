@@ -1,0 +1,238 @@
+"""The Python door: train, load, generate and evaluate from a script or a notebook. Arguments have the flags' names.
+
+>>> import minigrpo  # doctest: +SKIP
+>>> def brevity(completions, **kwargs):
+...     return [-len(text) / 100 for text in completions]
+>>> run = minigrpo.train(model="builtin:tiny", rewards=["correctness", brevity], max_steps=20)  # doctest: +SKIP
+>>> run.metrics[-1]["reward"], run.generate(["What is 2 + 3?"])  # doctest: +SKIP
+"""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minigrpo.config import Settings, UsageError, section_types
+
+RewardLike = str | Callable[..., Sequence[float]] | tuple[str | Callable[..., Sequence[float]], float]
+"""A reward's name as in --reward, a function with TRL's signature, or either with its weight."""
+
+Rows = str | Path | Iterable[Mapping[str, Any]]
+"""A dataset: what --dataset takes, or rows: a list of dicts or a `datasets.Dataset`."""
+
+OnStep = Callable[[int, dict[str, float]], None]
+
+
+def settings_of(sections: tuple[str, ...], flags: Mapping[str, Any]) -> Settings:
+    """Return a command's settings from keyword arguments; UsageError for an unknown name or a bad value."""
+    types = section_types(sections, Settings).values()
+    known = [field.name for options in types for field in dataclasses.fields(options)]
+    for name in flags:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise UsageError(f"{name}: no such argument{f'; did you mean {near[0]}?' if near else ''}")
+    values = {name: as_flag(value) for name, value in flags.items() if value is not None}
+    return Settings(sections=sections, explicit=frozenset(values)).with_values(values)
+
+
+def as_flag(value: Any) -> Any:
+    """Return a flag's value: (4, 2) as '4,2', and paths as text."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    return str(value) if isinstance(value, Path) else value
+
+
+def as_dataset(rows: Rows) -> str:
+    """Return the value of --dataset for rows, which are written to a file of minigrpo's cache under their digest."""
+    if isinstance(rows, str | Path):
+        return str(rows)
+    text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+    if not text:
+        raise UsageError("dataset: holds no rows")
+    folder = Path.home() / ".cache" / "minigrpo" / "rows"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.jsonl"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    return str(path)
+
+
+def as_reward(reward: RewardLike) -> str:
+    """Return a reward as --reward names it; a function is known by its own name from here on."""
+    from minigrpo.data.rewards import FROM_PYTHON
+
+    function, weight = reward if isinstance(reward, tuple) else (reward, None)
+    starred = "" if weight is None else f"*{weight}"
+    if isinstance(function, str):
+        return function + starred
+    name = getattr(function, "__name__", type(function).__name__)
+    if FROM_PYTHON.setdefault(name, function) is not function:
+        FROM_PYTHON[name] = function  # a cell that was run again
+    return f"python:{name}{starred}"
+
+
+class StepCallback:
+    """A sink that calls a function after every step."""
+
+    def __init__(self, on_step: OnStep):
+        self.on_step = on_step
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Call the function."""
+        self.on_step(step, metrics)
+
+    def close(self) -> None:
+        """Do nothing: the function holds nothing open."""
+
+
+# Training
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A run that has ended, and its folder."""
+
+    folder: Path
+    finished: bool
+    """False for one that was asked to stop; `train(resume=True, output_dir=run.folder)` goes on."""
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """Return the metrics of every step, as in metrics.jsonl."""
+        return self.lines("metrics.jsonl")
+
+    @property
+    def evaluations(self) -> list[dict[str, float]]:
+        """Return the results of every evaluation on held-out rows, as in evaluations.jsonl."""
+        return self.lines("evaluations.jsonl")
+
+    def lines(self, name: str) -> list[dict[str, float]]:
+        """Return the rows of a JSONL file of the folder."""
+        from minigrpo.runtime.run_folder import read_steps
+
+        return read_steps(self.folder / name)
+
+    @functools.cached_property
+    def model(self) -> "Model":
+        """Return the trained model."""
+        return load(self.folder / "final")
+
+    def generate(self, prompts: str | Sequence[Any], **more: Any) -> Any:
+        """Answer as `Model.generate` does, with the trained model."""
+        return self.model.generate(prompts, **more)
+
+    def evaluate(self, dataset: Rows = "auto", **more: Any) -> dict[str, Any]:
+        """Measure as `Model.evaluate` does, with the trained model."""
+        return self.model.evaluate(dataset, **more)
+
+    def save(self, folder: str | Path) -> Path:
+        """Copy the trained model, as a Hub folder, to a new place -> that place."""
+        return Path(shutil.copytree(self.folder / "final", folder))
+
+
+def train(
+    *, dataset: Rows = "auto", rewards: Sequence[RewardLike] = (), on_step: OnStep | None = None, **flags: Any
+) -> TrainedRun:
+    """Train a model with GRPO -> the run; UsageError in one line for bad input.
+
+    `flags` are those of `python -m minigrpo.train`: model, max_steps, mesh=(4, 2) ... `on_step(step, metrics)` is
+    called after every step. Call it again with resume=True and the run's output_dir to go on.
+    """
+    from minigrpo import train as command
+    from minigrpo.runtime.progress import Progress
+    from minigrpo.runtime.session import with_run_settings
+    from minigrpo.runtime.workers import joined
+
+    folder = str(flags.pop("output_dir", time.strftime("runs/%Y%m%d-%H%M%S")))
+    own: dict[str, Any] = {"output_dir": folder, "dataset": None if dataset == "auto" else as_dataset(dataset)}
+    own |= {"reward": ",".join(map(as_reward, rewards))} if rewards else {}
+    settings = settings_of(command.SECTIONS, flags | own)
+    sinks = {"on_step": lambda folder, values, step: StepCallback(on_step)} if on_step else {}
+    with joined(settings), Progress() as progress:
+        code = command.run_training(with_run_settings(settings), progress, sinks)
+    return TrainedRun(Path(folder), code == 0)
+
+
+# A loaded model
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model on its devices, ready to answer."""
+
+    build: Any
+    params: Any
+
+    def generate(
+        self, prompts: str | Sequence[Any], num_generations: int = 1, seed: int = 0
+    ) -> str | list[str] | list[list[str]]:
+        """Answer prompts: texts, or chats as lists of messages.
+
+        A single prompt gives a text, several give a list; with num_generations above 1 each answer is a list itself.
+        """
+        from minigrpo import generate as command
+
+        several = list(prompts) if not isinstance(prompts, str) else [prompts]
+        tokens = [command.encode(self.build, prompt) for prompt in several]
+        rollout = self.generator(self.params, tokens, list(range(len(several))), num_generations, (seed, 0))
+        texts = self.build.tokenizer.decode(rollout.completions)
+        groups = [texts[at : at + num_generations] for at in range(0, len(texts), num_generations)]
+        answers = [group[0] if num_generations == 1 else group for group in groups]
+        return answers[0] if isinstance(prompts, str) else answers
+
+    @functools.cached_property
+    def generator(self) -> Any:
+        """Return the generator, whose program is compiled once for every number of prompts."""
+        from minigrpo.build import make_generator
+        from minigrpo.planning.memory import device_share_bytes, pool_limit
+
+        limit = pool_limit(self.build.spec, device_share_bytes(self.params))
+        return make_generator(self.build.spec, self.build.settings.rollout, limit)
+
+    def evaluate(self, dataset: Rows = "auto", eval_size: int = 500, num_generations: int = 1) -> dict[str, Any]:
+        """Measure the accuracy on held-out rows, greedily for one answer each -> what `minigrpo.evaluate` prints."""
+        from minigrpo import evaluate as command
+        from minigrpo.config import EvalOptions
+
+        settings = self.build.settings
+        if dataset != "auto":
+            settings = settings.with_values({"dataset": as_dataset(dataset)})
+        asked = dataclasses.replace(
+            settings, evaluate=EvalOptions(eval_size=eval_size, num_generations=num_generations)
+        )
+        built = dataclasses.replace(self.build, spec=dataclasses.replace(self.build.spec, settings=asked))
+        problems = command.held_out(built.tokenizer, asked.data, eval_size)
+        decoding = command.greedy_options(asked.rollout) if num_generations == 1 else asked.rollout
+        return command.evaluate(built, problems, decoding, self.params)[0]
+
+
+def load(model: str | Path = "auto", **flags: Any) -> Model:
+    """Load a model, a run folder, one of its checkpoints or an adapter, as `python -m minigrpo.generate` does.
+
+    `flags` are that command's: mesh, temperature, max_completion_length, compute_dtype ...
+    """
+    from minigrpo import generate as command
+    from minigrpo.build import build
+    from minigrpo.model.hub import run_defaults
+
+    settings = settings_of(command.SECTIONS, flags | {"model": str(model)})
+    built = build(settings, settings.generate.mesh, {str(model): run_defaults(str(model))})
+    return Model(built, built.load(settings.generate.seed))
+
+
+def generate(prompts: str | Sequence[Any], model: str | Path = "auto", num_generations: int = 1, **flags: Any) -> Any:
+    """Load a model and answer prompts; `load` keeps the model for the next ones."""
+    return load(model, **flags).generate(prompts, num_generations)
+
+
+def evaluate(model: str | Path = "auto", dataset: Rows = "auto", eval_size: int = 500, **flags: Any) -> dict[str, Any]:
+    """Load a model and measure its accuracy on held-out rows."""
+    return load(model, **flags).evaluate(dataset, eval_size)
