@@ -221,6 +221,8 @@ def make_run(built: Build) -> tuple[Run, TrainState]:
     check_settings(built)
     spec, options = built.spec, built.settings.sft
     examples, held = read_examples(built), read_held_out(built)
+    if WORKERS.count > 1:
+        WORKERS.equal({f"prompts of --dataset={built.settings.data.dataset} of digest": examples.prompts.digest()})
     total = options.max_steps or max(1, math.ceil(options.num_epochs * len(examples) / options.batch_size))
     loss = negative_log_likelihood, losses.weights_bnpo
     update_spec = make_update_spec(spec, total, loss, temperature=1.0, seed=options.seed)
