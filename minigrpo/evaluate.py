@@ -226,6 +226,7 @@ def run_evaluation(settings: Settings, progress: Progress) -> int:
     if options.output and WORKERS.writes:
         write_lines(Path(options.output), answers)
     last = results[0] | ({"base": results[1]} if options.base else {}) | {"platform": jax.default_backend()}
+    progress.phase("")
     sys.stdout.write(json.dumps(last) + "\n")
     return 0
 

@@ -141,6 +141,7 @@ def answer_file(built: Build, params: Params, path: Path, progress: Progress) ->
     rollout = generator(params, tokens, list(range(len(prompts))), options.num_generations, (options.seed, 0))
     seconds = time.perf_counter() - started
     texts = built.tokenizer.decode(rollout.completions)
+    progress.phase("")
     for number, prompt in enumerate(prompts):
         own = texts[number * options.num_generations : (number + 1) * options.num_generations]
         sys.stdout.write(json.dumps({"prompt": prompt, "completions": own}, ensure_ascii=False) + "\n")

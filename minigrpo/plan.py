@@ -589,6 +589,7 @@ def run_plan(settings: Settings, progress: Progress) -> int:
     result = {"fits": fitting, "largest_batch": largest, "advice": suggestion}
     result |= {"micro_batches": shapes.packing.micro_batches(spec.update_sequences)}
     result |= {"phases": {name: figures(phase, chip) for name, phase in phases.items()}}
+    progress.phase("")
     sys.stdout.write(json.dumps(subject(spec) | result) + "\n")
     return 0
 

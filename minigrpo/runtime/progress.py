@@ -157,12 +157,14 @@ class Progress:
     # What is going on
 
     def phase(self, name: str, detail: str = "") -> None:
-        """Begin a phase, such as 'rollout', or go on in it with another detail; '' is none."""
+        """Begin a phase, such as 'rollout', or go on in it with another detail; '' is none, and wipes the live line."""
         with self.lock:
             if name != self.name or not detail:
                 self.since = time.monotonic()
                 self.spoke = max(self.spoke, self.since)
             self.name, self.detail = name, detail
+            if not name:
+                self.wipe()
 
     def start_steps(self, total: int, finished: int) -> None:
         """Note the run's length and how many steps are behind it."""

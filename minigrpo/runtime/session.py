@@ -70,7 +70,7 @@ def with_run_settings(settings: Settings) -> Settings:
         continued = settings.with_defaults(saved)
     except UsageError as error:
         raise UsageError(f"{settings.run.output_dir}/config.json: {error}; mend the file") from error
-    return dataclasses.replace(continued, explicit=settings.explicit | saved.keys())
+    return dataclasses.replace(continued, explicit=settings.explicit | frozenset(saved))
 
 
 def check_same_command(settings: Settings, saved: dict[str, Any]) -> None:
