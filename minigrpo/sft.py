@@ -36,8 +36,9 @@ from minigrpo.report import write_report
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import import_wandb, memory_metrics
 from minigrpo.runtime.session import Position, Session, choose_folder, open_session, with_run_settings
+from minigrpo.runtime.workers import WORKERS, joined
 
-SECTIONS = ("model", "lora", "data", "optimizer", "sft", "run")
+SECTIONS = ("model", "lora", "data", "optimizer", "sft", "run", "cluster")
 
 PROGRAMS = {"gradients": 1, "apply_gradients": 1, "batch_loss": 1}
 """Device programs of a run, and how often each may be compiled."""
@@ -234,7 +235,7 @@ def make_run(built: Build) -> tuple[Run, TrainState]:
 
 def main(settings: Settings) -> int:
     """Train as the settings say."""
-    with Progress() as progress:
+    with joined(settings), Progress() as progress:
         return run_training(with_run_settings(settings), progress)
 
 
@@ -251,7 +252,7 @@ def run_training(settings: Settings, progress: Progress) -> int:
 
     def export(state: TrainState) -> Path:
         built.export(folder / "final", folder / "adapter", state.params, run.frozen)
-        return write_report(folder)
+        return Path(WORKERS.first(lambda: str(write_report(folder))))
 
     return session.complete(lambda: train(run, state, session), export, PROGRAMS)
 
