@@ -33,6 +33,7 @@ from minigrpo.grpo.update import UpdateSpec, batch_logprobs, update
 from minigrpo.model.params import Params, join, split_trainable
 from minigrpo.planning.memory import packing_spec
 from minigrpo.report import write_report
+from minigrpo.runtime.mesh import fetch
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import import_wandb, memory_metrics
 from minigrpo.runtime.session import Position, Session, choose_folder, open_session, with_run_settings
@@ -160,7 +161,7 @@ def held_out_loss(run: Run, params: Params, held: Examples) -> dict[str, float]:
     for start in range(0, len(held), size):
         prompts, batch = held.take(range(start, min(start + size, len(held))), run.packing.completion_tokens)
         packed = put_batch(run.build.spec.mesh, pack(run.packing, *pad_batch(prompts, batch, size)))
-        total += float(batch_loss(run.update_spec, params, packed))
+        total += float(fetch(batch_loss(run.update_spec, params, packed)))
     tokens = sum(map(len, held.completions))
     return {"loss": total / tokens, "rows": float(len(held)), "tokens": float(tokens)}
 
