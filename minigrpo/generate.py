@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from minigrpo.build import Build, build, make_generator
 from minigrpo.config import Settings, UsageError, run_command
 from minigrpo.data.columns import chat
@@ -42,6 +44,7 @@ class Stream:
 
     def __call__(self, completion: Any, position: Any, token: Any) -> None:
         """Show one more token of the answer; called by the rollout for every token it samples."""
+        completion, position, token = (np.asarray(x) for x in (completion, position, token))
         if completion[0] > 0:  # no completion: the slot's tokens are being filled in
             return
         self.first = self.first or time.perf_counter()
