@@ -201,6 +201,7 @@ class Model:
         """Measure the accuracy on held-out rows, greedily for one answer each -> what `minigrpo.evaluate` prints."""
         from minigrpo import evaluate as command
         from minigrpo.config import EvalOptions
+        from minigrpo.runtime.progress import Progress
 
         settings = self.build.settings
         if dataset != "auto":
@@ -211,7 +212,7 @@ class Model:
         built = dataclasses.replace(self.build, spec=dataclasses.replace(self.build.spec, settings=asked))
         problems = command.held_out(built.tokenizer, asked.data, eval_size)
         decoding = command.greedy_options(asked.rollout) if num_generations == 1 else asked.rollout
-        return command.evaluate(built, problems, decoding, self.params)[0]
+        return command.evaluate(built, problems, decoding, Progress(), self.params)[0]
 
 
 def load(model: str | Path = "auto", **flags: Any) -> Model:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from minigrpo.config import RolloutOptions, Settings, UsageError
 from minigrpo.data.chat import Tokenizer, brings_template, load_tokenizer
 from minigrpo.grpo import losses
+from minigrpo.grpo.batch import PackingSpec
 from minigrpo.grpo.logprobs import LMHead
 from minigrpo.grpo.optimizer import learning_rate, make_optimizer
 from minigrpo.grpo.update import Objective, UpdateSpec
@@ -297,3 +298,24 @@ def check_ends(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
     unknown = [token for token in tokenizer.stop_tokens if token >= config.vocab_size]
     if unknown:
         raise UsageError(f"{folder}: end token {unknown[0]} is outside the model's {config.vocab_size} vocabulary rows")
+
+
+def announce(built: Build, packing: PackingSpec, sequences: int, params: tuple[Params, Params], folder: Path) -> None:
+    """Print every value used by a run, once, and where things go.
+
+    `sequences` are those of an update, `params` the trained and the frozen weights.
+    """
+    for name in built.settings.sections:
+        options = getattr(built.settings, name)
+        values = " ".join(f"{flag}={value}" for flag, value in dataclasses.asdict(options).items() if value is not None)
+        sys.stderr.write(f"{(type(options).__doc__ or '').lower()}: {values}\n")
+    mesh, most = built.spec.mesh, packing.micro_batches(sequences)
+    devices, sizes = mesh.devices, " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    processes = f" of {WORKERS.count} workers" if WORKERS.count > 1 else ""
+    sys.stderr.write(
+        f"mesh: {sizes} of {devices.flat[0].device_kind} devices{processes}; "
+        f"update in at most {most} micro-batch{'es' * (most > 1)} of {packing.rows} x {packing.row_tokens} tokens; "
+        f"run folder {folder}\n"
+    )
+    counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in params]
+    sys.stderr.write(f"parameters: {counts[0]:,} trained, {counts[1]:,} frozen\n")

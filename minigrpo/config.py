@@ -298,27 +298,33 @@ class OptimizerOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True)
-class StepOptions(Options):
-    """Steps"""
+class TrainingOptions(Options):
+    """Steps of every kind of training"""
 
     batch_size: int = option(16, "prompts per step", low=1, high=LARGEST_BATCH)
-    num_generations: int = option(8, "completions per prompt: the group", low=2, high=LARGEST_BATCH)
-    num_iterations: int = option(1, "passes of the update over a rollout", low=1)
-    num_minibatches: int = option(1, "updates per pass, each on an equal share of the prompts", low=1)
     gradient_accumulation_steps: str = option(
         "auto", "micro-batches of an update at full length, which changes no number; auto fits memory"
     )
     packing: bool = option(
         True, "short sequences share rows in the update, changing no number; not with --lora_dropout"
     )
+    max_steps: int = option(0, "steps to train; 0 means --num_epochs over the data", low=0)
+    num_epochs: float = option(1.0, "passes over the data when --max_steps is 0", above=0.0)
+    seed: int = option(0, "seed of shuffling, sampling and random weights", low=0, high=LARGEST_SEED)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions(TrainingOptions):
+    """Steps"""
+
+    num_generations: int = option(8, "completions per prompt: the group", low=2, high=LARGEST_BATCH)
+    num_iterations: int = option(1, "passes of the update over a rollout", low=1)
+    num_minibatches: int = option(1, "updates per pass, each on an equal share of the prompts", low=1)
     share_prompts: str = option(
         "auto",
         "compute a prompt once for its completions, with --packing, changing no number; auto does, but not on TPU",
         choices=("auto", "true", "false"),
     )
-    max_steps: int = option(0, "steps to train; 0 means --num_epochs over the data", low=0)
-    num_epochs: float = option(1.0, "passes over the data when --max_steps is 0", above=0.0)
-    seed: int = option(0, "seed of shuffling, sampling and random weights", low=0, high=LARGEST_SEED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -355,14 +361,16 @@ class RunOptions(Options):
     max_skipped_steps: int = option(
         5, "the run ends, and saves the batch, after so many steps in a row without a finite loss and gradient", low=1
     )
-    eval_steps: int = option(0, "steps between greedy evaluations on held-out prompts; 0 means never", low=0)
-    eval_size: int = option(500, "held-out prompts per evaluation", low=1)
-    eval_dataset: str = option("auto", "dataset of those prompts; auto is the test split of --dataset, if it has one")
+    eval_steps: int = option(
+        0, "steps between evaluations on held-out rows: greedy answers, or sft's loss; 0 means never", low=0
+    )
+    eval_size: int = option(500, "held-out rows per evaluation", low=1)
+    eval_dataset: str = option("auto", "dataset of those rows; auto is the test split of --dataset, if it has one")
     eval_config: str = option(
         "auto", "config of that dataset; auto is its only one, or --dataset_config for the same dataset"
     )
     eval_split: str = option("auto", "split of that dataset; auto is test")
-    log_completions: int = option(4, "sample completions written per step", low=0)
+    log_completions: int = option(4, "sample completions, or sft's rows, written per step", low=0)
     print_completions: int = option(0, "of those, how many are printed too", low=0)
     push_to_hub: str = option("", "OWNER/NAME of the Hub repository that the trained model is uploaded to")
     hub_private: bool = option(False, "make that repository private")
@@ -425,19 +433,19 @@ class ClusterOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True)
-class SftOptions(Options):
-    """Supervised training"""
+class SftOptions(TrainingOptions):
+    """Steps"""
 
-    mesh: str = option("auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU")
     batch_size: int = option(64, "rows per step", low=1, high=LARGEST_BATCH)
-    max_steps: int = option(0, "steps; 0 means one pass over the data", low=0)
     max_completion_length: int = option(
-        512, "rows with longer completions are dropped and counted", low=1, high=MOST_TOKENS
+        512, "rows with longer completions, end token included, are dropped and counted", low=1, high=MOST_TOKENS
     )
     problems: int = option(50_000, "rows of builtin:arithmetic to generate", low=1)
-    seed: int = option(0, "seed of shuffling and random weights", low=0, high=LARGEST_SEED)
-    output_dir: str = option("runs/sft", "folder the trained model is written to")
-    log_steps: int = option(20, "steps between printed lines", low=1)
+
+    @property
+    def as_steps(self) -> StepOptions:
+        """Return the options that this training shares with GRPO."""
+        return StepOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TrainingOptions)})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -145,7 +145,12 @@ CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 
 
+SUPERVISED: tuple[Check, ...] = (warming_up, skipped, always_clipped)
+"""Of supervised training, which samples nothing."""
+
+
 def diagnose(settings: dict[str, Any], rows: Rows) -> list[str]:
     """List every finding, the gravest first; one line that says so when there is none."""
-    findings = [finding for check in CHECKS if (finding := check(settings, rows))]
+    checks = CHECKS if "reward" in rows[0] else SUPERVISED
+    findings = [finding for check in checks if (finding := check(settings, rows))]
     return findings or ["Nothing unusual in this run's numbers."]

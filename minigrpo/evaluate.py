@@ -67,7 +67,14 @@ def prompts_per_rollout(problems: int, slots: int, devices: int) -> int:
 
 
 def ask(
-    built: Build, params: Params, problems: PromptSet, decoding: RolloutOptions, samples: int, seed: int, resident: int
+    built: Build,
+    params: Params,
+    problems: PromptSet,
+    decoding: RolloutOptions,
+    samples: int,
+    seed: int,
+    resident: int,
+    progress: Progress | None = None,
 ) -> tuple[list[str], Int[np.ndarray, " B"]]:
     """Sample `samples` answers to every problem, those of one problem adjacent -> texts and lengths in tokens.
 
@@ -81,6 +88,8 @@ def ask(
     for start in range(0, len(problems), size):
         own = list(range(start, min(start + size, len(problems))))
         filled = own + [0] * (size - len(own))
+        if progress:
+            progress.phase("evaluation", f"{start} of {len(problems)} problems answered")
         rollout = generator(params, [problems.tokens[i] for i in filled], filled, samples, (seed, 0))
         answers += rollout.completions[: len(own) * samples]
     return built.tokenizer.decode(answers), np.array([len(row) for row in answers])
@@ -138,14 +147,17 @@ def accuracy(
 
 
 def evaluate(
-    built: Build, problems: PromptSet, decoding: RolloutOptions, params: Params | None = None
+    built: Build, problems: PromptSet, decoding: RolloutOptions, progress: Progress, params: Params | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Evaluate one model, loading its weights if None -> its figures with their interval, a line for every answer."""
     options, name = built.settings.evaluate, built.settings.model.model
     started = time.perf_counter()
-    params = built.load(options.seed) if params is None else params
-    resident = device_share_bytes(params)
-    texts, lengths = ask(built, params, problems, decoding, options.num_generations, options.seed, resident)
+    if params is None:
+        progress.phase("loading", name)
+        params = built.load(options.seed)
+    resident, samples = device_share_bytes(params), options.num_generations
+    texts, lengths = ask(built, params, problems, decoding, samples, options.seed, resident, progress)
+    progress.phase("grading")
     grades = grade(texts, problems)
     result: dict[str, Any] = {"model": name, **figures(grades), "problems": len(problems)}
     result |= {"interval": interval(result["accuracy"], len(problems)), "dropped": problems.dropped}
@@ -206,17 +218,17 @@ def run_evaluation(settings: Settings, progress: Progress) -> int:
     builds = [build_one(settings, model, run_defaults(models[0])) for model in models]
     results, answers = [], []
     for built in builds:
-        progress.phase("evaluation")
         greedy = {"temperature": 0.0} if options.num_generations == 1 else {}
         final = built.settings.with_defaults(greedy)
         problems = held_out(built.tokenizer, final.data, options.eval_size)
-        result, lines = evaluate(built, problems, final.rollout)
+        result, lines = evaluate(built, problems, final.rollout, progress)
         report(result, final.data.dataset)
         results.append(result)
         answers += lines
     if options.output and WORKERS.writes:
         write_lines(Path(options.output), answers)
     last = results[0] | ({"base": results[1]} if options.base else {}) | {"platform": jax.default_backend()}
+    progress.phase("")
     sys.stdout.write(json.dumps(last) + "\n")
     return 0
 

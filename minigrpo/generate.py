@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from minigrpo.build import Build, build, make_generator
 from minigrpo.config import Settings, UsageError, run_command
 from minigrpo.data.columns import chat
@@ -17,6 +19,7 @@ from minigrpo.model.hub import run_defaults
 from minigrpo.model.params import Params
 from minigrpo.planning.memory import device_share_bytes, pool_limit
 from minigrpo.rollout.generator import Generator
+from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.workers import WORKERS, joined
 
 SECTIONS = ("model", "data", "rollout", "generate", "cluster")
@@ -42,6 +45,7 @@ class Stream:
 
     def __call__(self, completion: Any, position: Any, token: Any) -> None:
         """Show one more token of the answer; called by the rollout for every token it samples."""
+        completion, position, token = (np.asarray(x) for x in (completion, position, token))
         if completion[0] > 0:  # no completion: the slot's tokens are being filled in
             return
         self.first = self.first or time.perf_counter()
@@ -71,11 +75,23 @@ def encode(built: Build, prompt: str | list[Message]) -> list[int]:
     return tokens
 
 
-def stream_generator(built: Build, params: Params) -> tuple[Generator, Stream]:
-    """Return a generator that shows what it samples; its program serves prompts of any length."""
+def stream_generator(built: Build, params: Params, progress: Progress) -> tuple[Generator, Stream]:
+    """Return a generator that shows what it samples, its program ready for prompts of any length.
+
+    Afterwards nothing is drawn into the line that an answer is streamed to.
+    """
     stream = Stream(built)
     limit = pool_limit(built.spec, device_share_bytes(params))
-    return make_generator(built.spec, built.settings.rollout, limit, stream), stream
+    generator = make_generator(built.spec, built.settings.rollout, limit, stream)
+    compile_program(generator, params, 1, 1, progress)
+    progress.phase("")
+    return generator, stream
+
+
+def compile_program(generator: Generator, params: Params, prompts: int, group: int, progress: Progress) -> None:
+    """Compile the program for so many prompts by a run on empty ones, which sample nothing."""
+    progress.phase("rollout", "getting ready")
+    generator(params, [[]] * prompts, list(range(prompts)), group, (0, 0))
 
 
 def answer(
@@ -107,31 +123,34 @@ def lines_of_chat() -> Iterator[str]:
         yield line.strip()
 
 
-def talk(built: Build, params: Params) -> None:
+def talk(built: Build, params: Params, progress: Progress) -> None:
     """Answer line after line, the whole chat being the prompt."""
     messages: list[Message] = []
-    generator, stream = stream_generator(built, params)
+    generator, stream = stream_generator(built, params, progress)
     for number, line in enumerate(lines_of_chat()):
         messages.append({"role": "user", "content": line})
         text = answer(built, params, messages, number, generator, stream)
         messages.append({"role": "assistant", "content": text})
 
 
-def answer_file(built: Build, params: Params, path: Path) -> None:
+def answer_file(built: Build, params: Params, path: Path, progress: Progress) -> None:
     """Write one JSON line per prompt: {"prompt": ..., "completions": [...]}."""
     options = built.settings.generate
     prompts = read_prompts(path, built.settings.data)
     generator = make_generator(built.spec, built.settings.rollout, pool_limit(built.spec, device_share_bytes(params)))
     tokens = [encode(built, prompt) for prompt in prompts]
+    compile_program(generator, params, len(prompts), options.num_generations, progress)
+    progress.phase("rollout", f"{len(prompts) * options.num_generations} answers")
     started = time.perf_counter()
     rollout = generator(params, tokens, list(range(len(prompts))), options.num_generations, (options.seed, 0))
     seconds = time.perf_counter() - started
     texts = built.tokenizer.decode(rollout.completions)
+    progress.phase("")
     for number, prompt in enumerate(prompts):
         own = texts[number * options.num_generations : (number + 1) * options.num_generations]
         sys.stdout.write(json.dumps({"prompt": prompt, "completions": own}, ensure_ascii=False) + "\n")
     count = int(rollout.lengths.sum())
-    sys.stderr.write(f"{count} tokens in {seconds:.1f} s, compiling included: {count / seconds:.0f} tokens/s\n")
+    sys.stderr.write(f"{count} tokens in {seconds:.1f} s: {count / seconds:.0f} tokens/s\n")
 
 
 def main(settings: Settings) -> int:
@@ -142,24 +161,25 @@ def main(settings: Settings) -> int:
     unused = settings.explicit & (UNUSED if options.prompts else UNUSED | {"num_generations", "prompt_column"})
     if unused:
         raise UsageError(f"--{min(unused)}: means nothing here; leave it out")
-    with joined(settings):
+    with joined(settings), Progress() as progress:
         if WORKERS.count > 1 and not options.prompts:
             raise UsageError("several workers answer --prompts=FILE only; --prompt and --chat need one process")
-        respond(settings)
+        respond(settings, progress)
     return 0
 
 
-def respond(settings: Settings) -> None:
+def respond(settings: Settings, progress: Progress) -> None:
     """Load the model, and answer the prompt, the file or the chat."""
+    progress.phase("loading")
     options, model = settings.generate, settings.model.model
     built = build(settings, options.mesh, {model: run_defaults(model)})
     params = built.load(options.seed)
     if options.prompt:
-        answer(built, params, options.prompt, 0, *stream_generator(built, params))
+        answer(built, params, options.prompt, 0, *stream_generator(built, params, progress))
     elif options.prompts:
-        answer_file(built, params, Path(options.prompts))
+        answer_file(built, params, Path(options.prompts), progress)
     else:
-        talk(built, params)
+        talk(built, params, progress)
 
 
 FOOTER = """--model may also be a run folder, one of its checkpoints or an adapter; it is asked as that run did."""

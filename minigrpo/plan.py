@@ -53,6 +53,7 @@ from minigrpo.planning.run_spec import RunSpec
 from minigrpo.rollout.generator import RolloutSpec, deal_prompts, decode_weights, no_start, rollout_program
 from minigrpo.runtime.chips import CHIPS, GIB, Chip
 from minigrpo.runtime.mesh import SLICE, arrange, by_sequence, check_divisible, replicated
+from minigrpo.runtime.progress import Progress
 
 FAMILIES = Path(__file__).parent / "builtin" / "families.json"
 
@@ -560,6 +561,13 @@ def announce(shapes: Shapes, chip: Chip) -> None:
 
 def main(settings: Settings) -> int:
     """Plan as the settings say."""
+    with Progress() as progress:
+        return run_plan(settings, progress)
+
+
+def run_plan(settings: Settings, progress: Progress) -> int:
+    """Compile every phase, say what it needs and whether it fits, and end with one JSON line."""
+    progress.phase("plan", "getting ready")
     jax.config.update("jax_platforms", "cpu")
     settings = settings.with_defaults(RECIPES.get(settings.model.model, {}))
     spec, chip = plan_spec(settings), find_chip(settings.plan.topology)
@@ -567,6 +575,7 @@ def main(settings: Settings) -> int:
     announce(shapes, chip)
     phases = {}
     for name, run in phases_of(shapes).items():
+        progress.phase("plan", f"compiling the {name} phase")
         phases[name] = run()
         sys.stderr.write(describe(name, phases[name], chip))
     failed = {name for name, phase in phases.items() if not fits(phase, chip)}
@@ -574,21 +583,22 @@ def main(settings: Settings) -> int:
     if not chip.tflops:
         sys.stderr.write(GPU_NOTE)
     found = f"it fits; about {largest} prompts a step would at most" if fitting else "it does not fit"
+    progress.phase("plan", "looking for a change that fits")
     suggestion = "" if fitting else advice(settings, chip, failed)
     sys.stderr.write(f"{found}{'; ' if suggestion else ''}{suggestion}\n")
-    report = {
-        "topology": settings.plan.topology,
-        "mesh": settings.plan.mesh,
-        "jax": jax.__version__,
-        "counted_by": "arithmetic" if spec.platform == GPU else "compiler",
-        "fits": fitting,
-        "largest_batch": largest,
-        "advice": suggestion,
-        "micro_batches": shapes.packing.micro_batches(spec.update_sequences),
-        "phases": {name: figures(phase, chip) for name, phase in phases.items()},
-    }
-    sys.stdout.write(json.dumps(report) + "\n")
+    result = {"fits": fitting, "largest_batch": largest, "advice": suggestion}
+    result |= {"micro_batches": shapes.packing.micro_batches(spec.update_sequences)}
+    result |= {"phases": {name: figures(phase, chip) for name, phase in phases.items()}}
+    progress.phase("")
+    sys.stdout.write(json.dumps(subject(spec) | result) + "\n")
     return 0
+
+
+def subject(spec: RunSpec) -> dict[str, str]:
+    """Return what a plan is of, and who counted."""
+    counted_by = "arithmetic" if spec.platform == GPU else "compiler"
+    options = spec.settings.plan
+    return {"topology": options.topology, "mesh": options.mesh, "jax": jax.__version__, "counted_by": counted_by}
 
 
 if __name__ == "__main__":

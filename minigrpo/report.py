@@ -54,11 +54,17 @@ def read_history(folder: Path) -> History:
     metrics, *others = (read_steps(folder / f"{name}.jsonl") for name in ("metrics", "evaluations", "completions"))
     if not metrics:
         raise UsageError(f"--run={folder}: no metrics.jsonl with a finished step there; name the folder of a run")
-    for name in COLUMNS:
+    for name in columns_of(metrics):
         bad = next((row for row in metrics if not isinstance(row.get(name), int | float)), None)
         if bad:
             raise UsageError(f"{folder}/metrics.jsonl: step {bad['step']} has {bad.get(name)!r} as {name!r}")
     return History(folder, read_json(folder / "config.json"), metrics, *others)
+
+
+def columns_of(metrics: Rows) -> tuple[str, ...]:
+    """Return what every line of the metrics must have: supervised training samples nothing that gets a reward."""
+    sampled = ("reward", "reward_std", "kl")
+    return COLUMNS if "reward" in metrics[0] else tuple(name for name in COLUMNS if name not in sampled)
 
 
 # Pictures
@@ -105,6 +111,8 @@ LENGTHS = {f"completions/{kind}_length": kind for kind in ("mean", "min", "max")
 def figures(history: History) -> dict[str, Figure]:
     """Draw every figure -> {file name: picture}."""
     rows, held = history.metrics, history.evaluations
+    if "reward" not in rows[0]:
+        return supervised_figures(history)
     pictures = {
         "reward": draw(rows, reward_parts(rows), "reward"),
         "loss": draw(rows, {"loss": "loss"}, "loss"),
@@ -119,6 +127,19 @@ def figures(history: History) -> dict[str, Figure]:
     if history.settings.get("beta"):
         pictures["kl"] = draw(rows, {"kl": "KL to the reference"}, "KL to the reference (nats per token)")
     return ({"progress": draw(held, measured, "held out")} if held and measured else {}) | pictures
+
+
+def supervised_figures(history: History) -> dict[str, Figure]:
+    """Draw every figure of supervised training -> {file name: picture}."""
+    rows, held = history.metrics, history.evaluations
+    pictures = {
+        "loss": draw(rows, {"loss": "loss"}, "loss (nats per token)"),
+        "grad_norm": draw(rows, {"grad_norm": "gradient norm before clipping"}, "gradient norm"),
+        "learning_rate": draw(rows, {"learning_rate": "learning rate"}, "learning rate"),
+        "entropy": draw(rows, {"entropy": "entropy"}, "entropy (nats per token)"),
+        "seconds": draw(rows, phase_names(rows), "seconds per step"),
+    }
+    return ({"progress": draw(held, {"loss": "loss"}, "held-out loss (nats per token)")} if held else {}) | pictures
 
 
 def png(figure: Figure) -> bytes:

@@ -1,30 +1,89 @@
-"""`python -m minigrpo.sft`: supervised warm start on prompt/completion rows, to teach the answer format."""
+"""`python -m minigrpo.sft`: supervised training on prompt/completion rows, to teach the answer format before GRPO."""
 
 import dataclasses
 import functools
+import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from minigrpo.build import Build, build, make_update_spec
-from minigrpo.config import RolloutOptions, Settings, UsageError, run_command
+from minigrpo.build import Build, announce, build, check_lora, check_quantize, make_update_spec
+from minigrpo.config import RolloutOptions, Settings, SftOptions, UsageError, run_command
 from minigrpo.data.columns import COMPLETION_COLUMNS
-from minigrpo.data.datasets import PromptSet, batch_numbers, load_completions, tokenize_completions
+from minigrpo.data.datasets import (
+    PromptSet,
+    batch_numbers,
+    held_out_options,
+    load_completions,
+    naming_eval_flags,
+    tokenize_completions,
+)
 from minigrpo.data.rows import Ragged
 from minigrpo.grpo import losses
-from minigrpo.grpo.batch import Batch, PackedBatch, PackingSpec, pack, put_batch
+from minigrpo.grpo.batch import Batch, PackedBatch, PackingSpec, pack, pad_batch, put_batch
 from minigrpo.grpo.optimizer import TrainState, init_state
-from minigrpo.grpo.update import update
-from minigrpo.model.params import Params, split_trainable
+from minigrpo.grpo.update import UpdateSpec, batch_logprobs, update
+from minigrpo.model.params import Params, join, split_trainable
 from minigrpo.planning.memory import packing_spec
+from minigrpo.report import write_report
+from minigrpo.runtime.mesh import fetch
 from minigrpo.runtime.progress import Progress
-from minigrpo.runtime.run_folder import check_empty, check_writable
+from minigrpo.runtime.run_folder import memory_metrics
+from minigrpo.runtime.session import Position, Session, choose_folder, open_session, with_run_settings
+from minigrpo.runtime.sinks import find_sinks
+from minigrpo.runtime.workers import WORKERS, joined
 
-SECTIONS = ("model", "lora", "data", "optimizer", "sft")
+SECTIONS = ("model", "lora", "data", "optimizer", "sft", "run", "cluster")
+
+PROGRAMS = {"gradients": 1, "apply_gradients": 1, "batch_loss": 1}
+"""Device programs of a run, and how often each may be compiled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Rows to train on or to measure, tokenized."""
+
+    prompts: PromptSet
+    completions: Ragged
+    """End tokens included."""
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def take(self, indices: Sequence[int], width: int) -> tuple[list[list[int]], Batch]:
+        """Return the prompts of some rows, and their completions as a batch [len(indices), width], on the host."""
+        rows = np.zeros((len(indices), width), np.int32)
+        for row, i in zip(rows, indices, strict=True):
+            row[: len(self.completions[i])] = self.completions[i]
+        lengths = np.array([len(self.completions[i]) for i in indices], np.int32)
+        return [self.prompts.tokens[i] for i in indices], Batch(rows, lengths, np.zeros(len(indices), np.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A supervised run with its choices made."""
+
+    build: Build
+    update_spec: UpdateSpec
+    packing: PackingSpec
+    frozen: Params
+    """The weights that are not trained: the base under adapters, {} otherwise."""
+    examples: Examples
+    held: Examples | None
+    """Rows of --eval_steps."""
+    total_steps: int
+
+    @property
+    def options(self) -> SftOptions:
+        """Return the options of this command."""
+        return self.build.settings.sft
 
 
 def negative_log_likelihood(
@@ -34,81 +93,180 @@ def negative_log_likelihood(
     return -(weights * logprobs).sum(), {"sums": {"entropy": (entropy * batch.completion_mask).sum()}, "largest": {}}
 
 
-def read_data(built: Build) -> tuple[PromptSet, Ragged]:
+def train(run: Run, state: TrainState, session: Session) -> tuple[Position, TrainState]:
+    """Run the loop: take rows, update, log. Stop early where a signal asked for it."""
+    options, at, log = session.options, session.first, session.log
+    for step in range(at.step, run.total_steps):
+        started = time.perf_counter()
+        log.progress.phase("update")
+        indices = choose_rows(run, step)
+        prompts, batch = run.examples.take(indices, run.packing.completion_tokens)
+        packed = put_batch(run.build.spec.mesh, pack(run.packing, prompts, batch))
+        packed_at = time.perf_counter()
+        state, on_device = update(run.update_spec, state, packed, run.frozen)
+        metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        seconds = {"time/data": packed_at - started, "time/update": time.perf_counter() - packed_at}
+        metrics |= summary(run, step, sum(map(len, prompts)) + int(batch.completion_lengths.sum()), seconds)
+        at = at.after(metrics["skipped_updates"] > 0)
+        log.log(at.step, metrics)
+        log.log_completions(at.step, samples(run.examples, at.step, indices[: options.log_completions]))
+        session.check_skipped(at, batch)
+        best = session.checkpoints.rate(at.step, metrics)
+        if run.held and at.step % options.eval_steps == 0:
+            best |= evaluate(run, state, at.step, session)
+        session.end_step(at, state, best)
+    if at.skipped_in_a_row == run.total_steps:
+        raise UsageError(
+            "the loss or gradient of every update was not finite: nothing was learned, no model is written"
+        )
+    return at, state
+
+
+def choose_rows(run: Run, step: int) -> list[int]:
+    """Return the rows of a step; the position in the data is a function of the step."""
+    size = len(run.examples)
+    return [number % size for number in batch_numbers(size, run.options.batch_size, step, run.options.seed)]
+
+
+def summary(run: Run, step: int, tokens: int, seconds: dict[str, float]) -> dict[str, float]:
+    """Return the step's metrics besides the update's own; `tokens` are those of prompts and completions."""
+    total = sum(seconds.values())
+    epoch = (step + 1) * run.options.batch_size / len(run.examples)
+    counts = {"epoch": epoch, "num_tokens": float(tokens), "step_time": total, "tokens_per_second": tokens / total}
+    return counts | seconds | memory_metrics()
+
+
+def samples(examples: Examples, step: int, indices: list[int]) -> list[dict[str, Any]]:
+    """Return some of the step's rows as they were read."""
+    rows = ((i, examples.prompts.rows[i]) for i in indices)
+    return [
+        {"step": step, "prompt": row["prompt"], "completion": row["completion"]}
+        | {"length": len(examples.completions[i])}
+        for i, row in rows
+    ]
+
+
+# Evaluation
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def batch_loss(spec: UpdateSpec, params: Params, packed: PackedBatch) -> Float[Array, ""]:
+    """Sum -log p over the completion tokens of a batch, without dropout."""
+    logprobs = batch_logprobs(spec, params, packed)
+    return -jnp.where(packed.batch.completion_mask, logprobs, 0).sum()
+
+
+def held_out_loss(run: Run, params: Params, held: Examples) -> dict[str, float]:
+    """Return the mean -log p per token of the held-out completions, --batch_size rows at a time."""
+    size, total = run.options.batch_size, 0.0
+    for start in range(0, len(held), size):
+        prompts, batch = held.take(range(start, min(start + size, len(held))), run.packing.completion_tokens)
+        packed = put_batch(run.build.spec.mesh, pack(run.packing, *pad_batch(prompts, batch, size)))
+        total += float(fetch(batch_loss(run.update_spec, params, packed)))
+    tokens = sum(map(len, held.completions))
+    return {"loss": total / tokens, "rows": float(len(held)), "tokens": float(tokens)}
+
+
+def evaluate(run: Run, state: TrainState, step: int, session: Session) -> bool:
+    """Measure the loss on held-out rows and log it -> True if it is the best so far by --keep_best."""
+    assert run.held
+    session.progress.phase("evaluation")
+    return session.log_evaluation(step, held_out_loss(run, join(state.params, run.frozen), run.held))
+
+
+# Setting up
+
+
+def read_examples(built: Build) -> Examples:
     """Tokenize prompts and completions, the end token included; rows too long are dropped and counted."""
     options, data, tokenizer = built.settings.sft, built.settings.data, built.tokenizer
     dataset = load_completions(data, options.problems)
     limit, end = options.max_completion_length, tokenizer.end_of_turn
     prompts, completions = tokenize_completions(dataset, tokenizer, data, limit, end)
-    sys.stderr.write(f"data: {len(prompts)} rows, {prompts.dropped} dropped as too long\n")
-    return prompts, completions
+    sys.stderr.write(f"data: {len(prompts)} rows of {dataset.name}, {prompts.dropped} dropped as too long\n")
+    return Examples(prompts, completions)
 
 
-def make_batch(packing: PackingSpec, data: PromptSet, completions: Ragged, indices: list[int]) -> PackedBatch:
-    """Pack some rows, on the host."""
-    rows = np.zeros((len(indices), packing.completion_tokens), np.int32)
-    for row, i in zip(rows, indices, strict=True):
-        row[: len(completions[i])] = completions[i]
-    lengths = np.array([len(completions[i]) for i in indices], np.int32)
-    batch = Batch(rows, lengths, np.zeros(len(indices), np.float32))
-    return pack(packing, [data.tokens[i] for i in indices], batch)
+def read_held_out(built: Build) -> Examples | None:
+    """Read the rows of --eval_steps, before training starts."""
+    settings, tokenizer = built.settings, built.tokenizer
+    if not settings.run.eval_steps:
+        return None
+    options, size = held_out_options(settings.data, settings.run), settings.run.eval_size
+    limit, end = settings.sft.max_completion_length, tokenizer.end_of_turn
+    with naming_eval_flags():
+        dataset = load_completions(options, size, "test")
+        dataset = dataclasses.replace(dataset, rows=dataset.rows[:size])
+        return Examples(*tokenize_completions(dataset, tokenizer, options, limit, end))
 
 
-def step_line(step: int, steps: int, metrics: dict[str, Any], seconds: float, skipped: float) -> str:
-    """Format a step's metrics as a line for people."""
-    loss, norm, rate = (float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate"))
-    text = f"step {step}/{steps}  loss {loss:.4f}  grad_norm {norm:.3f}  lr {rate:.2e}  {seconds:.3f} s/step"
-    return text + (f"  skipped, not finite: {skipped:.0f}" if skipped else "") + "\n"
+def with_shared_settings(built: Build) -> Build:
+    """Return the build with this command's steps and lengths where the code shared with GRPO reads them."""
+    options = built.settings.sft
+    rollout = RolloutOptions(max_completion_length=options.max_completion_length)
+    settings = dataclasses.replace(built.settings, steps=options.as_steps, rollout=rollout)
+    return dataclasses.replace(built, spec=dataclasses.replace(built.spec, settings=settings))
 
 
-def train(built: Build) -> tuple[TrainState, Params]:
-    """Run the training loop -> the last state, and the weights that were not trained."""
+def check_settings(built: Build) -> None:
+    """Raise UsageError for settings that cannot be trained with."""
+    if built.settings.data.offline:
+        raise UsageError("--offline: means nothing here; python -m minigrpo.train trains on scored responses")
+    check_quantize(built.spec.config)
+    check_lora(built.settings, built.spec.config)
+    if built.settings.run.push_to_hub:
+        raise UsageError("--push_to_hub: is minigrpo.train's; upload RUN/final with `hf upload OWNER/NAME RUN/final`")
+
+
+def make_run(built: Build) -> tuple[Run, TrainState]:
+    """Load data and weights, and make a run and its first state of them."""
+    built = with_shared_settings(built)
+    check_settings(built)
     spec, options = built.spec, built.settings.sft
-    data, completions = read_data(built)
-    steps = options.max_steps or -(-len(data) // options.batch_size)
+    examples, held = read_examples(built), read_held_out(built)
+    if WORKERS.count > 1:
+        WORKERS.equal({f"prompts of --dataset={built.settings.data.dataset} of digest": examples.prompts.digest()})
+    total = options.max_steps or max(1, math.ceil(options.num_epochs * len(examples) / options.batch_size))
     loss = negative_log_likelihood, losses.weights_bnpo
-    update_spec = make_update_spec(spec, steps, loss, temperature=1.0, seed=options.seed)
-    limits = dataclasses.replace(built.settings, rollout=RolloutOptions(options.max_completion_length))
-    packing = packing_spec(dataclasses.replace(spec, settings=limits), options.batch_size, group=1)
+    update_spec = make_update_spec(spec, total, loss, temperature=1.0, seed=options.seed)
+    packing = packing_spec(spec, options.batch_size, group=1)
     trainable, frozen = split_trainable(spec.config, built.load(options.seed, spec.base_dtype))
     state = init_state(update_spec.optimizer, trainable, spec.mesh)
-    pick = functools.partial(batch_numbers, len(data), options.batch_size, seed=options.seed)
-    skipped: Array | float
-    started, skipped = time.perf_counter(), 0.0
-    for step in range(steps):
-        indices = [number % len(data) for number in pick(step=step)]
-        packed = put_batch(spec.mesh, make_batch(packing, data, completions, indices))
-        state, metrics = update(update_spec, state, packed, frozen)
-        skipped += metrics["skipped_updates"]
-        if (step + 1) % options.log_steps == 0 or step + 1 == steps:
-            seconds = (time.perf_counter() - started) / (step + 1)
-            sys.stderr.write(step_line(step + 1, steps, metrics, seconds, float(skipped)))
-    if skipped == steps:
-        raise UsageError("the loss or gradient of every update was not finite: nothing was learned, nothing is written")
-    return state, frozen
+    return Run(built, update_spec, packing, frozen, examples, held, total), state
 
 
 def main(settings: Settings) -> int:
     """Train as the settings say."""
-    folder = Path(settings.sft.output_dir).absolute()
-    check_empty(folder)
-    check_writable(folder)
-    with Progress() as progress:
-        progress.phase("loading")
-        built = build(settings, settings.sft.mesh)
-        progress.phase("update")
-        state, frozen = train(built)
-        progress.phase("export")
-        built.export(folder, folder / "adapter", state.params, frozen)
-    sys.stderr.write(f"model written to {folder}\n")
-    return 0
+    with joined(settings), Progress() as progress:
+        return run_training(with_run_settings(settings), progress)
+
+
+def run_training(settings: Settings, progress: Progress) -> int:
+    """Build the run, train it, and write its results."""
+    progress.phase("loading")
+    openers = find_sinks(settings.run) if WORKERS.writes else {}
+    built = build(settings, settings.run.mesh)
+    folder = choose_folder(built.settings)
+    run, state = make_run(built)
+    announce(built, run.packing, run.options.batch_size, (state.params, run.frozen), folder)
+    session, state = open_session(folder, built.settings, run.total_steps, state, progress, openers)
+    if run.held and session.first.step == 0:
+        evaluate(run, state, 0, session)
+
+    def export(state: TrainState) -> Path:
+        built.export(folder / "final", folder / "adapter", state.params, run.frozen)
+        return Path(WORKERS.first(lambda: str(write_report(folder))))
+
+    return session.complete(lambda: train(run, state, session), export, PROGRAMS)
 
 
 if __name__ == "__main__":
+    columns = ", ".join(COMPLETION_COLUMNS)
     run_command(
         "python -m minigrpo.sft",
         __doc__ or "",
         SECTIONS,
         main,
-        "Here --answer_column is the completion; auto tries " + ", ".join(COMPLETION_COLUMNS) + ".",
+        f"Here --answer_column is the completion; auto tries {columns}.\n"
+        "The trained model is in RUN/final; --model=RUN of other commands finds it there.",
     )

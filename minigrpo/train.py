@@ -18,6 +18,7 @@ from minigrpo.build import RECIPES as MODEL_RECIPES
 from minigrpo.build import (
     TINY,
     Build,
+    announce,
     build,
     check_lora,
     check_loss,
@@ -27,7 +28,14 @@ from minigrpo.build import (
 )
 from minigrpo.config import Settings, UsageError, run_command
 from minigrpo.data.calls import Reward, lacking
-from minigrpo.data.datasets import XML_REWARDS, PromptSet, held_out_options, load_dataset, tokenize
+from minigrpo.data.datasets import (
+    XML_REWARDS,
+    PromptSet,
+    held_out_options,
+    load_dataset,
+    naming_eval_flags,
+    tokenize,
+)
 from minigrpo.data.recorded import load_recorded
 from minigrpo.data.rewards import check_columns, check_names, overlong_rewards, parse_rewards
 from minigrpo.door import make_callable
@@ -50,7 +58,7 @@ from minigrpo.report import write_report
 from minigrpo.rollout.generator import Rollout
 from minigrpo.runtime.mesh import fetch
 from minigrpo.runtime.progress import Progress
-from minigrpo.runtime.run_folder import RunFolder, completion_metrics, reward_metrics
+from minigrpo.runtime.run_folder import RunFolder, completion_metrics, memory_metrics, reward_metrics
 from minigrpo.runtime.session import Position, Session, choose_folder, open_session, with_run_settings
 from minigrpo.runtime.sinks import Opener, find_sinks
 from minigrpo.runtime.workers import WORKERS, joined
@@ -124,8 +132,7 @@ def train(run: Run, state: TrainState, session: Session) -> tuple[Position, Trai
         at = at.after(metrics["skipped_updates"] > 0)
         log.log(at.step, metrics)
         log.log_completions(at.step, samples(experience, step, options.log_completions))
-        if at.skipped_in_a_row == options.max_skipped_steps:
-            give_up(log, at.step, batch, at.skipped_in_a_row)
+        session.check_skipped(at, batch)
         best = session.checkpoints.rate(at.step, metrics)
         if run.evaluate and at.step % options.eval_steps == 0:
             best |= evaluate(run, state, at.step, session)
@@ -196,18 +203,6 @@ def move_reference(run: Run, state: TrainState, step: int) -> TrainState:
     return dataclasses.replace(state, reference=moved)
 
 
-def give_up(folder: RunFolder, step: int, batch: Batch, count: int) -> None:
-    """Save the step's batch, in which a loss or gradient is not finite, and end the run."""
-    path = folder.folder / f"not-finite-step-{step}.npz"
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    if folder.writes:
-        np.savez(path, **{name: value for name, value in fields.items() if value is not None})
-    raise UsageError(
-        f"--max_skipped_steps={count}: the loss or gradient of {count} steps in a row was not finite, so nothing was "
-        f"learned from them; the last one's batch is {path}. Start again with a lower --learning_rate"
-    )
-
-
 # What is logged
 
 
@@ -236,7 +231,6 @@ def summary(run: Run, experience: Experience, step: int, clock: Clock) -> dict[s
     """Return the step's metrics besides the update's own."""
     rollout, present = experience.rollout, experience.rollout.lengths > 0
     lengths = rollout.lengths[present]
-    memory = jax.local_devices()[0].memory_stats() or {}
     asked = np.repeat([len(prompt) for prompt in experience.prompts], experience.group)[present].sum()
     phases = experience.seconds | clock.phases
     epoch = (step + 1) * run.settings.steps.batch_size / run.data_size
@@ -250,7 +244,7 @@ def summary(run: Run, experience: Experience, step: int, clock: Clock) -> dict[s
         | {"step_time": clock.total(), "tokens_per_second": lengths.sum() / clock.total()}
         | phases
         | rollout_metrics(rollout, phases)
-        | ({"device/peak_bytes": memory["peak_bytes_in_use"]} if "peak_bytes_in_use" in memory else {})
+        | memory_metrics()
     )
 
 
@@ -299,14 +293,11 @@ def load_held_out(built: Build) -> PromptSet | None:
     if not settings.run.eval_steps:
         return None
     options, size = held_out_options(settings.data, settings.run), settings.run.eval_size
-    try:
+    with naming_eval_flags():
         if settings.data.offline:
             limit, end = settings.rollout.max_completion_length, built.tokenizer.end_of_turn
             return load_recorded(built.tokenizer, options, limit, end, "test", size)
         return held_out(built.tokenizer, options, size)
-    except UsageError as error:
-        text = str(error).replace("--dataset=", "--eval_dataset=").replace("--dataset_", "--eval_")
-        raise UsageError(text) from error
 
 
 def load_prompts(built: Build) -> tuple[PromptSet, list[Reward]]:
@@ -449,24 +440,9 @@ def make_validation(run: Run, held: PromptSet, state: TrainState) -> Evaluation:
     return lambda state: validate(rows, before, mean_logprobs(state), group)
 
 
-def announce(run: Run, state: TrainState, folder: Path) -> None:
-    """Print every value used, once, and where things go."""
-    for name in run.settings.sections:
-        options = getattr(run.settings, name)
-        values = " ".join(f"{flag}={value}" for flag, value in dataclasses.asdict(options).items() if value is not None)
-        sys.stderr.write(f"{(type(options).__doc__ or '').lower()}: {values}\n")
-    mesh, packing = run.build.spec.mesh, run.packing
-    devices, sizes = mesh.devices, " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    processes = f" of {WORKERS.count} workers" if WORKERS.count > 1 else ""
-    most = packing.micro_batches(run.build.spec.update_sequences)
-    sys.stderr.write(
-        f"mesh: {sizes} of {devices.flat[0].device_kind} devices{processes}; "
-        f"update in at most {most} micro-batch{'es' * (most > 1)} of {packing.rows} x {packing.row_tokens} tokens; "
-        f"run folder {folder}\n"
-    )
-    counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, run.frozen)]
-    sys.stderr.write(f"parameters: {counts[0]:,} trained, {counts[1]:,} frozen\n")
-    loss, once = run.settings.loss, run.settings.steps.updates_per_step == 1
+def warn_of_zeros(settings: Settings) -> None:
+    """Print a line for settings under which a loss or a KL penalty is 0 by construction."""
+    loss, once = settings.loss, settings.steps.updates_per_step == 1
     if loss.loss_type == "grpo" and not loss.beta and once:
         sys.stderr.write(
             "note: on-policy with --beta=0 the loss is about 0 by construction; watch reward and grad_norm\n"
@@ -492,7 +468,8 @@ def run_training(settings: Settings, progress: Progress, sinks: Mapping[str, Ope
     folder = choose_folder(built.settings)
     WORKERS.first(lambda: check_hub(built.settings.run))
     run, state = make_run(built)
-    announce(run, state, folder)
+    announce(built, run.packing, built.spec.update_sequences, (state.params, run.frozen), folder)
+    warn_of_zeros(built.settings)
     session, state = open_session(folder, built.settings, run.total_steps, state, progress, openers)
     if run.evaluate and session.first.step == 0:
         evaluate(run, state, 0, session)

@@ -39,6 +39,7 @@ SLOW = {
     "test_cpu_paged_attention",
     "test_cpu_rollout",
     "test_cpu_sinks",
+    "test_cpu_sft",
     "test_cpu_torch_step",
     "test_cpu_tpu",
     "test_cpu_train",

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from minigrpo import sft, train
+from minigrpo import train
 from minigrpo.config import parse_flags
 
 MOST = {"gradients": 2, "batch_logprobs": 2, "run_mesh": 1, "apply_gradients": 1, "decode_weights": 1}
@@ -51,15 +51,3 @@ def test_a_run_compiles_each_program_once(name, tmp_path, capsys, traced_anew):
         for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert max(lengths) > 1.2 * min(lengths)
-
-
-def test_supervised_training_compiles_one_gradient(tmp_path, monkeypatch):
-    from minigrpo.grpo import update
-
-    traced, real = [], update.score
-    monkeypatch.setattr(update, "score", lambda *args: traced.append(1) or real(*args))
-    rows = [{"prompt": "say " * (1 + n % 7), "completion": "yes " * (1 + n % 11)} for n in range(60)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = [f"--dataset={tmp_path}/rows.jsonl", "--batch_size=8", "--max_steps=8", "--mesh=2,1"]
-    assert sft.main(parse_flags([*flags, f"--output_dir={tmp_path}/out"], sft.SECTIONS)) == 0
-    assert len(traced) <= 3  # shapes and the gradient of one program

@@ -71,6 +71,15 @@ def test_the_step_line_shows_the_rate_and_the_memory(tmp_path):
     assert "step 1/9  reward 0.500 (answer 0.25)" in line and "lr 3.0e-06" in line and "memory 3.0 GiB" in line
 
 
+def test_the_step_line_of_supervised_training_has_nothing_of_completions(tmp_path):
+    log = make(tmp_path)
+    names = ("loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second", "step_time")
+    log.log(1, {name: METRICS[name] for name in names} | {"time/update": 1.5})
+    line = log.progress.stream.getvalue().strip()
+    assert line.startswith(f"step 1/9  loss {METRICS['loss']:+.4f}  grad ") and line.endswith(" s (update 1.5)")
+    assert "lr 3.0e-06" in line and "reward" not in line and "kl" not in line and "length" not in line
+
+
 def refuse(number):
     def act(*_, **__):
         raise OSError(number, os.strerror(number))
@@ -274,6 +283,20 @@ def test_a_phase_is_told_once_a_minute_where_there_is_no_terminal():
     assert shown.stream.getvalue() == ""
     shown.draw(start + 61)
     assert shown.stream.getvalue() == "step 3/9 | rollout, 61 s\n"
+
+
+def test_a_phase_goes_on_under_another_detail_and_ends_with_a_clean_line(monkeypatch):
+    monkeypatch.setattr(progress.os, "get_terminal_size", lambda _: os.terminal_size((80, 9)))
+    shown = Progress(Terminal())
+    shown.phase("evaluation", "0 of 9 problems answered")
+    shown.since = start = shown.since - 40
+    shown.phase("evaluation", "4 of 9 problems answered")
+    assert shown.status(start + 50) == "evaluation, 4 of 9 problems answered, 50 s"
+    shown.draw(start + 50)
+    shown.phase("")
+    assert shown.stream.getvalue().endswith(" \r") and shown.status(start + 51) == ""
+    shown.phase("loading", "a model")
+    assert shown.since > start + 30
 
 
 def test_the_time_to_finish_leaves_out_steps_that_compiled():

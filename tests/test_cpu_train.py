@@ -13,7 +13,6 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
-from safetensors.numpy import load_file, save_file
 
 from minigrpo import train
 from minigrpo.config import Settings, UsageError, check_limits, parse_flags, section_types
@@ -331,53 +330,9 @@ def test_a_run_whose_checkpoints_are_gone_is_not_started_over(tmp_path):
     assert metrics(tmp_path / "run") == before
 
 
-def test_sft_never_replaces_a_folder(tmp_path):
-    (tmp_path / "precious.txt").write_text("mine")
-    result = run(f"--output_dir={tmp_path}", "--max_steps=1", module="sft")
-    assert result.returncode == 2 and "is not empty; name a new folder" in result.stderr
-    assert (tmp_path / "precious.txt").read_text() == "mine"
-
-
 @pytest.mark.parametrize("module", ["train", "sft", "evaluate", "plan", "tiny"])
 def test_help_is_readable(module):
     result = run("--help", module=module)
     assert result.returncode == 0 and result.stderr == ""
     assert f"usage: python -m minigrpo.{module}" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 140
-
-
-def test_supervised_training_lowers_the_loss_and_writes_a_model(tmp_path):
-    rows = [{"prompt": f"say {n}", "completion": f"<answer>\n{n}\n</answer>"} for n in range(40)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = (
-        f"--dataset={tmp_path}/rows.jsonl",
-        f"--output_dir={tmp_path}/out",
-        "--max_steps=12",
-        "--learning_rate=1e-3",
-        "--log_steps=4",
-        "--batch_size=16",
-    )
-    result = run(*flags, "--mesh=2,1", module="sft")
-    assert result.returncode == 0, result.stderr[-2000:]
-    losses = [
-        float(line.split("loss ")[1].split()[0]) for line in result.stderr.splitlines() if line.startswith("step ")
-    ]
-    assert len(losses) == 3 and losses[-1] < 0.7 * losses[0]
-    assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-def test_supervised_updates_that_are_not_finite_are_counted_and_end_in_an_error_when_all_are(tmp_path):
-    flags = ("--dataset=builtin:arithmetic", "--problems=16", "--batch_size=4", "--max_steps=2")
-    result = run(*flags, f"--output_dir={tmp_path}/a", "--learning_rate=1e30", module="sft")
-    assert result.returncode == 0 and "skipped, not finite: 1" in result.stderr, result.stderr[-2000:]
-    shutil.copytree(ROOT / "minigrpo" / "builtin", tmp_path / "huge")
-    weights = tmp_path / "huge" / "model.safetensors"
-    tensors = load_file(weights)
-    save_file(
-        tensors
-        | {"model.norm.weight": (tensors["model.norm.weight"] * 0 + 3e38).astype(tensors["model.norm.weight"].dtype)},
-        weights,
-    )
-    result = run(*flags, f"--model={tmp_path}/huge", f"--output_dir={tmp_path}/b", module="sft")
-    assert result.returncode == 2 and "every update was not finite" in result.stderr, result.stderr[-2000:]
-    assert not (tmp_path / "b" / "model.safetensors").exists()

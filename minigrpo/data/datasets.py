@@ -1,6 +1,7 @@
 """Datasets of prompts: built in, from files and from the Hub, as rows and as tokens."""
 
 import array
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -97,17 +98,17 @@ def refuse_recorded(options: DataOptions, row: Row) -> None:
         )
 
 
-def load_completions(options: DataOptions, problems: int) -> Dataset:
-    """Read rows with "prompt" and "completion" (text) for supervised training; no system prompt unless it is given.
+def load_completions(options: DataOptions, problems: int, split: str = "train") -> Dataset:
+    """Read "train" or "test" rows with "prompt" and "completion" (text); no system prompt unless it is given.
 
     `problems` is the number of rows of builtin:arithmetic.
     """
     name = options.dataset
     if name == "builtin:arithmetic":
         refuse_choice(name, options.dataset_config, options.dataset_split)
-        rows = arithmetic.problems("train", problems, arithmetic.SFT_START)
+        rows = arithmetic.problems(split, problems, arithmetic.SFT_START)
         return Dataset(name, rows, arithmetic.SYSTEM_PROMPT)
-    raw = named_rows(options, "train")
+    raw = named_rows(options, split)
     prompt, completion = completion_readers(raw[0], options)
     return Dataset(name, with_columns(f"--dataset={name}", raw, {"prompt": prompt, "completion": completion}), "")
 
@@ -138,6 +139,16 @@ def held_out_options(data: DataOptions, run: RunOptions) -> DataOptions:
     dataset = data.dataset if own else run.eval_dataset
     config = data.dataset_config if own and run.eval_config == "auto" else run.eval_config
     return dataclasses.replace(data, dataset=dataset, dataset_config=config, dataset_split=run.eval_split)
+
+
+@contextlib.contextmanager
+def naming_eval_flags() -> Iterator[None]:
+    """Name --eval_dataset and its kin in errors from inside, where held-out rows are read as others are."""
+    try:
+        yield
+    except UsageError as error:
+        text = str(error).replace("--dataset=", "--eval_dataset=").replace("--dataset_", "--eval_")
+        raise UsageError(text) from error
 
 
 # Tokens

@@ -69,7 +69,7 @@ class Progress:
         self.early: list[str] = []
         """Text shown before the run folder was there."""
         self.drawn = ""
-        self.name = ""
+        self.name = self.detail = ""
         self.since = self.spoke = time.monotonic()
         self.total = self.finished = 0
         self.recent: deque[float] = deque(maxlen=RECENT)
@@ -156,11 +156,15 @@ class Progress:
 
     # What is going on
 
-    def phase(self, name: str) -> None:
-        """Begin a phase, such as 'rollout'; '' is none."""
+    def phase(self, name: str, detail: str = "") -> None:
+        """Begin a phase, such as 'rollout', or go on in it with another detail; '' is none, and wipes the live line."""
         with self.lock:
-            self.name, self.since = name, time.monotonic()
-            self.spoke = max(self.spoke, self.since)
+            if name != self.name or not detail:
+                self.since = time.monotonic()
+                self.spoke = max(self.spoke, self.since)
+            self.name, self.detail = name, detail
+            if not name:
+                self.wipe()
 
     def start_steps(self, total: int, finished: int) -> None:
         """Note the run's length and how many steps are behind it."""
@@ -198,7 +202,8 @@ class Progress:
     def status(self, now: float) -> str:
         """Return the live line: steps, phase with seconds, what is being compiled, time to finish."""
         steps = f"step {self.finished + 1}/{self.total}" if self.total > self.finished else ""
-        phase = f"{self.name}, {now - self.since:.0f} s" if self.name else ""
+        parts = (self.name, self.detail, f"{now - self.since:.0f} s")
+        phase = ", ".join(part for part in parts if part) if self.name else ""
         slow = [(name, now - start) for name, start in list(self.compiling.values()) if now - start >= LONG_COMPILE]
         compiling = f"compiling {slow[0][0]}, {slow[0][1]:.0f} s" if slow else ""
         left = self.seconds_left()

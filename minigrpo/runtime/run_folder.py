@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from minigrpo.config import Settings, UsageError
@@ -172,24 +173,36 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 
 
 def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
-    """Format a step's metrics as a line for people."""
-    rewards = " ".join(
-        f"{name.split('/')[1]} {value:.2f}"
-        for name, value in metrics.items()
-        if name.startswith("rewards/") and name.endswith("/mean")
-    )
-    phases = " ".join(
-        f"{name.removeprefix('time/')} {value:.1f}" for name, value in metrics.items() if name.startswith("time/")
-    )
-    rate = f"  lr {metrics['learning_rate']:.1e}" if "learning_rate" in metrics else ""
-    peak = metrics.get("device/peak_bytes")
-    return (
-        f"step {step}/{total}  reward {metrics['reward']:.3f} ({rewards})  loss {metrics['loss']:+.4f}  "
-        f"kl {metrics['kl']:.4f}  grad {metrics['grad_norm']:.3f}{rate}  "
-        f"length {metrics['completions/mean_length']:.0f} (cut {metrics['completions/clipped_ratio']:.0%})  "
-        f"{metrics['tokens_per_second']:.0f} tok/s  {metrics['step_time']:.1f} s ({phases})"
-        + (f"  memory {size_text(int(peak))}" if peak else "")
-    )
+    """Format a step's metrics as a line for people; without what is measured of completions, if there are none."""
+    parts = [f"step {step}/{total}"]
+    if "reward" in metrics:
+        parts.append(f"reward {metrics['reward']:.3f} ({reward_text(metrics)})")
+    parts.append(f"loss {metrics['loss']:+.4f}")
+    if "kl" in metrics:
+        parts.append(f"kl {metrics['kl']:.4f}")
+    parts.append(f"grad {metrics['grad_norm']:.3f}")
+    if "learning_rate" in metrics:
+        parts.append(f"lr {metrics['learning_rate']:.1e}")
+    if "completions/mean_length" in metrics:
+        parts.append(
+            f"length {metrics['completions/mean_length']:.0f} (cut {metrics['completions/clipped_ratio']:.0%})"
+        )
+    parts += [f"{metrics['tokens_per_second']:.0f} tok/s", f"{metrics['step_time']:.1f} s ({phases_text(metrics)})"]
+    if peak := metrics.get("device/peak_bytes"):
+        parts.append(f"memory {size_text(int(peak))}")
+    return "  ".join(parts)
+
+
+def reward_text(metrics: dict[str, float]) -> str:
+    """List the reward functions' means."""
+    means = {name: value for name, value in metrics.items() if name.startswith("rewards/") and name.endswith("/mean")}
+    return " ".join(f"{name.split('/')[1]} {value:.2f}" for name, value in means.items())
+
+
+def phases_text(metrics: dict[str, float]) -> str:
+    """List the seconds of the phases."""
+    phases = {name.removeprefix("time/"): value for name, value in metrics.items() if name.startswith("time/")}
+    return " ".join(f"{name} {value:.1f}" for name, value in phases.items())
 
 
 def check_empty(folder: Path) -> None:
@@ -197,8 +210,7 @@ def check_empty(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         if (folder / "metrics.jsonl").exists():
             raise UsageError(
-                f"--output_dir={folder}: holds a run already; name another folder, or let minigrpo.train continue "
-                "its own with --resume"
+                f"--output_dir={folder}: holds a run already; name another folder, or continue it with --resume"
             )
         raise UsageError(f"--output_dir={folder}: is not empty; name a new folder")
 
@@ -218,6 +230,12 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output_dir={folder}: cannot be written ({error.strerror or error})") from error
+
+
+def memory_metrics() -> dict[str, float]:
+    """Return the most bytes that the first device of the process has held; {} where the backend does not tell."""
+    memory = jax.local_devices()[0].memory_stats() or {}
+    return {"device/peak_bytes": memory["peak_bytes_in_use"]} if "peak_bytes_in_use" in memory else {}
 
 
 def completion_metrics(lengths: np.ndarray, stopped: np.ndarray) -> dict[str, float]:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from minigrpo.config import RunOptions, Settings, UsageError
 from minigrpo.runtime.checkpoint import Checkpoints, check_same_run, read_run_settings
 from minigrpo.runtime.files import write_whole
@@ -62,12 +64,24 @@ def with_run_settings(settings: Settings) -> Settings:
     if settings.run.output_dir == "auto":
         raise UsageError("--resume: name the run to continue with --output_dir")
     saved = read_run_settings(Path(settings.run.output_dir))
+    check_same_command(settings, saved)
     saved = {name: value for name, value in saved.items() if name not in ("resume", "output_dir")}
     try:
         continued = settings.with_defaults(saved)
     except UsageError as error:
         raise UsageError(f"{settings.run.output_dir}/config.json: {error}; mend the file") from error
-    return dataclasses.replace(continued, explicit=settings.explicit | saved.keys())
+    return dataclasses.replace(continued, explicit=settings.explicit | frozenset(saved))
+
+
+def check_same_command(settings: Settings, saved: dict[str, Any]) -> None:
+    """Raise UsageError for settings of a run that has other flags than this command."""
+    own = settings.as_dict()
+    foreign, missing = saved.keys() - own.keys(), own.keys() - saved.keys()
+    if foreign and missing:
+        raise UsageError(
+            f"--resume: {settings.run.output_dir} was begun by another command, or version of minigrpo, with "
+            f"--{min(foreign)} and without --{min(missing)}; continue it with that one"
+        )
 
 
 def choose_folder(settings: Settings) -> Path:
@@ -163,6 +177,23 @@ class Session:
         """Log what --eval_steps measured after `step` steps -> True if it is the best so far by --keep_best."""
         self.log.log_evaluation(step, result)
         return self.checkpoints.rate(step, evaluated(result))
+
+    def check_skipped(self, at: Position, batch: Any) -> None:
+        """Raise UsageError after --max_skipped_steps steps in a row without a finite loss and gradient.
+
+        The last step's `batch`, a dataclass of arrays on the host, is saved first.
+        """
+        count = at.skipped_in_a_row
+        if count != self.options.max_skipped_steps:
+            return
+        path = self.log.folder / f"not-finite-step-{at.step}.npz"
+        fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        if self.log.writes:
+            np.savez(path, **{name: value for name, value in fields.items() if value is not None})
+        raise UsageError(
+            f"--max_skipped_steps={count}: the loss or gradient of {count} steps in a row was not finite, so nothing "
+            f"was learned from them; the last one's batch is {path}. Start again with a lower --learning_rate"
+        )
 
     def end_step(self, at: Position, state: Any, best: bool) -> None:
         """Save the state where a checkpoint is due, or `best` by --keep_best; raise Stopped where a signal asked."""
