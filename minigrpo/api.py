@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minigrpo.config import Settings, UsageError, section_types
+from minigrpo.config import Settings, UsageError, check_limits, field_type, section_types
 
-RewardLike = str | Callable[..., Sequence[float]] | tuple[str | Callable[..., Sequence[float]], float]
+RewardLike = str | Callable[..., Sequence[float]] | tuple[str | Callable[..., Sequence[float]], float | int]
 """A reward's name as in --reward, a function with TRL's signature, or either with its weight."""
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
@@ -32,20 +32,25 @@ OnStep = Callable[[int, dict[str, float]], None]
 def settings_of(sections: tuple[str, ...], flags: Mapping[str, Any]) -> Settings:
     """Return a command's settings from keyword arguments; UsageError for an unknown name or a bad value."""
     types = section_types(sections, Settings).values()
-    known = [field.name for options in types for field in dataclasses.fields(options)]
-    for name in flags:
+    known = {field.name: field for options in types for field in dataclasses.fields(options)}
+    values = {}
+    for name, value in flags.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise UsageError(f"{name}: no such argument{f'; did you mean {near[0]}?' if near else ''}")
-    values = {name: as_flag(value) for name, value in flags.items() if value is not None}
+        if value is not None:
+            values[name] = as_flag(known[name], value)
+            check_limits(known[name], values[name])
     return Settings(sections=sections, explicit=frozenset(values)).with_values(values)
 
 
-def as_flag(value: Any) -> Any:
-    """Return a flag's value: (4, 2) as '4,2', and paths as text."""
+def as_flag(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Return a flag's value: for one that is text, (4, 2) as '4,2', and numbers, booleans and paths as text."""
+    if field_type(field) is not str:
+        return value
     if isinstance(value, tuple | list):
         return ",".join(map(str, value))
-    return str(value) if isinstance(value, Path) else value
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def as_dataset(rows: Rows) -> str:
