@@ -559,6 +559,47 @@ def announce(shapes: Shapes, chip: Chip) -> None:
     )
 
 
+Tell = Callable[[str], None]
+"""Is told what is going on, for a status line."""
+
+
+def untold(text: str) -> None:
+    """Tell nobody."""
+
+
+def verdict(spec: RunSpec, chip: Chip, tell: Tell = untold) -> dict[str, Any]:
+    """Return whether a run fits, its largest batch, and the figures of every phase, each printed once it is known."""
+    shapes = make_shapes(spec)
+    announce(shapes, chip)
+    phases = {}
+    for name, run in phases_of(shapes).items():
+        tell(f"compiling the {name} phase")
+        phases[name] = run()
+        sys.stderr.write(describe(name, phases[name], chip))
+    failed = sorted(name for name, phase in phases.items() if not fits(phase, chip))
+    return {
+        "fits": is_served(spec, shapes) and not failed,
+        "largest_batch": largest_batch(shapes, phases, chip),
+        "too_large": failed,
+        "micro_batches": shapes.packing.micro_batches(spec.update_sequences),
+        "phases": {name: figures(phase, chip) for name, phase in phases.items()},
+    }
+
+
+def plan(settings: Settings, tell: Tell = untold) -> dict[str, Any]:
+    """Plan a run for a topology, and look for a change with which it fits if it does not."""
+    spec, chip = plan_spec(settings), find_chip(settings.plan.topology)
+    found = verdict(spec, chip, tell)
+    if not chip.tflops:
+        sys.stderr.write(GPU_NOTE)
+    fitting, largest = found["fits"], found["largest_batch"]
+    said = f"it fits; about {largest} prompts a step would at most" if fitting else "it does not fit"
+    tell("looking for a change that fits")
+    suggestion = "" if fitting else advice(settings, chip, set(found["too_large"]))
+    sys.stderr.write(f"{said}{'; ' if suggestion else ''}{suggestion}\n")
+    return subject(spec) | found | {"advice": suggestion}
+
+
 def main(settings: Settings) -> int:
     """Plan as the settings say."""
     with Progress() as progress:
@@ -570,35 +611,10 @@ def run_plan(settings: Settings, progress: Progress) -> int:
     progress.phase("plan", "getting ready")
     jax.config.update("jax_platforms", "cpu")
     settings = settings.with_defaults(RECIPES.get(settings.model.model, {}))
-    spec, chip = plan_spec(settings), find_chip(settings.plan.topology)
-    shapes = make_shapes(spec)
-    announce(shapes, chip)
-    phases = {}
-    for name, run in phases_of(shapes).items():
-        progress.phase("plan", f"compiling the {name} phase")
-        phases[name] = run()
-        sys.stderr.write(describe(name, phases[name], chip))
-    failed = {name for name, phase in phases.items() if not fits(phase, chip)}
-    fitting, largest = is_served(spec, shapes) and not failed, largest_batch(shapes, phases, chip)
-    if not chip.tflops:
-        sys.stderr.write(GPU_NOTE)
-    found = f"it fits; about {largest} prompts a step would at most" if fitting else "it does not fit"
-    progress.phase("plan", "looking for a change that fits")
-    suggestion = "" if fitting else advice(settings, chip, failed)
-    sys.stderr.write(f"{found}{'; ' if suggestion else ''}{suggestion}\n")
-    result = {"fits": fitting, "largest_batch": largest, "advice": suggestion}
-    result |= {"micro_batches": shapes.packing.micro_batches(spec.update_sequences)}
-    result |= {"phases": {name: figures(phase, chip) for name, phase in phases.items()}}
+    report = plan(settings, functools.partial(progress.phase, "plan"))
     progress.phase("")
-    sys.stdout.write(json.dumps(subject(spec) | result) + "\n")
+    sys.stdout.write(json.dumps(report) + "\n")
     return 0
-
-
-def subject(spec: RunSpec) -> dict[str, str]:
-    """Return what a plan is of, and who counted."""
-    counted_by = "arithmetic" if spec.platform == GPU else "compiler"
-    options = spec.settings.plan
-    return {"topology": options.topology, "mesh": options.mesh, "jax": jax.__version__, "counted_by": counted_by}
 
 
 if __name__ == "__main__":
