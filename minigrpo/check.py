@@ -341,7 +341,7 @@ def rollout_figures(built: Build, both: Experience) -> dict[str, float | None]:
 
 
 def step_seconds(built: Build, timed: Experience) -> tuple[float, float]:
-    """Return the seconds of sampling and scoring a step, scaled from a rollout, and of its update by a rule of thumb."""
+    """Return the seconds of sampling and scoring a step, scaled from a rollout, and of its update, estimated."""
     spec, steps = built.spec, built.settings.steps
     share = steps.batch_size / len(timed.rows)
     sampling = share * sum(timed.seconds.values())
@@ -368,7 +368,7 @@ def contrast_finding(figures: dict[str, Any]) -> Finding:
 def cut_finding(figures: dict[str, Any], limit: int) -> Finding:
     """Return a finding about completions that are cut at the limit."""
     share = figures["clipped_ratio"]
-    text = f"{share:.0%} of completions are cut at --max_completion_length={limit}, {figures['mean_length']:.0f} tokens on average"
+    text = f"{share:.0%} are cut at --max_completion_length={limit}, {figures['mean_length']:.0f} tokens on average"
     status = FAIL if share > 0.95 else WARN if share > 0.3 else OK
     return Finding("completions", status, text, "" if status == OK else "raise it, or see to the end token")
 

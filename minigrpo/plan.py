@@ -4,6 +4,7 @@ The very programs that `minigrpo.train` runs are compiled by the real TPU compil
 times are only what counted bytes and FLOPs imply. Nothing is measured. The exit code is 0 whether or not it fits.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -124,7 +125,8 @@ def known_model(name: str) -> tuple[ModelConfig, int]:
 def virtual_mesh(mesh_flag: str) -> Mesh:
     """Return a mesh of virtual CPU devices in place of cards."""
     fsdp, tp = parse_mesh(mesh_flag)
-    jax.config.update("jax_num_cpu_devices", fsdp * tp)
+    with contextlib.suppress(RuntimeError):  # jax has started, with as many devices as its mesh has
+        jax.config.update("jax_num_cpu_devices", fsdp * tp)
     return arrange(jax.devices()[: fsdp * tp], fsdp, tp)
 
 
@@ -355,7 +357,7 @@ def plan_rollout(shapes: Shapes, work: Work, held: Resident, options: RolloutOpt
 def plan_scoring(shapes: Shapes, work: Work, resident: int, update_spec: UpdateSpec, params: Any) -> Phase:
     """Plan log-probs under `params`: of the reference, or of the policy that sampled."""
     spec, turns = shapes.spec, shapes.packing.micro_batches(work.rows)
-    moved = turns * work.weights * spec.dtype.itemsize
+    moved = float(turns * work.weights * spec.dtype.itemsize)
     scratch = memory.scoring_scratch(spec, work, shapes.packing)
     counted = Counted(resident, sum(work.score_flops()) / spec.mesh.size, moved, scratch, turns)
     return measure(spec, counted, batch_logprobs, update_spec, params, shapes.batch)
@@ -383,7 +385,7 @@ def plan_optimizer(shapes: Shapes, resident: int) -> Phase:
     """Plan the optimizer's update of the parameters."""
     state, update_spec = shapes.state, shapes.update_spec
     scalar = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(shapes.spec.mesh))
-    moved = 2 * abstract_share_bytes(state) + abstract_share_bytes(state.params)
+    moved = float(2 * abstract_share_bytes(state) + abstract_share_bytes(state.params))
     counted = Counted(resident, 0.0, moved, 0)  # element by element, which takes next to no scratch
     arguments = update_spec.optimizer, update_spec.schedule, state, scalar, state.params
     return measure(shapes.spec, counted, apply_gradients, *arguments)

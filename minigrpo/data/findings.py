@@ -196,12 +196,12 @@ def judge_reward(trial: Trial, one: Tried) -> Finding:
     if one.highest - one.lowest < 1e-9:
         text = f"gives {amount(one.highest)} to every answer, right, wrong or empty, in {len(one.by_format)} formats"
         return Finding(name, FAIL, text, constant_cure(trial, one))
-    found = judge_grading(one, scores, name) if trial.referenced else None
-    if found:
-        return found
     if not one.steady:
         text = "gives other scores when the same answers are asked again"
         return Finding(name, WARN, text, "make it a function of its arguments alone")
+    found = judge_grading(one, scores, name) if trial.referenced else None
+    if found:
+        return found
     form = "" if one.grades or not trial.referenced else "; it judges the form, not the answer"
     return Finding(name, OK, f"{scores_text(scores)} ({one.best}){form}")
 

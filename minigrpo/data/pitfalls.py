@@ -92,9 +92,8 @@ def split_findings(settings: Settings, rows: Sequence[dict[str, Any]]) -> list[F
     options = settings.data
     name = Path(options.dataset).name if Path(options.dataset).suffix else ""
     given = {f"--dataset_split={options.dataset_split}": options.dataset_split, f"--dataset={options.dataset}": name}
-    given |= {
-        "the column split": str(rows[0].get("split", "")) if len({str(row.get("split")) for row in rows}) == 1 else ""
-    }
+    named = {str(row.get("split", "")) for row in rows}
+    given |= {"the column split": named.pop()} if len(named) == 1 else {}
     for flag, text in given.items():
         found = HELD_OUT_NAME.search(text)
         if found and not re.search(r"(?i)train", text):
@@ -154,20 +153,26 @@ def numbered_answers(rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> 
 def other_column(rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> str:
     """Tell of another usual column of answers, short or marked, that says something else."""
     for column in ANSWER_COLUMNS:
-        cells = [as_reference(lookup(row, column)) if find_column(row, (column,)) else None for row in rows]
-        pairs = [(cell, answer) for cell, answer in zip(cells, answers, strict=True) if is_final(cell)]
-        pairs = pairs[:20]
-        agree = sum(
-            cell == answer or same_answer(f"#### {cell}" if len(cell) < 40 else cell, answer) for cell, answer in pairs
-        )
+        cells = [as_reference(lookup(row, column)) if find_column(row, (column,)) else None for row in rows[:20]]
+        pairs = [(cell, answer) for cell, answer in zip(cells, answers[:20], strict=True) if cell and is_final(cell)]
+        agree = sum(cell == answer or same_answer(as_marked(cell), answer) for cell, answer in pairs)
         if len(pairs) > len(rows[:20]) / 2 and agree < len(pairs) / 2:
             return f"'{column}' says something else: {pairs[0][0]!r:.60}, not {pairs[0][1]!r:.60}"
     return ""
 
 
-def is_final(cell: str | None) -> bool:
+SHORT = 40
+"""Characters of a final answer at most."""
+
+
+def is_final(cell: str) -> bool:
     """Tell if a cell is a final answer: short or marked."""
-    return cell is not None and (len(cell) < 40 or marked_answer(cell) is not None)
+    return len(cell) < SHORT or marked_answer(cell) is not None
+
+
+def as_marked(cell: str) -> str:
+    """Return a final answer as a completion that marks it."""
+    return cell if marked_answer(cell) is not None else f"#### {cell}"
 
 
 def long_answers(rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> str:
@@ -176,11 +181,10 @@ def long_answers(rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> str:
     if np.median(lengths) <= LONG_ANSWER:
         return ""
     text = f"most are whole solutions without a marked answer, of {int(np.median(lengths))} words"
-    short = [name for name, value in rows[0].items() if len(as_reference(value) or " " * 40) < 40]
+    short = [name for name, value in rows[0].items() if len(as_reference(value) or " " * SHORT) < SHORT]
     short = [name for name in short if name not in ("answer", "prompt", *CHAT_COLUMNS)]
-    return f"{text}: only the very same words would be right" + (
-        f"; short ones are in {', '.join(short)}" if short else ""
-    )
+    columns = f"; short ones are in {', '.join(short)}" if short else ""
+    return f"{text}: only the very same words would be right{columns}"
 
 
 # Template and end tokens
@@ -253,20 +257,17 @@ def length_findings(subject: Subject) -> list[Finding]:
     """Return a finding about reference answers against the limit; none without references or of responses on file."""
     if not subject.rewards or not subject.trial.referenced:
         return thinking_findings(subject)
-    limit = subject.settings.rollout.max_completion_length
-    texts = subject.trial.bench.right(subject.trial.expected)
-    written = [as_reference(row.get("completion")) for row in subject.rows]
-    lengths = [
-        max(len(ids), len(own)) + 1
-        for ids, own in zip(
-            subject.tokenizer.encode(texts), subject.tokenizer.encode([x or "" for x in written]), strict=True
-        )
-    ]
-    share = float(np.mean(np.array(lengths) > limit))
-    text = f"reference answers have {int(np.median(lengths))} tokens, {max(lengths)} at most; --max_completion_length={limit}"
+    limit, trial = subject.settings.rollout.max_completion_length, subject.trial
+    written = [as_reference(row.get("completion")) or "" for row in subject.rows]
+    encode = subject.tokenizer.encode
+    pairs = zip(encode(trial.bench.right(trial.expected)), encode(written), strict=True)
+    lengths = np.array([max(len(made), len(own)) + 1 for made, own in pairs])
+    share, longest = float(np.mean(lengths > limit)), int(lengths.max())
+    text = f"reference answers have {np.median(lengths):.0f} tokens, {longest} at most"
     status = FAIL if share > 0.5 else WARN if share > 0.05 else OK
-    cure = "" if status == OK else f"{share:.0%} would be cut: raise it to {-(-max(lengths) // 32) * 64} or more"
-    return [Finding("lengths", status, text, cure), *thinking_findings(subject)]
+    cure = "" if status == OK else f"{share:.0%} would be cut: raise it to {-(-longest // 32) * 64} or more"
+    found = Finding("lengths", status, f"{text}; --max_completion_length={limit}", cure)
+    return [found, *thinking_findings(subject)]
 
 
 def thinking_findings(subject: Subject) -> list[Finding]:
@@ -326,7 +327,8 @@ def rate_findings(subject: Subject) -> list[Finding]:
 
 
 CHECKS: tuple[Callable[[Subject], list[Finding]], ...] = (
-    prompt_findings, answer_findings, reward_findings, template_findings, length_findings, group_findings, rate_findings,
+    prompt_findings, answer_findings, reward_findings, template_findings, length_findings, group_findings,
+    rate_findings,
 )  # fmt: skip
 
 

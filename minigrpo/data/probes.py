@@ -161,16 +161,22 @@ class Problem:
 RATIONALES = ("completion", "solution", "rationale", "explanation", "reasoning", "cot", "output")
 
 
+def unboxed(text: str) -> str:
+    """Return a text without the boxes around its boxed answers."""
+    while (inside := boxed(text)) is not None:
+        pattern = r"\\(?:boxed|fbox)\s*\{\s*" + re.escape(inside) + r"\s*\}"
+        before, text = text, re.sub(pattern, inside.replace("\\", r"\\"), text)
+        if text == before:
+            break
+    return text
+
+
 def reasoning_of(row: Row, reference: str, answer: str) -> str:
     """Return the worked solution of a row without the marks of its answer, or stock words."""
     texts = [reference, *(row[name] for name in RATIONALES if isinstance(row.get(name), str))]
     for text in texts:
         text = re.sub(r"(?s)<answer>.*?</answer>", "", text.partition("####")[0])
-        while (inside := boxed(text)) is not None:
-            shorter = re.sub(r"\\(?:boxed|fbox)\s*\{\s*" + re.escape(inside) + r"\s*\}", lambda _, x=inside: x, text)
-            if shorter == text:
-                break
-            text = shorter
+        text = unboxed(text)
         text = TAG.sub("", text).strip()
         if len(text) > len(answer) + 10:
             return text
@@ -251,16 +257,15 @@ class Bench:
 
     def score(self, reward: Reward, texts: list[str], kinds: list[str]) -> Float[np.ndarray, " B"]:
         """Return a reward function's scores of texts, each about the next row in turn; UsageError when it fails."""
-        ids = [self.tokens(row, kind) for row, kind in zip(self.tokenizer.encode(texts), kinds, strict=True)]
+        once = list(dict.fromkeys(texts))
+        encoded = dict(zip(once, self.tokenizer.encode(once), strict=True))
+        ids = [self.tokens(encoded[text], kind) for text, kind in zip(texts, kinds, strict=True)]
         rows = [self.rows[place % len(self.rows)] for place in range(len(texts))]
         columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
-        seen = [text if kind == "rambling" else shown for text, kind, shown in self.decoded(texts, kinds, ids)]
-        arguments = columns | {"prompts": columns["prompt"], "completions": seen, "completion_ids": ids}
+        shown = dict(zip(once, self.tokenizer.decode(list(encoded.values())), strict=True))
+        arguments = {"prompts": columns["prompt"], "completions": [shown[text] for text in texts]}
+        arguments = columns | arguments | {"completion_ids": ids}
         return score_completions([reward], self.timeout, arguments).by_function[reward.name]
-
-    def decoded(self, texts: list[str], kinds: list[str], ids: list[list[int]]) -> Iterator[tuple[str, str, str]]:
-        """Yield texts, their kinds, and the texts as rewards get them: without special tokens."""
-        return zip(texts, kinds, self.tokenizer.decode(ids), strict=True)
 
     def tokens(self, ids: list[int], kind: str) -> list[int]:
         """Return a completion's token ids: ended, or going on to the limit where it rambles or is cut."""
