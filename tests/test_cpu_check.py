@@ -165,7 +165,7 @@ def scored(scores):
 MISTAKES = {
     # reward functions
     "a reward that ignores the answer": ("--reward=mine.py:constant", "reward constant", "every answer"),
-    "a reward of length alone": ("--reward=mine.py:length", "rewards together", "right and wrong answers earn the same"),
+    "a reward of length alone": ("--reward=mine.py:length", "rewards together", "right and wrong answers earn"),
     "a reward that is the wrong way round": ("--reward=mine.py:inverted", "reward inverted", "wrong answers earn 1"),
     "a weight below zero": ("--reward=correctness*-1", "reward correctness", "wrong answers earn 0"),
     "a weight of zero": ("--reward=correctness*0,strict_format", "rewards together", "the same"),
@@ -190,6 +190,10 @@ MISTAKES = {
     ),
     "a prompt that asks for nothing": ("--system_prompt=", "format", "asks for no format"),
     "an own tag that no prompt mentions": (["--reward=mine.py:tagged", rows(answer=final)], "format", "solution"),
+    "own words that no prompt mentions": (["--reward=mine.py:labelled", rows(answer=final)], "format", "My answer:"),
+    "a long answer that outweighs the right one": (
+        "--reward=correctness,mine.py:length*9", "rewards together", "rambling answers earn",
+    ),
     "thinking before tags that must come first": (
         ["--enable_thinking", QWEN3], "format", "strict_format",
     ),
@@ -296,6 +300,9 @@ HEALTHY = {
     "an own tag that the prompt asks for": [
         "--system_prompt=Write <solution>NUMBER</solution> at the end.", "--reward=mine.py:tagged", rows(answer=final),
     ],
+    "own words that the prompt asks for": [
+        "--system_prompt=End with My answer: NUMBER", "--reward=mine.py:labelled", rows(answer=final),
+    ],
     "an own column of answers": ["--system_prompt=", "--reward=mine.py:truth", rows(label=lambda a, b: a + b)],
     "prompts alone and a reward of form": ["--reward=mine.py:length", [{"prompt": f"{a} {b}"} for a, b in NUMBERS]],
     "a penalty of long answers": ["--overlong_buffer=100"],
@@ -303,7 +310,7 @@ HEALTHY = {
     "yes and no": ["--reward=answer", rows(answer=lambda a, b: ["yes", "no"][a % 2])],
     "formulas with worked solutions": [
         BOXED, "--reward=math_answer",
-        rows(answer=lambda a, b: rf"\frac{{{a}}}{{{2 * b + 1}}}", solution=lambda a, b: rf"So \boxed{{\frac{{{a}}}{{{2 * b + 1}}}}}"),
+        rows(answer=lambda a, b: rf"\frac{{{a}}}{{7}}", solution=lambda a, b: rf"So \boxed{{\frac{{{a}}}{{7}}}}"),
     ],
     "a base model without a template": ["--chat_template=none", {"ends": [0]}],
     "scored responses": ["--offline", scored([1.0, 0.0])],

@@ -75,7 +75,7 @@ HOLDERS = ("answer", "final_answer", "solution", "final", "result", "output", "r
 KNOWN_TAGS = frozenset({"think", "thinking", "reasoning", "thought", *HOLDERS})
 TAG = re.compile(r"</?([A-Za-z][\w-]{1,30})>")
 HTML = frozenset("br em ul ol li td tr th div sub sup span table strong code pre html body img center".split())
-LEADS = re.compile(r"(?i)(?:the |my )?(?:final )?(?:answer|solution|result)(?: is)?:")
+LEADS = re.compile(r"(?i)(?:\bthe |\bmy )?(?:\bfinal )?\b(?:answer|solution|result)(?: is)?:")
 
 
 def tags_of(text: str) -> list[str]:
@@ -85,14 +85,15 @@ def tags_of(text: str) -> list[str]:
 
 
 def marks_of(text: str) -> frozenset[str]:
-    r"""Return the marks of a format that a text mentions: its tags, ####, \boxed and JSON.
+    r"""Return the marks of a format that a text mentions: its tags, ####, \boxed and JSON; else words like Answer:.
 
     >>> sorted(marks_of("Think in <think> tags, and put the answer into \\boxed{}."))
     ['<think>', '\\boxed']
     """
     marks = {f"<{name}>" for name in tags_of(text)}
     marks |= {mark for mark in ("####", "\\boxed") if mark in text}
-    return frozenset(marks | ({"JSON"} if re.search(r"""["']answer["']\s*:""", text) else set()))
+    marks |= {"JSON"} if re.search(r"""["']answer["']\s*:""", text) else set()
+    return frozenset(marks or (found[0] for found in LEADS.finditer(text)))
 
 
 def asked_format(text: str, asked: frozenset[str] | None = None) -> list[Format]:
@@ -102,7 +103,8 @@ def asked_format(text: str, asked: frozenset[str] | None = None) -> list[Format]
     holder = next((tag for name in HOLDERS for tag in tags if tag.lower() == name), "")
     thinking = sorted((tag for tag in tags if tag != holder), key=lambda tag: tag.lower() != "think")
     answer = r"\boxed{{answer}}" if "\\boxed" in marks else "{answer}"
-    last = f"#### {answer}" if "####" in marks else f"The answer is {answer}."
+    lead = next((mark for mark in sorted(marks) if mark.endswith(":")), "")
+    last = f"#### {answer}" if "####" in marks else f"{lead} {answer}" if lead else f"The answer is {answer}."
     formats = []
     for gap, style in (("\n", ""), ("", ", each on one line")):
         parts = [f"<{tag}>{gap}{{reasoning}}{gap}</{tag}>" for tag in thinking] or ["{reasoning}"] * (not holder)
@@ -358,7 +360,8 @@ def all_scores(bench: Bench, tried: Tried, formats: list[Format]) -> Tried:
     try:
         scores = bench.score(tried.reward, texts, kinds).reshape(len(formats), len(KINDS), -1)
     except UsageError as error:
-        kind = failing_kind(bench, tried.reward, answers[0])
+        slow = "no result after" in str(error)
+        kind = "" if slow else failing_kind(bench, tried.reward, answers[0])
         return dataclasses.replace(tried, error=f"{error}{f' (on {kind} answers)' if kind else ''}")
     means = {
         form.name: {kind: mean(row) for kind, row in zip(KINDS, own, strict=True)}
