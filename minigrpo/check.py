@@ -40,16 +40,17 @@ from minigrpo.runtime.checkpoint import state_bytes
 from minigrpo.runtime.chips import CHIPS, GIB, Chip
 from minigrpo.runtime.files import free_bytes, size_text
 from minigrpo.runtime.run_folder import check_empty, check_writable
+from minigrpo.runtime.session import with_run_settings
+from minigrpo.runtime.workers import joined
 from minigrpo.train import (
     RECIPES,
     check_settings,
     load_held_out,
     load_prompts,
     sampling_spec,
-    with_run_settings,
 )
 
-SECTIONS = ("model", "lora", "data", "rollout", "rewards", "loss", "optimizer", "steps", "run", "check")
+SECTIONS = ("model", "lora", "data", "rollout", "rewards", "loss", "optimizer", "steps", "run", "cluster", "check")
 
 ROWS_TRIED = 32
 """Rows whose references the reward functions are tried on."""
@@ -163,6 +164,8 @@ def key_findings(settings: Settings) -> list[Finding]:
 def disk_findings(built: Build) -> list[Finding]:
     """Return whether the run folder can be written and has room for checkpoints and the final model."""
     run = built.settings.run
+    if "://" in run.output_dir:
+        return [Finding("disk", OK, f"--output_dir={run.output_dir} is no local disk, and not tried here")]
     folder = Path("runs/new" if run.output_dir == "auto" else run.output_dir)
     try:
         if not run.resume:
@@ -399,6 +402,12 @@ def rollout_findings(built: Build, data: PromptSet, rewards: list[Reward]) -> tu
 
 def main(given: Settings) -> int:
     """Check the run that the settings describe; return the exit code."""
+    with joined(given):
+        return examine(given)
+
+
+def examine(given: Settings) -> int:
+    """Print the page and return the exit code."""
     page, figures = Page(), {"minigrpo": __version__, "jax": jax.__version__}
 
     def start() -> Build:

@@ -324,7 +324,7 @@ def load_prompts(built: Build) -> tuple[PromptSet, list[Reward]]:
 
 def tell_mistakes(built: Build, data: PromptSet, rewards: list[Reward]) -> None:
     """Print what is likely to keep a new run from learning, a line each; see minigrpo.check for all of it."""
-    if built.settings.run.resume or jax.process_index():
+    if built.settings.run.resume or not WORKERS.writes:
         return
     subject = Subject(built.settings, built.tokenizer, built.source.folder, data, rewards, seconds=CHECK_SECONDS)
     for finding in find_mistakes(subject):

@@ -332,6 +332,11 @@ CHECKS: tuple[Callable[[Subject], list[Finding]], ...] = (
 )  # fmt: skip
 
 
+def subject_of(check: Callable[[Subject], list[Finding]]) -> str:
+    """Return what a check is about."""
+    return check.__name__.removesuffix("_findings")
+
+
 def find_mistakes(subject: Subject) -> list[Finding]:
     """Return all findings, the harmless ones included; a check that cannot be made is one too."""
     found = []
@@ -339,6 +344,9 @@ def find_mistakes(subject: Subject) -> list[Finding]:
         try:
             found += check(subject)
         except UsageError as error:
-            found.append(Finding(check.__name__.removesuffix("_findings"), FAIL, str(error)))
+            found.append(Finding(subject_of(check), FAIL, str(error)))
+        except Exception as error:  # data may be anything, and looking at it must not stop a run
+            text = f"could not be looked at ({type(error).__name__}: {error!s:.200})"
+            found.append(Finding(subject_of(check), WARN, text, "please report it"))
     take_undecided()
     return found
