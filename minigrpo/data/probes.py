@@ -43,7 +43,7 @@ class Format:
 
     def write(self, problem: "Problem", right: bool = True) -> str:
         """Return the problem's right answer, or its wrong one, in this format."""
-        parts = dataclasses.asdict(problem if right else problem.mistaken)
+        parts = vars(problem if right else problem.mistaken)
         return re.sub(r"\{(reasoning|answer|reference)\}", lambda found: parts[found[1]], self.text)
 
 
@@ -240,6 +240,8 @@ class Bench:
     """The prompt ends with an opened <think>, so a completion begins after it."""
     hurried: bool = False
     """`timeout` is shorter than --reward_timeout."""
+    seen: dict[str, tuple[list[int], str]] = dataclasses.field(default_factory=dict)
+    """Texts so far -> their token ids, and the text that rewards get of those, without special tokens."""
 
     def right(self, form: Format) -> list[str]:
         """Return every problem's right answer."""
@@ -259,15 +261,19 @@ class Bench:
 
     def score(self, reward: Reward, texts: list[str], kinds: list[str]) -> Float[np.ndarray, " B"]:
         """Return a reward function's scores of texts, each about the next row in turn; UsageError when it fails."""
-        once = list(dict.fromkeys(texts))
-        encoded = dict(zip(once, self.tokenizer.encode(once), strict=True))
-        ids = [self.tokens(encoded[text], kind) for text, kind in zip(texts, kinds, strict=True)]
+        self.learn(texts)
+        ids = [self.tokens(self.seen[text][0], kind) for text, kind in zip(texts, kinds, strict=True)]
         rows = [self.rows[place % len(self.rows)] for place in range(len(texts))]
         columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
-        shown = dict(zip(once, self.tokenizer.decode(list(encoded.values())), strict=True))
-        arguments = {"prompts": columns["prompt"], "completions": [shown[text] for text in texts]}
+        arguments = {"prompts": columns["prompt"], "completions": [self.seen[text][1] for text in texts]}
         arguments = columns | arguments | {"completion_ids": ids}
         return score_completions([reward], self.timeout, arguments).by_function[reward.name]
+
+    def learn(self, texts: list[str]) -> None:
+        """Tokenize texts that were not seen before."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.seen]
+        ids = self.tokenizer.encode(new)
+        self.seen.update(zip(new, zip(ids, self.tokenizer.decode(ids), strict=True), strict=True))
 
     def tokens(self, ids: list[int], kind: str) -> list[int]:
         """Return a completion's token ids: ended, or going on to the limit where it rambles or is cut."""
@@ -400,7 +406,8 @@ def try_column(
     expected = expected_format(asked, formats, totals)
     tried = []
     for one in first:
-        own = [form for form in formats if not one.error and form.name == best_format(one)]
+        best = "" if one.error else best_format(one)
+        own = [form for form in formats if form.name == best]
         chosen = list({form.name: form for form in (expected, *own)}.values())
         tried.append(one if one.error else all_scores(bench, one, chosen))
     return Trial(tried, asked, expected, referenced, bench)
