@@ -154,9 +154,9 @@ def key_findings(settings: Settings) -> list[Finding]:
         f"{name} is {'' if there else 'not '}set" for name, there in (("HF_TOKEN", hub), ("WANDB_API_KEY", wandb))
     )
     mode = settings.run.wandb_mode or os.environ.get("WANDB_MODE", "online")
-    if "wandb" in settings.run.report_to.split(",") and mode == "online" and not wandb:
+    if "wandb" in settings.run.sinks and mode == "online" and not wandb:
         return [Finding("keys", FAIL, f"{text}, and --report_to=wandb", "set it, or pass --wandb_mode=offline")]
-    if getattr(settings.run, "push_to_hub", "") and not hub:
+    if settings.run.push_to_hub and not hub:
         return [Finding("keys", FAIL, f"{text}, and --push_to_hub", "set HF_TOKEN, or run hf auth login")]
     return [Finding("keys", OK, text)]
 

@@ -254,6 +254,7 @@ MISTAKES = {
     "a folder that holds a run": ("--output_dir=model", "disk", "not empty"),
     "a folder that is a file": ("--output_dir=mine.py/run", "disk", "is a file"),
     "a sink without its key": ("--report_to=wandb", "keys", "WANDB_API_KEY is not set"),
+    "a repository without a key": ("--push_to_hub=me/model", "keys", "HF_TOKEN is not set"),
     "a model that is not there": ("--model=./nothing", "model", "nothing"),
     "a reward that is not there": ("--reward=mine.py:corectness", "data", "no function"),
 }  # fmt: skip
