@@ -602,6 +602,13 @@ def plan(settings: Settings, tell: Tell = untold) -> dict[str, Any]:
     return subject(spec) | found | {"advice": suggestion}
 
 
+def subject(spec: RunSpec) -> dict[str, str]:
+    """Return what a plan is of, and who counted."""
+    counted_by = "arithmetic" if spec.platform == GPU else "compiler"
+    options = spec.settings.plan
+    return {"topology": options.topology, "mesh": options.mesh, "jax": jax.__version__, "counted_by": counted_by}
+
+
 def main(settings: Settings) -> int:
     """Plan as the settings say."""
     with Progress() as progress:
