@@ -381,8 +381,6 @@ def test_a_checkpoint_has_three_numbers_for_each_trained_parameter(place):
 def test_the_plan_of_a_card_is_on_the_page(place, capsys):
     small = run(capsys, "--topology=gpu:80GB")[1]
     assert small["plan"]["fits"] and any(one["name"] == "plan" for one in small["findings"])
-    code, large = run(capsys, "--topology=gpu:1GB", "--max_completion_length=3500", "--slots=4096", "--batch_size=512")
-    assert code == 2 and not large["plan"]["fits"], large["plan"]
     code, unknown = run(capsys, "--topology=abacus:1")
     assert code == 2 and unknown["findings"][-1]["status"] == "fail"
 
