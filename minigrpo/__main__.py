@@ -5,6 +5,7 @@ import sys
 from minigrpo import __version__
 
 COMMANDS = {
+    "check": "try a run's rewards, prompts and machine before it starts",
     "train": "train a model with GRPO on sampled or scored responses",
     "sft": "warm-start a base model on prompt/completion rows",
     "evaluate": "measure accuracy, pass@k and majority@k on held-out problems",

@@ -486,6 +486,17 @@ class PlanOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True)
+class CheckOptions(Options):
+    """Check"""
+
+    topology: str = option(
+        "", "chips to plan the run for, such as v6e:2x4 or gpu:80GB; unset plans for the accelerators here, if any"
+    )
+    rollout: bool = option(False, "load the weights, sample a small rollout, and estimate steps, hours and price")
+    price_per_hour: float = option(0.0, "price of the machine per hour, for the estimate of --rollout", low=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class ReportOptions(Options):
     """Report"""
 
@@ -540,6 +551,7 @@ class Settings:
     evaluate: EvalOptions = EvalOptions()
     generate: GenerateOptions = GenerateOptions()
     plan: PlanOptions = PlanOptions()
+    check: CheckOptions = CheckOptions()
     report: ReportOptions = ReportOptions()
     tiny: TinyOptions = TinyOptions()
     sections: tuple[str, ...] = ()

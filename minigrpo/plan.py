@@ -4,6 +4,7 @@ The very programs that `minigrpo.train` runs are compiled by the real TPU compil
 times are only what counted bytes and FLOPs imply. Nothing is measured. The exit code is 0 whether or not it fits.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -124,7 +125,8 @@ def known_model(name: str) -> tuple[ModelConfig, int]:
 def virtual_mesh(mesh_flag: str) -> Mesh:
     """Return a mesh of virtual CPU devices in place of cards."""
     fsdp, tp = parse_mesh(mesh_flag)
-    jax.config.update("jax_num_cpu_devices", fsdp * tp)
+    with contextlib.suppress(RuntimeError):  # jax has started, with as many devices as its mesh has
+        jax.config.update("jax_num_cpu_devices", fsdp * tp)
     return arrange(jax.devices()[: fsdp * tp], fsdp, tp)
 
 
@@ -355,7 +357,7 @@ def plan_rollout(shapes: Shapes, work: Work, held: Resident, options: RolloutOpt
 def plan_scoring(shapes: Shapes, work: Work, resident: int, update_spec: UpdateSpec, params: Any) -> Phase:
     """Plan log-probs under `params`: of the reference, or of the policy that sampled."""
     spec, turns = shapes.spec, shapes.packing.micro_batches(work.rows)
-    moved = turns * work.weights * spec.dtype.itemsize
+    moved = float(turns * work.weights * spec.dtype.itemsize)
     scratch = memory.scoring_scratch(spec, work, shapes.packing)
     counted = Counted(resident, sum(work.score_flops()) / spec.mesh.size, moved, scratch, turns)
     return measure(spec, counted, batch_logprobs, update_spec, params, shapes.batch)
@@ -383,7 +385,7 @@ def plan_optimizer(shapes: Shapes, resident: int) -> Phase:
     """Plan the optimizer's update of the parameters."""
     state, update_spec = shapes.state, shapes.update_spec
     scalar = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(shapes.spec.mesh))
-    moved = 2 * abstract_share_bytes(state) + abstract_share_bytes(state.params)
+    moved = float(2 * abstract_share_bytes(state) + abstract_share_bytes(state.params))
     counted = Counted(resident, 0.0, moved, 0)  # element by element, which takes next to no scratch
     arguments = update_spec.optimizer, update_spec.schedule, state, scalar, state.params
     return measure(shapes.spec, counted, apply_gradients, *arguments)
@@ -559,6 +561,54 @@ def announce(shapes: Shapes, chip: Chip) -> None:
     )
 
 
+Tell = Callable[[str], None]
+"""Is told what is going on, for a status line."""
+
+
+def untold(text: str) -> None:
+    """Tell nobody."""
+
+
+def verdict(spec: RunSpec, chip: Chip, tell: Tell = untold) -> dict[str, Any]:
+    """Return whether a run fits, its largest batch, and the figures of every phase, each printed once it is known."""
+    shapes = make_shapes(spec)
+    announce(shapes, chip)
+    phases = {}
+    for name, run in phases_of(shapes).items():
+        tell(f"compiling the {name} phase")
+        phases[name] = run()
+        sys.stderr.write(describe(name, phases[name], chip))
+    failed = sorted(name for name, phase in phases.items() if not fits(phase, chip))
+    return {
+        "fits": is_served(spec, shapes) and not failed,
+        "largest_batch": largest_batch(shapes, phases, chip),
+        "too_large": failed,
+        "micro_batches": shapes.packing.micro_batches(spec.update_sequences),
+        "phases": {name: figures(phase, chip) for name, phase in phases.items()},
+    }
+
+
+def plan(settings: Settings, tell: Tell = untold) -> dict[str, Any]:
+    """Plan a run for a topology, and look for a change with which it fits if it does not."""
+    spec, chip = plan_spec(settings), find_chip(settings.plan.topology)
+    found = verdict(spec, chip, tell)
+    if not chip.tflops:
+        sys.stderr.write(GPU_NOTE)
+    fitting, largest = found["fits"], found["largest_batch"]
+    said = f"it fits; about {largest} prompts a step would at most" if fitting else "it does not fit"
+    tell("looking for a change that fits")
+    suggestion = "" if fitting else advice(settings, chip, set(found["too_large"]))
+    sys.stderr.write(f"{said}{'; ' if suggestion else ''}{suggestion}\n")
+    return subject(spec) | found | {"advice": suggestion}
+
+
+def subject(spec: RunSpec) -> dict[str, str]:
+    """Return what a plan is of, and who counted."""
+    counted_by = "arithmetic" if spec.platform == GPU else "compiler"
+    options = spec.settings.plan
+    return {"topology": options.topology, "mesh": options.mesh, "jax": jax.__version__, "counted_by": counted_by}
+
+
 def main(settings: Settings) -> int:
     """Plan as the settings say."""
     with Progress() as progress:
@@ -570,35 +620,10 @@ def run_plan(settings: Settings, progress: Progress) -> int:
     progress.phase("plan", "getting ready")
     jax.config.update("jax_platforms", "cpu")
     settings = settings.with_defaults(RECIPES.get(settings.model.model, {}))
-    spec, chip = plan_spec(settings), find_chip(settings.plan.topology)
-    shapes = make_shapes(spec)
-    announce(shapes, chip)
-    phases = {}
-    for name, run in phases_of(shapes).items():
-        progress.phase("plan", f"compiling the {name} phase")
-        phases[name] = run()
-        sys.stderr.write(describe(name, phases[name], chip))
-    failed = {name for name, phase in phases.items() if not fits(phase, chip)}
-    fitting, largest = is_served(spec, shapes) and not failed, largest_batch(shapes, phases, chip)
-    if not chip.tflops:
-        sys.stderr.write(GPU_NOTE)
-    found = f"it fits; about {largest} prompts a step would at most" if fitting else "it does not fit"
-    progress.phase("plan", "looking for a change that fits")
-    suggestion = "" if fitting else advice(settings, chip, failed)
-    sys.stderr.write(f"{found}{'; ' if suggestion else ''}{suggestion}\n")
-    result = {"fits": fitting, "largest_batch": largest, "advice": suggestion}
-    result |= {"micro_batches": shapes.packing.micro_batches(spec.update_sequences)}
-    result |= {"phases": {name: figures(phase, chip) for name, phase in phases.items()}}
+    report = plan(settings, functools.partial(progress.phase, "plan"))
     progress.phase("")
-    sys.stdout.write(json.dumps(subject(spec) | result) + "\n")
+    sys.stdout.write(json.dumps(report) + "\n")
     return 0
-
-
-def subject(spec: RunSpec) -> dict[str, str]:
-    """Return what a plan is of, and who counted."""
-    counted_by = "arithmetic" if spec.platform == GPU else "compiler"
-    options = spec.settings.plan
-    return {"topology": options.topology, "mesh": options.mesh, "jax": jax.__version__, "counted_by": counted_by}
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ from minigrpo.data.datasets import (
     naming_eval_flags,
     tokenize,
 )
+from minigrpo.data.findings import OK, Subject
+from minigrpo.data.pitfalls import find_mistakes
 from minigrpo.data.recorded import load_recorded
 from minigrpo.data.rewards import check_columns, check_names, overlong_rewards, parse_rewards
 from minigrpo.door import make_callable
@@ -68,6 +70,9 @@ SECTIONS = ("model", "lora", "data", "rollout", "rewards", "loss", "optimizer", 
 
 PROGRAMS = {"decode_weights": 1, "run_mesh": 2, "batch_logprobs": 2, "gradients": 2, "apply_gradients": 1}
 """Device programs of a run, and how often each may be compiled: sampling once more for evaluation."""
+
+CHECK_SECONDS = 2.0
+"""Most that an own reward function may take over made-up answers before the first step."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     TINY: {"temperature": 1.0, "learning_rate": 2e-4, "beta": 0.0, "max_steps": 100},
@@ -317,6 +322,16 @@ def load_prompts(built: Build) -> tuple[PromptSet, list[Reward]]:
     return data, rewards
 
 
+def tell_mistakes(built: Build, data: PromptSet, rewards: list[Reward]) -> None:
+    """Print what is likely to keep a new run from learning, a line each; see minigrpo.check for all of it."""
+    if built.settings.run.resume or not WORKERS.writes:
+        return
+    subject = Subject(built.settings, built.tokenizer, built.source.folder, data, rewards, seconds=CHECK_SECONDS)
+    for finding in find_mistakes(subject):
+        if finding.status != OK:
+            sys.stderr.write(f"{finding.line()}\n")
+
+
 def required(function: Callable[..., Any]) -> list[str]:
     """Return the arguments that a reward function must be given."""
     return lacking(function, ())
@@ -383,6 +398,7 @@ def make_run(built: Build) -> tuple[Run, TrainState]:
     data, rewards = load_prompts(built)
     if WORKERS.count > 1:
         WORKERS.equal({f"prompts of --dataset={settings.data.dataset} of digest": data.digest()})
+    tell_mistakes(built, data, rewards)
     held = load_held_out(built)
     total = steps.max_steps or max(1, round(steps.num_epochs * len(data) / steps.batch_size))
     update_spec = grpo_update_spec(spec, total * steps.updates_per_step)

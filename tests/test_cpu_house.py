@@ -11,7 +11,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from minigrpo import config, evaluate, generate, plan, sft, train
+from minigrpo import check, config, evaluate, generate, plan, sft, train
 
 LEVELS = [
     {"config", "door", "__main__"},
@@ -25,7 +25,7 @@ LEVELS = [
     {"evaluate", "generate", "report"},
     {"share"},
     {"train", "sft", "tiny", "plan"},
-    {"api"},
+    {"api", "check"},
     {"__init__"},
 ]
 """Wings and files of minigrpo from the bottom up: each imports only from its own wing and from levels below."""
@@ -65,7 +65,7 @@ def test_every_setting_is_read_somewhere():
     assert not unread
 
 
-@pytest.mark.parametrize("command", [train, sft, evaluate, generate, plan])
+@pytest.mark.parametrize("command", [train, sft, evaluate, generate, plan, check])
 def test_flag_names_are_unique(command):
     options = config.section_types(command.SECTIONS, config.Settings).values()
     names = [field.name for section in options for field in dataclasses.fields(section)]
@@ -83,7 +83,8 @@ def test_the_core_names_no_platform():
 
 @pytest.mark.parametrize(
     "name",
-    ["data.datasets", "data.columns", "data.grading", "data.rewards", "rollout.generator", "runtime.sinks", "share"],
+    [f"data.{name}" for name in ("datasets", "columns", "grading", "rewards", "probes", "findings")]
+    + ["rollout.generator", "runtime.sinks", "share"],
 )
 def test_worked_examples(name):
     result = doctest.testmod(importlib.import_module(f"minigrpo.{name}"))
