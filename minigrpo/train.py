@@ -257,7 +257,15 @@ def rollout_metrics(rollout: Rollout, phases: dict[str, float]) -> dict[str, flo
         "rollout/occupancy": rollout.occupancy,
         "rollout/preempted": float(rollout.preempted),
         "rollout/refilled_share": float(rollout.refilled / max(1, rollout.sampled)),
-    }
+    } | kept_metrics(rollout)
+
+
+def kept_metrics(rollout: Rollout) -> dict[str, float]:
+    """Return the mean probability that truncated sampling kept, per token; none where it left nothing out."""
+    if rollout.kept is None:
+        return {}
+    mask = np.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
+    return {"rollout/kept_mass": float(rollout.kept.mass[mask].mean())}
 
 
 def samples(experience: Experience, step: int, count: int) -> list[dict[str, Any]]:
@@ -325,7 +333,7 @@ def required(function: Callable[..., Any]) -> list[str]:
 def refuse_sampling_flags(settings: Settings) -> None:
     """Raise UsageError for flags that mean nothing without sampling."""
     alone = {"reward": "auto", "overlong_buffer": 0, "zero_std_groups": "keep", "rollout_correction": "none"}
-    alone |= {"normalize_rewards": "sum"}
+    alone |= {"normalize_rewards": "sum", "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     given = next((name for name, value in alone.items() if settings.as_dict()[name] != value), None)
     if given:
         raise UsageError(f"--{given}: --offline takes the responses and scores of the file; leave --{given} out")
