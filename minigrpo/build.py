@@ -61,6 +61,11 @@ def check_loss(settings: Settings) -> None:
         raise UsageError(
             "--temperature=0: greedy completions of a group are all equal and teach nothing; use 0.9 or so"
         )
+    if rollout.repetition_penalty != 1:
+        raise UsageError(
+            f"--repetition_penalty={rollout.repetition_penalty}: would sample from another distribution than is "
+            "trained; leave it out here, generate and evaluate take it"
+        )
     if loss.importance_sampling_level == "sequence" and loss.loss_type != "grpo":
         sys.stderr.write(
             f"note: --importance_sampling_level=sequence with --loss_type={loss.loss_type} weighs whole completions by "

@@ -333,7 +333,7 @@ def required(function: Callable[..., Any]) -> list[str]:
 def refuse_sampling_flags(settings: Settings) -> None:
     """Raise UsageError for flags that mean nothing without sampling."""
     alone = {"reward": "auto", "overlong_buffer": 0, "zero_std_groups": "keep", "rollout_correction": "none"}
-    alone |= {"normalize_rewards": "sum", "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    alone |= {"normalize_rewards": "sum", "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": ""}
     given = next((name for name, value in alone.items() if settings.as_dict()[name] != value), None)
     if given:
         raise UsageError(f"--{given}: --offline takes the responses and scores of the file; leave --{given} out")
@@ -378,6 +378,7 @@ def sampling_spec(
         group=settings.steps.num_generations,
         seed=settings.steps.seed,
         total_steps=total_steps,
+        stops=settings.rollout.stop_texts,
         zero_std_groups=settings.loss.zero_std_groups,
         max_resamples=settings.loss.max_resamples,
     )

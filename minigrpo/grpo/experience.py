@@ -19,6 +19,7 @@ from minigrpo.grpo.advantages import normalised_separately, ragged_advantages
 from minigrpo.grpo.batch import Batch
 from minigrpo.model.params import Params
 from minigrpo.rollout.generator import Generator, Rollout
+from minigrpo.rollout.stop import end_at_stops
 from minigrpo.runtime.workers import WORKERS
 
 
@@ -72,6 +73,8 @@ class SamplingSpec:
     group: int
     seed: int
     total_steps: int
+    stops: tuple[str, ...] = ()
+    """Texts that end a completion."""
     zero_std_groups: str = "keep"
     max_resamples: int = 3
 
@@ -92,6 +95,7 @@ def sample_groups(spec: SamplingSpec, params: Params, indices: list[int], uids: 
     prompts, rows = [spec.data.tokens[i] for i in indices], [spec.data.rows[i] for i in indices]
     started = time.perf_counter()
     rollout = spec.generator(params, prompts, uids, spec.group, (spec.seed, step))
+    rollout = end_at_stops(rollout, spec.stops, spec.decode)
     sampled = time.perf_counter()
     texts = spec.decode(rollout.completions)
     scores = score_shared(spec, rows, texts, rollout.completions, step)

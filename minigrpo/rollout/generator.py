@@ -30,7 +30,7 @@ from minigrpo.model.qwen import (
     rope_angles,
     unembed,
 )
-from minigrpo.rollout.sampling import KeptSet, Sampler, sample
+from minigrpo.rollout.sampling import KeptSet, Sampler, penalise, sample
 from minigrpo.rollout.scheduler import (
     COUNTS,
     DONE,
@@ -214,7 +214,7 @@ class Rollout:
     """As the trainer defines them: of the temperature-scaled softmax over the kept tokens; None for those on file."""
     lengths: Int[np.ndarray, " B"]
     stopped: Bool[np.ndarray, " B"]
-    """True where the completion ended with a stop token, which is part of it, rather than at the length limit."""
+    """True where the completion ended with a stop token or text, part of it, rather than at the length limit."""
     kept: KeptSet | None = None
     """What truncated sampling kept, [B, C]; None where every real token could be sampled."""
     decode_steps: int = 0
@@ -316,12 +316,31 @@ def fused_projections(spec: RolloutSpec, rows: int) -> FusedProjections:
     return spec.backend.fused_projections(DecodeShape(rows, *sizes, spec.dtype))
 
 
+def seen_tokens(spec: PageSpec, prompts: PromptBatch, state: State, nothing: int) -> Int[Array, "S N"]:
+    """Return every slot's tokens, prompt and sampled ones, and `nothing` where there is none."""
+    completion = jnp.minimum(state.slots.completion, len(state.status) - 1)
+    prompt = completion // spec.group
+
+    def existing(tokens: Array, lengths: Array) -> Array:
+        return jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, nothing)
+
+    asked = existing(prompts.tokens[prompt], prompts.lengths[prompt])
+    return jnp.concatenate([asked, existing(state.tokens[completion], state.lengths[completion])], axis=1)
+
+
 def next_tokens(
-    spec: RolloutSpec, weights: Params, angles: Angles, rows: DecodeRows, state: State, uniforms: Float[Array, " S"]
+    spec: RolloutSpec,
+    weights: Params,
+    angles: Angles,
+    rows: DecodeRows,
+    state: State,
+    uniforms: Float[Array, " S"],
+    seen: Int[Array, "S N"] | None,
 ) -> tuple[Array, Int[Array, " S"], Float[Array, " S"], KeptSet | None]:
     """Feed the step's tokens through the model -> pages, sampled tokens, their log-probs and kept sets.
 
-    `angles` is a table for every position: XLA would otherwise compute them anew for every layer and head.
+    Tokens `seen` are penalised. `angles` is a table for every position: XLA would otherwise compute them anew for every
+    layer and head.
     """
     page_table = state.slots.page_table[rows.slot]
     page = jnp.take_along_axis(page_table, rows.position[:, None] // spec.page_size, axis=1)[:, 0]
@@ -345,6 +364,8 @@ def next_tokens(
     logits = unembed(hidden[:, 0], model.head(weights))
     if logits.shape[1] > spec.num_tokens:
         logits = jnp.where(jnp.arange(logits.shape[1]) < spec.num_tokens, logits, -jnp.inf)
+    if seen is not None:
+        logits = penalise(spec.sampler.repetition_penalty, logits, seen)
     return pages, *sample(spec.sampler, logits, uniforms)
 
 
@@ -364,7 +385,9 @@ def decode(
     completion = jnp.where(sampling, slots.completion, total)
     index = jnp.minimum(completion, total - 1)
     count = state.lengths[index]
-    pages, tokens, logprobs, kept = next_tokens(spec, weights, angles, rows, state, uniforms[index, count])
+    penalised = spec.sampler.repetition_penalty != 1
+    seen = seen_tokens(page_spec, prompts, state, spec.model.vocab_size) if penalised else None
+    pages, tokens, logprobs, kept = next_tokens(spec, weights, angles, rows, state, uniforms[index, count], seen)
     if spec.on_token:
         jax.debug.callback(spec.on_token, completion, count, tokens)
     filled = jnp.zeros_like(slots.cached).at[rows.slot].add(rows.valid.astype(jnp.int32))
@@ -657,7 +680,7 @@ def rollout_spec(
         mesh=mesh,
         backend=backend,
         dtype=jnp.dtype(dtype),
-        sampler=Sampler(options.temperature, options.top_k, options.top_p, options.min_p),
+        sampler=Sampler(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty),
         num_tokens=num_tokens,
         stop_tokens=stop_tokens,
         prompt_tokens=prompt_tokens,

@@ -22,6 +22,7 @@ class Sampler:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     @property
     def truncates(self) -> bool:
@@ -66,6 +67,16 @@ def sample(
     kept_total = running_sums(in_blocks(kept))[:, -1]
     cutoff = midway(scaled - peak, kept > 0) - jnp.log(total)
     return tokens, chosen - jnp.log(kept_total), KeptSet(cutoff, kept_total / total)
+
+
+def penalise(penalty: float, logits: Float[Array, "B V"], seen: Int[Array, "B N"]) -> Float[Array, "B V"]:
+    """Divide positive logits of tokens `seen` by the penalty and multiply negative ones (arXiv:1909.05858, sec. 4.1).
+
+    A number past the vocabulary is no token.
+    """
+    own = jnp.take_along_axis(logits, seen, axis=1, mode="clip")
+    own = jnp.where(own < 0, own * penalty, own / penalty)
+    return logits.at[jnp.arange(len(seen))[:, None], seen].set(own, mode="drop")
 
 
 def midway(logits: Float[Array, "B V"], kept: Bool[Array, "B V"]) -> Float[Array, " B"]:
