@@ -328,6 +328,13 @@ def seen_tokens(spec: PageSpec, prompts: PromptBatch, state: State, nothing: int
     return jnp.concatenate([asked, existing(state.tokens[completion], state.lengths[completion])], axis=1)
 
 
+def real_logits(spec: RolloutSpec, logits: Float[Array, "S V"], seen: Int[Array, "S N"] | None) -> Float[Array, "S V"]:
+    """Set logits of rows that are no tokens to -inf, and penalise tokens `seen`."""
+    if logits.shape[1] > spec.num_tokens:
+        logits = jnp.where(jnp.arange(logits.shape[1]) < spec.num_tokens, logits, -jnp.inf)
+    return logits if seen is None else penalise(spec.sampler.repetition_penalty, logits, seen)
+
+
 def next_tokens(
     spec: RolloutSpec,
     weights: Params,
@@ -361,11 +368,7 @@ def next_tokens(
     )
     model = Qwen(spec.model)
     hidden, pages = model(weights, rows.token[:, None], rows.position[:, None], context, state.pages)
-    logits = unembed(hidden[:, 0], model.head(weights))
-    if logits.shape[1] > spec.num_tokens:
-        logits = jnp.where(jnp.arange(logits.shape[1]) < spec.num_tokens, logits, -jnp.inf)
-    if seen is not None:
-        logits = penalise(spec.sampler.repetition_penalty, logits, seen)
+    logits = real_logits(spec, unembed(hidden[:, 0], model.head(weights)), seen)
     return pages, *sample(spec.sampler, logits, uniforms)
 
 
