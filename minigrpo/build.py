@@ -61,14 +61,10 @@ def check_loss(settings: Settings) -> None:
         raise UsageError(
             "--temperature=0: greedy completions of a group are all equal and teach nothing; use 0.9 or so"
         )
-    if rollout.top_k or rollout.top_p < 1 or rollout.min_p:
-        if loss.rollout_correction != "none":
-            raise UsageError(
-                f"--rollout_correction={loss.rollout_correction}: recorded log-probs are those before --top_k, --top_p "
-                "and --min_p, so it would not correct what these do; turn one of them off"
-            )
-        sys.stderr.write(
-            "note: top_k, top_p and min_p sample from another distribution than is trained, which biases it\n"
+    if rollout.repetition_penalty != 1:
+        raise UsageError(
+            f"--repetition_penalty={rollout.repetition_penalty}: would sample from another distribution than is "
+            "trained; leave it out here, generate and evaluate take it"
         )
     if loss.importance_sampling_level == "sequence" and loss.loss_type != "grpo":
         sys.stderr.write(

@@ -168,6 +168,19 @@ class DataOptions(Options):
     )
 
 
+def parse_stop(text: str) -> tuple[str, ...]:
+    """Parse --stop, a text or a JSON list of texts; UsageError for another list."""
+    if not text.startswith("["):
+        return (text,) if text else ()
+    try:
+        texts = json.loads(text, strict=False)
+    except ValueError:
+        texts = None
+    if not isinstance(texts, list) or not texts or not all(one and isinstance(one, str) for one in texts):
+        raise UsageError(f"--stop={text}: must be one text, or a JSON list of them where it begins with [")
+    return tuple(texts)
+
+
 @dataclasses.dataclass(frozen=True)
 class RolloutOptions(Options):
     """Rollout"""
@@ -179,6 +192,17 @@ class RolloutOptions(Options):
     top_k: int = option(0, "keep only the k likeliest tokens; 0 keeps all", low=0)
     top_p: float = option(1.0, "keep the likeliest tokens that hold this much probability", above=0.0, high=1.0)
     min_p: float = option(0.0, "drop tokens less likely than min_p times the likeliest", low=0.0, high=1.0)
+    repetition_penalty: float = option(
+        1.0,
+        "divide the positive logits of tokens that prompt or completion have already, and multiply the negative ones; "
+        "not for training",
+        above=0.0,
+    )
+    stop: str = option(
+        "",
+        "text that ends a completion, \\n being a new line, or a JSON list of several. The completion is cut after the "
+        "token that completes the text; it is sampled on till then, so no time is saved",
+    )
     page_size: int = option(64, "tokens per page of the KV cache", low=1, high=LARGEST_PAGE)
     slots: str = option(
         "auto", "most completions decoded at once per device; auto is all of a step's, where memory allows"
@@ -191,6 +215,12 @@ class RolloutOptions(Options):
         super().__post_init__()
         if self.slots != "auto" and not (self.slots.isdigit() and 1 <= int(self.slots) <= MOST_SLOTS):
             raise UsageError(f"--slots={self.slots}: must be auto or a whole number from 1 to {MOST_SLOTS}")
+        parse_stop(self.stop)
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """Return the texts that end a completion."""
+        return parse_stop(self.stop)
 
     @property
     def slot_limit(self) -> int:

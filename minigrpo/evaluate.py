@@ -27,6 +27,7 @@ from minigrpo.door import make_callable
 from minigrpo.model.hub import run_defaults
 from minigrpo.model.params import Params
 from minigrpo.planning.memory import device_share_bytes, pool_limit
+from minigrpo.rollout.stop import end_at_stops
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import write_lines
 from minigrpo.runtime.workers import WORKERS, joined
@@ -91,6 +92,7 @@ def ask(
         if progress:
             progress.phase("evaluation", f"{start} of {len(problems)} problems answered")
         rollout = generator(params, [problems.tokens[i] for i in filled], filled, samples, (seed, 0))
+        rollout = end_at_stops(rollout, decoding.stop_texts, built.tokenizer.decode)
         answers += rollout.completions[: len(own) * samples]
     return built.tokenizer.decode(answers), np.array([len(row) for row in answers])
 

@@ -19,6 +19,7 @@ from minigrpo.model.hub import run_defaults
 from minigrpo.model.params import Params
 from minigrpo.planning.memory import device_share_bytes, pool_limit
 from minigrpo.rollout.generator import Generator
+from minigrpo.rollout.stop import end_at_stops, find_stops
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.workers import WORKERS, joined
 
@@ -34,6 +35,7 @@ class Stream:
 
     def __init__(self, built: Build):
         self.built = built
+        self.stops = built.settings.rollout.stop_texts
         self.reset()
 
     def reset(self) -> None:
@@ -55,7 +57,10 @@ class Stream:
     def show(self, final: bool) -> None:
         """Add text that has become certain; a character may take several tokens, which may come out of order."""
         known = [self.tokens[i] for i in range(len(self.tokens)) if i in self.tokens]
-        text = self.built.tokenizer.decode([known])[0]
+        decode = self.built.tokenizer.decode
+        text = decode([known])[0]
+        if any(stop in text for stop in self.stops):
+            text = decode([known[: find_stops([known], self.stops, decode)[1][0]]])[0]
         if len(known) < len(self.tokens) or not text.startswith(self.shown) or (text.endswith("\ufffd") and not final):
             return
         sys.stdout.write(text[len(self.shown) :])
@@ -101,6 +106,7 @@ def answer(
     stream.reset()
     started = time.perf_counter()
     rollout = generator(params, [encode(built, prompt)], [number], 1, (built.settings.generate.seed, 0))
+    rollout = end_at_stops(rollout, stream.stops, built.tokenizer.decode)
     seconds = time.perf_counter() - (stream.first or started)
     stream.tokens = dict(enumerate(rollout.completions[0]))
     stream.show(final=True)
@@ -143,6 +149,7 @@ def answer_file(built: Build, params: Params, path: Path, progress: Progress) ->
     progress.phase("rollout", f"{len(prompts) * options.num_generations} answers")
     started = time.perf_counter()
     rollout = generator(params, tokens, list(range(len(prompts))), options.num_generations, (options.seed, 0))
+    rollout = end_at_stops(rollout, built.settings.rollout.stop_texts, built.tokenizer.decode)
     seconds = time.perf_counter() - started
     texts = built.tokenizer.decode(rollout.completions)
     progress.phase("")

@@ -222,7 +222,11 @@ class Shapes:
         count, limit = self.spec.update_sequences, rollout.max_completion_length
         logprobs = np.zeros((count, limit), np.float32)
         batch = Batch(
-            np.ones((count, limit), np.int32), np.ones(count, np.int32), np.zeros(count, np.float32), logprobs
+            np.ones((count, limit), np.int32),
+            np.ones(count, np.int32),
+            np.zeros(count, np.float32),
+            logprobs,
+            cutoffs=logprobs if truncates(self.spec, rollout) else None,
         )
         prompts = [[0] * data.max_prompt_length] * (count // steps.num_generations)
         packed = pack(self.packing, prompts, batch)
@@ -233,6 +237,11 @@ class Shapes:
 
         shaped: PackedBatch = jax.tree.map(shape, packed)
         return shaped
+
+
+def truncates(spec: RunSpec, options: RolloutOptions) -> bool:
+    """Tell if sampling with these options leaves tokens out."""
+    return make_generator(spec, options).spec.sampler.truncates
 
 
 def make_shapes(spec: RunSpec) -> Shapes:
@@ -312,13 +321,15 @@ def rollout_inputs(spec: RunSpec, options: RolloutOptions, prompts: int, group: 
     return made, own, row_group, shaped
 
 
-def result_bytes(spec: RunSpec, completions: int) -> int:
+def result_bytes(spec: RunSpec, completions: int, options: RolloutOptions) -> int:
     """Count the bytes on a chip of a rollout's result: every completion's tokens and log-probs, on every chip.
 
-    A chip also has its own completions' during the rollout, with a random number per token.
+    Truncated sampling has two more numbers per token. A chip also has its own completions' during the rollout, with a
+    random number per token.
     """
-    tokens = completions * spec.settings.rollout.max_completion_length
-    return 8 * tokens + 12 * tokens // spec.mesh.size
+    tokens = completions * options.max_completion_length
+    kept = 8 if truncates(spec, options) else 0
+    return (8 + kept) * tokens + (12 + kept) * tokens // spec.mesh.size
 
 
 def decoded_shapes(shapes: Shapes, made: RolloutSpec) -> Any:
@@ -346,7 +357,7 @@ def plan_rollout(shapes: Shapes, work: Work, held: Resident, options: RolloutOpt
     seed = jax.ShapeDtypeStruct((2,), np.int32, sharding=replicated(spec.mesh))
     slots = made.slot_count(prompts, group)
     pool = made.num_pages(prompts, group) * memory.page_bytes(spec)
-    scratch = memory.rollout_scratch(spec, slots, pool) + result_bytes(spec, work.rows)
+    scratch = memory.rollout_scratch(spec, slots, pool) + result_bytes(spec, work.rows, options)
     free = made.num_pages(prompts, group) - prompts * (made.prompt_width // made.page_size)
     served = max(1, min(slots, free // made.completion_pages))  # at full length the pool holds so many at once
     moved = work.rollout_bytes(chips, served, spec.dtype.itemsize)
@@ -509,7 +520,7 @@ def largest_batch(shapes: Shapes, phases: dict[str, Phase], chip: Chip) -> int:
     pages = spec.settings.rollout.pool_pages or memory.pool_limit(spec, held)
     by_pool = (pages - made.completion_pages) // (made.prompt_width // made.page_size) * spec.mesh.size
     spare = usable(chip) * GIB - held - pages * memory.page_bytes(spec)
-    by_results = int(spare // result_bytes(spec, steps.num_generations))
+    by_results = int(spare // result_bytes(spec, steps.num_generations, spec.settings.rollout))
     largest = max(0, min(by_pool, by_results))
     even = math.lcm(spec.mesh.size, steps.num_minibatches)
     largest = largest - largest % even if largest >= even else largest

@@ -262,7 +262,15 @@ def rollout_metrics(rollout: Rollout, phases: dict[str, float]) -> dict[str, flo
         "rollout/occupancy": rollout.occupancy,
         "rollout/preempted": float(rollout.preempted),
         "rollout/refilled_share": float(rollout.refilled / max(1, rollout.sampled)),
-    }
+    } | kept_metrics(rollout)
+
+
+def kept_metrics(rollout: Rollout) -> dict[str, float]:
+    """Return the mean probability that truncated sampling kept, per token; none where it left nothing out."""
+    if rollout.kept is None:
+        return {}
+    mask = np.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
+    return {"rollout/kept_mass": float(rollout.kept.mass[mask].mean())}
 
 
 def samples(experience: Experience, step: int, count: int) -> list[dict[str, Any]]:
@@ -340,7 +348,7 @@ def required(function: Callable[..., Any]) -> list[str]:
 def refuse_sampling_flags(settings: Settings) -> None:
     """Raise UsageError for flags that mean nothing without sampling."""
     alone = {"reward": "auto", "overlong_buffer": 0, "zero_std_groups": "keep", "rollout_correction": "none"}
-    alone |= {"normalize_rewards": "sum"}
+    alone |= {"normalize_rewards": "sum", "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": ""}
     given = next((name for name, value in alone.items() if settings.as_dict()[name] != value), None)
     if given:
         raise UsageError(f"--{given}: --offline takes the responses and scores of the file; leave --{given} out")
@@ -385,6 +393,7 @@ def sampling_spec(
         group=settings.steps.num_generations,
         seed=settings.steps.seed,
         total_steps=total_steps,
+        stops=settings.rollout.stop_texts,
         zero_std_groups=settings.loss.zero_std_groups,
         max_resamples=settings.loss.max_resamples,
     )

@@ -44,6 +44,7 @@ SLOW = {
     "test_cpu_tpu",
     "test_cpu_train",
     "test_cpu_transformers",
+    "test_cpu_truncated",
 }
 """Files whose tests compile device programs; `-m "not slow"` leaves them out."""
 

@@ -153,10 +153,16 @@ def test_hostile_samples_are_escaped(offline, tmp_path):
 def test_groups_without_contrast_are_replaced_and_the_reference_follows(tmp_path):
     flags = ["--zero_std_groups=resample", "--max_resamples=2", "--num_minibatches=2", "--num_iterations=2"]
     moving = ["--beta=0.1", "--sync_ref_steps=1", "--overlong_buffer=8", "--learning_rate=1e-3"]
-    run(train, *SMALL, *flags, *moving, f"--output_dir={tmp_path}/run", "--save_steps=1")
+    truncated = ["--top_k=30", "--top_p=0.9", "--min_p=0.01", "--rollout_correction=token", "--stop=7"]
+    run(train, *SMALL, *flags, *moving, *truncated, f"--output_dir={tmp_path}/run", "--save_steps=1")
     rows = lines(tmp_path / "run" / "metrics.jsonl")
     assert all(np.isfinite(list(row.values())).all() for row in rows)
     assert "rewards/overlong/mean" in rows[0] and rows[0]["kl"] > 0
+    assert all(0.7 < row["rollout/kept_mass"] < 0.999 for row in rows)
+    assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-4
+    told = [row["completion"] for row in lines(tmp_path / "run" / "completions.jsonl")]
+    ends = [len(text) - text.index("7") for text in told if "7" in text]
+    assert ends and max(ends) <= 4
 
 
 @pytest.mark.parametrize(
@@ -171,6 +177,7 @@ def test_groups_without_contrast_are_replaced_and_the_reference_follows(tmp_path
         (["--overlong_buffer=900"], "--overlong_buffer=900"),
         (["--offline", "--dataset=builtin:arithmetic"], "--dataset=builtin:arithmetic"),
         (["--offline", "--normalize_rewards=each"], "--normalize_rewards: --offline takes"),
+        (["--offline", "--top_p=0.9"], "--top_p: --offline takes the responses"),
         (["--lora_alpha=8"], "--lora_alpha: means nothing without --lora_rank"),
         (["--lora_rank=4", "--lora_dropout=0.1", "--packing=true"], "--packing=true: not with --lora_dropout=0.1"),
         (["--packing=false", "--share_prompts=true"], "--share_prompts=true: needs --packing=true"),

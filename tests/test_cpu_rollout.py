@@ -268,6 +268,23 @@ def test_greedy_equals_repeated_full_forward(tiny_config, tiny_params):
         np.testing.assert_array_equal(best[len(prompt) - 1 : -1], rollout.tokens[2 * row])
 
 
+def test_a_repetition_penalty_sees_prompt_and_completion(tiny_config, tiny_params):
+    """Greedily, in slots that are handed on, against whole sequences penalised token by token."""
+    options = dataclasses.replace(OPTIONS, temperature=0.0, repetition_penalty=1.7, slots="3")
+    rollout = roll(tiny_config, tiny_params, options, group=1, stops=(263,))
+    sequences = np.zeros((6, 54), np.int32)
+    for row, prompt in enumerate(some_prompts()):
+        sequences[row, : len(prompt) + 24] = [*prompt, *rollout.tokens[row]]
+    logits, changed = np.array(forward(tiny_config, tiny_params, sequences)[:, :, :REAL]), 0
+    for row, prompt in enumerate(some_prompts()):
+        for at in range(len(prompt) - 1, len(prompt) + 23):
+            own, seen = logits[row, at].copy(), np.unique(sequences[row, : at + 1])
+            own[seen] = np.where(own[seen] < 0, own[seen] * 1.7, own[seen] / 1.7)
+            assert own.argmax() == sequences[row, at + 1]
+            changed += own.argmax() != logits[row, at].argmax()
+    assert changed > 10
+
+
 @pytest.mark.parametrize(("devices", "group"), [(8, 8), (2, 3)])
 def test_groups_split_over_devices_or_prompts_are_added(tiny_config, devices, group):
     spec = make_generator(tiny_config, OPTIONS, (devices, 1), prompt_tokens=4).spec

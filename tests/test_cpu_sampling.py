@@ -38,7 +38,7 @@ def test_extreme_uniforms_hit_real_tokens():
 def test_samples_follow_the_softmax():
     rng = np.random.default_rng(0)
     logits = np.tile(rng.normal(size=40).astype(np.float32) * 2, (40_000, 1))
-    tokens, _ = sample(Sampler(temperature=0.7), jnp.asarray(logits), jnp.asarray(rng.random(40_000, np.float32)))
+    tokens, *_ = sample(Sampler(temperature=0.7), jnp.asarray(logits), jnp.asarray(rng.random(40_000, np.float32)))
     expected = 40_000 * softmax(logits[0] / 0.7)
     counts = np.bincount(np.asarray(tokens), minlength=40)
     chi_square = ((counts - expected) ** 2 / expected).sum()
@@ -49,8 +49,8 @@ def test_recorded_logprobs_are_temperature_scaled_over_all_tokens():
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(64, 30)).astype(np.float32)
     logits[:, 25:] = -np.inf
-    sampler = Sampler(temperature=0.5, top_k=3)
-    tokens, logprobs = sample(sampler, jnp.asarray(logits), jnp.asarray(rng.random(64, np.float32)))
+    sampler = Sampler(temperature=0.5)
+    tokens, logprobs, _ = sample(sampler, jnp.asarray(logits), jnp.asarray(rng.random(64, np.float32)))
     want = np.log(softmax(logits / 0.5)[np.arange(64), np.asarray(tokens)])
     np.testing.assert_allclose(logprobs, want, rtol=1e-5, atol=1e-6)
     assert (np.asarray(tokens) < 25).all()
@@ -58,7 +58,7 @@ def test_recorded_logprobs_are_temperature_scaled_over_all_tokens():
 
 def test_greedy_takes_the_maximum():
     logits = jnp.array([[0.0, 3.0, 1.0], [2.0, -1.0, 1.0]])
-    tokens, logprobs = sample(Sampler(temperature=0.0), logits, jnp.zeros(2))
+    tokens, logprobs, _ = sample(Sampler(temperature=0.0), logits, jnp.zeros(2))
     assert tokens.tolist() == [1, 0]
     np.testing.assert_allclose(logprobs, np.log(softmax(logits))[[0, 1], [1, 0]], rtol=1e-6)
 

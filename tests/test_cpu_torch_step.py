@@ -1,5 +1,7 @@
 """One whole optimizer step beside the same step written in torch, from the same weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,18 +64,38 @@ def make_batch():
     return prompts, Batch(completions, lengths, advantages, **scored)
 
 
-def torch_step(model, prompts, batch):
-    """Loss, gradients before clipping, their norm, and weights after the step, by name."""
+def torch_logprobs(model, prompts, batch):
+    """Whole sequences, the log-probs of all tokens that follow, and the places of every completion's tokens."""
     rows = torch.zeros(8, 24, dtype=torch.long)
     for b, prompt in enumerate(prompts):
         rows[b, : len(prompt) + 8] = torch.tensor([*prompt, *batch.completions[b].tolist()])
     logits = model(rows).logits.double()[:, :, :HEAD_TOKENS] / TEMPERATURE
-    logprobs = torch.log_softmax(logits, dim=-1)
+    lengths = zip(prompts, batch.completion_lengths.tolist(), strict=True)
+    return rows, torch.log_softmax(logits, dim=-1), [len(p) + torch.arange(length) for p, length in lengths]
+
+
+def cut_after(model, prompts, batch, count):
+    """Cut-offs that leave the `count` likeliest tokens in, and some of the completions' own tokens out."""
+    with torch.no_grad():
+        _, logprobs, places = torch_logprobs(model, prompts, batch)
+    cutoffs = np.zeros(batch.completions.shape, np.float32)
+    for b, at in enumerate(places):
+        ordered = logprobs[b, at - 1].sort(dim=-1, descending=True).values
+        cutoffs[b, : len(at)] = ordered[:, count - 1 : count + 1].mean(dim=-1)
+    return dataclasses.replace(batch, cutoffs=cutoffs)
+
+
+def torch_step(model, prompts, batch):
+    """Loss, gradients before clipping, their norm, and weights after the step, by name."""
+    rows, logprobs, places = torch_logprobs(model, prompts, batch)
     total = 0.0
-    for b in range(8):
-        start, length = len(prompts[b]), int(batch.completion_lengths[b])
-        at = torch.arange(start, start + length)
-        now = logprobs[b, at - 1, rows[b, at]]
+    for b, at in enumerate(places):
+        length, follow, target = len(at), logprobs[b, at - 1], rows[b, at][:, None]
+        if batch.cutoffs is not None:
+            kept = follow >= torch.tensor(batch.cutoffs[b, :length, None])
+            kept = kept.scatter(1, target, True)
+            follow = torch.log_softmax(follow.masked_fill(~kept, -torch.inf), dim=-1)
+        now = follow.gather(1, target)[:, 0]
         old, ref = (torch.tensor(x[b, :length]).double() for x in (batch.old_logprobs, batch.ref_logprobs))
         ratio, advantage = torch.exp(now - old), float(batch.advantages[b])
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
@@ -96,12 +118,16 @@ def assert_same(ours, theirs):
         assert np.abs(ours[name] - value.numpy()).max() <= 1e-4 * scale, name
 
 
-@pytest.mark.parametrize(("mesh", "sequences_per_row"), [((1, 1), 1), ((1, 1), 8), ((4, 2), 8)])
-def test_loss_gradients_norm_and_weights_are_torchs(model, mesh, sequences_per_row):
+@pytest.mark.parametrize(
+    ("mesh", "sequences_per_row", "kept"), [((1, 1), 1, 0), ((1, 1), 8, 0), ((4, 2), 8, 0), ((4, 2), 8, 40)]
+)
+def test_loss_gradients_norm_and_weights_are_torchs(model, mesh, sequences_per_row, kept):
+    """`kept` is how many tokens truncated sampling left; 0 is all."""
     folder, theirs = model
     theirs.load_state_dict(transformers.Qwen3ForCausalLM.from_pretrained(folder).state_dict())
     theirs.zero_grad()
     prompts, batch = make_batch()
+    batch = cut_after(theirs, prompts, batch, kept) if kept else batch
     config, device_mesh = read_config(folder / "config.json"), mesh_of(*mesh)
     params = load_params(folder, config, device_mesh)
     before = dict(hub_tensors(params, np.float32))

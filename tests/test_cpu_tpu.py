@@ -78,6 +78,7 @@ SIZES = ("--batch_size=3", "--num_generations=5", "--max_prompt_length=64", "--m
 @pytest.mark.parametrize("share", ["auto", "true"])
 def test_the_plan_of_a_small_model(small_model, share):
     flags = (f"--model={small_model}", "--topology=v6e:2x2", "--mesh=2,2", f"--share_prompts={share}")
+    flags += ("--top_k=50", "--top_p=0.95") if share == "true" else ()
     report = report_of("-m", "minigrpo.plan", *flags, *SIZES)
     assert report["fits"] and report["advice"] == ""
     assert report["micro_batches"] == (2 if share == "true" else 1)  # at most: without any shared prompt it takes two

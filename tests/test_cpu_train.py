@@ -188,10 +188,6 @@ def bad_inputs(tmp_path):
         "greedy": (["--temperature=0"], "--temperature=0: greedy completions"),
         "k1": (["--kl_estimator=k1"], "--kl_estimator=k1: as a loss its expected gradient is zero"),
         "cispo": (["--loss_type=cispo"], "--loss_type=cispo: needs --epsilon_high"),
-        "correction": (
-            ["--rollout_correction=token", "--top_k=5"],
-            "--rollout_correction=token: recorded log-probs are those before --top_k",
-        ),
         "bad mesh": (["--mesh=4x2"], "--mesh=4x2: must be two positive whole numbers"),
         "heads": (["--mesh=1,8"], "tp=8 does not divide the model's 4 attention heads"),
         "accumulation": (["--gradient_accumulation_steps=some"], "--gradient_accumulation_steps=some: must be auto or"),

@@ -46,6 +46,8 @@ class Batch:
     ref_logprobs: Any = None  # float [..., C]
     loss_excluded: Any = None  # bool [...]
     """Completions that teach nothing, though the denominators of grpo and dr_grpo count them."""
+    cutoffs: Any = None  # float [..., C]
+    """Least log-probs that truncated sampling kept; None where it left nothing out. Packed, they are with `targets`."""
 
     @property
     def completion_mask(self) -> Bool[Array, "*B C"]:
@@ -137,6 +139,7 @@ class PackedBatch:
     order: Any  # int32 [A, M, K], a completion's number in the batch that was packed; that batch's size is padding
     shared_prefix: Any  # SharedPrefixIndex of arrays [A, M, ...], or None
     micro_batches: Any  # int32 scalar
+    cutoffs: Any = None  # float [A, M, S], the targets' cut-offs, or None
 
 
 def micro_batch(packed: PackedBatch, index: Int[Array, ""] | int) -> PackedBatch:
@@ -146,7 +149,8 @@ def micro_batch(packed: PackedBatch, index: Int[Array, ""] | int) -> PackedBatch
     """
     by_device = jax.tree.map(lambda x: x[:, index], dataclasses.replace(packed, micro_batches=None))
     taken = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), by_device)
-    taken = dataclasses.replace(taken, loss_positions=by_device.loss_positions, targets=by_device.targets)
+    scored = {name: getattr(by_device, name) for name in ("loss_positions", "targets", "cutoffs")}
+    taken = dataclasses.replace(taken, **scored)
     if packed.shared_prefix is None:
         return taken
     shared = dataclasses.replace(by_device.shared_prefix, tokens=taken.shared_prefix.tokens)
@@ -277,8 +281,12 @@ def arrange(spec: PackingSpec, lengths: Lengths) -> list[list[MicroBatch]]:
 # Writing the arrays
 
 
-def allocate(spec: PackingSpec, count: int) -> dict[str, Int[np.ndarray, "..."]]:
-    """Return blank arrays for a batch of `count` sequences, by their names in `PackedBatch`, and `token_at`.
+Arrays = dict[str, Int[np.ndarray, "..."] | Float[np.ndarray, "..."]]
+"""Arrays by their names in `PackedBatch`, and `token_at`."""
+
+
+def allocate(spec: PackingSpec, count: int, truncated: bool) -> Arrays:
+    """Return blank arrays for a batch of `count` sequences; those of truncated sampling have cut-offs.
 
     `token_at` has the number of the packed token at every position of the rows.
     """
@@ -293,7 +301,8 @@ def allocate(spec: PackingSpec, count: int) -> dict[str, Int[np.ndarray, "..."]]
         "starts": (sequences,),
         "order": (sequences,),
     }
-    return {name: np.zeros((*lead, *shape), np.int32) for name, shape in shapes.items()}
+    arrays: Arrays = {name: np.zeros((*lead, *shape), np.int32) for name, shape in shapes.items()}
+    return arrays | ({"cutoffs": np.zeros((*lead, spec.loss_tokens), np.float32)} if truncated else {})
 
 
 def place_prefixes(prompts: list[list[int]], filled: MicroBatch) -> dict[int, int]:
@@ -308,7 +317,7 @@ def write_micro_batch(
     prompts: list[list[int]],
     batch: Batch,
     filled: MicroBatch,
-    out: dict[str, Int[np.ndarray, "..."]],
+    out: Arrays,
 ) -> None:
     """Write a device's micro-batch into its part of the arrays."""
     prefixes = place_prefixes(prompts, filled) if spec.share_prefixes else {}
@@ -332,6 +341,8 @@ def write_micro_batch(
             out["tokens"][own], out["position_ids"][own] = [*prompt, *completion], np.arange(total)
             out["loss_positions"][scores] = np.arange(at + len(prompt) - 1, at + total - 1)
             out["targets"][scores] = completion
+            if "cutoffs" in out:
+                out["cutoffs"][scores] = batch.cutoffs[sequence, :length]
             out["starts"][written], out["order"][written] = scored, sequence
             at, scored, written = at + total, scored + length, written + 1
 
@@ -364,7 +375,7 @@ def pack(spec: PackingSpec, prompts: list[list[int]], batch: Batch) -> PackedBat
     count = len(batch.completion_lengths)
     lengths = Lengths(np.repeat([len(prompt) for prompt in prompts], spec.group), batch.completion_lengths, spec.group)
     devices = arrange(spec, lengths)
-    arrays = allocate(spec, count)
+    arrays: Any = allocate(spec, count, batch.cutoffs is not None)
     arrays["order"][:] = count
     for device, filled in enumerate(devices):
         for number, one in enumerate(filled):
@@ -376,7 +387,7 @@ def pack(spec: PackingSpec, prompts: list[list[int]], batch: Batch) -> PackedBat
         arrays[name] = arrays[name].reshape(*arrays[name].shape[:2], *layout)
     segments: Int[np.ndarray, "A M R T"] | None = arrays.pop("segment_ids")
     used = np.int32(max(1, *map(len, devices)))
-    in_order = take_in_order(batch, arrays["order"])
+    in_order = take_in_order(dataclasses.replace(batch, cutoffs=None), arrays["order"])
     segments = segments if spec.sequences_per_row > 1 else None
     return PackedBatch(in_order, segment_ids=segments, shared_prefix=shared, micro_batches=used, **arrays)
 

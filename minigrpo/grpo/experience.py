@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -18,6 +19,7 @@ from minigrpo.grpo.advantages import normalised_separately, ragged_advantages
 from minigrpo.grpo.batch import Batch
 from minigrpo.model.params import Params
 from minigrpo.rollout.generator import Generator, Rollout
+from minigrpo.rollout.stop import end_at_stops
 from minigrpo.runtime.workers import WORKERS
 
 
@@ -71,6 +73,8 @@ class SamplingSpec:
     group: int
     seed: int
     total_steps: int
+    stops: tuple[str, ...] = ()
+    """Texts that end a completion."""
     zero_std_groups: str = "keep"
     max_resamples: int = 3
 
@@ -91,6 +95,7 @@ def sample_groups(spec: SamplingSpec, params: Params, indices: list[int], uids: 
     prompts, rows = [spec.data.tokens[i] for i in indices], [spec.data.rows[i] for i in indices]
     started = time.perf_counter()
     rollout = spec.generator(params, prompts, uids, spec.group, (spec.seed, step))
+    rollout = end_at_stops(rollout, spec.stops, spec.decode)
     sampled = time.perf_counter()
     texts = spec.decode(rollout.completions)
     scores = score_shared(spec, rows, texts, rollout.completions, step)
@@ -176,16 +181,20 @@ def resample_groups(spec: SamplingSpec, params: Params, step: int, experience: E
     return take_groups(experience, order)
 
 
-PER_COMPLETION = ("tokens", "logprobs", "lengths", "stopped")
+PER_COMPLETION = ("tokens", "logprobs", "lengths", "stopped", "kept")
 """A rollout's arrays with an entry per completion."""
 
 
 def concatenate(first: Experience, second: Experience) -> Experience:
     """Join two experiences, group by group."""
     one, two = first.rollout, second.rollout
+
+    def join(name: str) -> Any:
+        return jax.tree.map(lambda *parts: np.concatenate(parts), getattr(one, name), getattr(two, name))
+
     rollout = dataclasses.replace(
         one,
-        **{name: np.concatenate([getattr(one, name), getattr(two, name)]) for name in PER_COMPLETION},
+        **{name: join(name) for name in PER_COMPLETION},
         decode_steps=one.decode_steps + two.decode_steps,
         occupancy=float(np.average([one.occupancy, two.occupancy], weights=[one.decode_steps, two.decode_steps])),
         preempted=one.preempted + two.preempted,
@@ -219,11 +228,12 @@ def take_groups(experience: Experience, groups: np.ndarray) -> Experience:
     """Take some of the groups, in the order given."""
     rows = (groups[:, None] * experience.group + np.arange(experience.group)).reshape(-1)
     rollout = experience.rollout
+    taken = {name: jax.tree.map(lambda x: x[rows], getattr(rollout, name)) for name in PER_COMPLETION}
     return dataclasses.replace(
         experience,
         prompts=[experience.prompts[group] for group in groups],
         rows=[experience.rows[group] for group in groups],
-        rollout=dataclasses.replace(rollout, **{name: getattr(rollout, name)[rows] for name in PER_COMPLETION}),
+        rollout=dataclasses.replace(rollout, **taken),
         texts=[experience.texts[row] for row in rows],
         rewards=experience.rewards[rows],
         components={name: scores[rows] for name, scores in experience.components.items()},
@@ -257,7 +267,7 @@ def batch_of(
     def widen(x: np.ndarray) -> np.ndarray:
         wide = np.zeros((rows, limit), x.dtype)
         wide[:, : x.shape[1]] = x[:, :limit]
-        return wide * (np.arange(limit) < lengths[:, None])
+        return np.where(np.arange(limit) < lengths[:, None], wide, np.zeros_like(wide))
 
     return Batch(
         completions=widen(rollout.tokens),
@@ -265,6 +275,7 @@ def batch_of(
         advantages=advantages,
         rollout_logprobs=None if rollout.logprobs is None else widen(rollout.logprobs),
         loss_excluded=~rollout.stopped if exclude_truncated else None,
+        cutoffs=None if rollout.kept is None else widen(rollout.kept.cutoff),
     )
 
 

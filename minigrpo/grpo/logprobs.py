@@ -3,6 +3,11 @@
 The full [rows, V] logits never exist, forward or backward. Forward, rows and vocabulary are both tiled and the softmax
 is accumulated online. Backward, the probabilities are recomputed for some rows at a time, because tiling the vocabulary
 there would re-read and re-write the rows' gradient for each tile.
+
+Under truncated sampling the softmax is that of the kept tokens: those that reach the row's cut-off, a log-prob under
+the whole softmax. So the forward pass goes over the vocabulary twice: once for the whole total, once for the kept one.
+A limit relative to the target's logit would need one pass, but then each token of a position would be scored by another
+distribution as soon as the policy is not the one that sampled, and the reference never is.
 """
 
 import dataclasses
@@ -33,52 +38,64 @@ class LMHead:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def token_logprobs(
-    head: LMHead, hidden: Float[Array, "M D"], weights: Float[Array, "V D"], targets: Int[Array, " M"]
+    head: LMHead,
+    hidden: Float[Array, "M D"],
+    weights: Float[Array, "V D"],
+    targets: Int[Array, " M"],
+    cutoffs: Float[Array, " M"] | None = None,
 ) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
     """Compute log softmax(hidden @ weights^T / temperature) at `targets`, and the softmax's entropy in nats.
 
-    M must be a multiple of the mesh's devices. The entropy is for reading only: no gradient flows through it.
+    With `cutoffs`, log-probs under that softmax, both are of its kept tokens alone, renormalised: the target and all
+    that reach the row's cut-off. Which these are is a constant to the gradient. M must be a multiple of the mesh's
+    devices. The entropy is for reading only: no gradient flows through it.
     """
-    return forward(head, hidden, weights, targets)[0]
+    return forward(head, hidden, weights, targets, cutoffs)[0]
+
+
+Saved = tuple[Array, Array, Array, Array, Array | None]
+"""Hidden states, weights, targets, log of the softmax's total, and the least kept logits or None."""
 
 
 def forward(
-    head: LMHead, hidden: Array, weights: Array, targets: Array
-) -> tuple[tuple[Array, Array], tuple[Array, Array, Array, Array]]:
+    head: LMHead, hidden: Array, weights: Array, targets: Array, cutoffs: Array | None
+) -> tuple[tuple[Array, Array], Saved]:
     """Compute `token_logprobs` -> its results, and everything that the backward pass needs."""
     rows, split = data_spec(head.mesh), PartitionSpec(TP)
     run = jax.shard_map(
         functools.partial(local_forward, head),
         mesh=head.mesh,
-        in_specs=(rows, split, rows),
-        out_specs=(rows, rows, rows),
+        in_specs=(rows, split, rows, rows),
+        out_specs=(rows, rows, rows, rows),
         check_vma=False,
     )
-    logprobs, entropy, log_total = run(hidden, weights.astype(hidden.dtype), targets)
-    return (logprobs, entropy), (hidden, weights, targets, log_total)
+    logprobs, entropy, log_total, floors = run(hidden, weights.astype(hidden.dtype), targets, cutoffs)
+    return (logprobs, entropy), (hidden, weights, targets, log_total, floors)
 
 
-def backward(
-    head: LMHead, saved: tuple[Array, Array, Array, Array], cotangents: tuple[Array, Array]
-) -> tuple[Array, Array, None]:
+def backward(head: LMHead, saved: Saved, cotangents: tuple[Array, Array]) -> tuple[Array, Array, None, None]:
     """Compute gradients of hidden states and weights for the cotangents of the log-probs."""
-    hidden, weights, targets, log_total = saved
+    hidden, weights, targets, log_total, floors = saved
     rows = data_spec(head.mesh)
     run = jax.shard_map(
         functools.partial(local_backward, head),
         mesh=head.mesh,
-        in_specs=(rows, PartitionSpec(TP), rows, rows, rows),
+        in_specs=(rows, PartitionSpec(TP), rows, rows, rows, rows),
         out_specs=(rows, PartitionSpec(TP, FSDP)),
         check_vma=False,
     )
-    hidden_grad, weights_grad = run(hidden, weights.astype(hidden.dtype), targets, log_total, cotangents[0])
-    return hidden_grad, weights_grad.astype(weights.dtype), None
+    hidden_grad, weights_grad = run(hidden, weights.astype(hidden.dtype), targets, log_total, cotangents[0], floors)
+    return hidden_grad, weights_grad.astype(weights.dtype), None, None
 
 
 token_logprobs.defvjp(forward, backward)
 
 
-def in_chunks(size: int, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+Rows = tuple[Array | None, ...]
+"""Arrays with an entry per row; None for one that is not needed."""
+
+
+def in_chunks(size: int, arrays: tuple[Array, *Rows]) -> Rows:
     """Split [m, ...] arrays into [chunks, size, ...], the last chunk filled up with zeros."""
     chunks = -(-arrays[0].shape[0] // size)
 
@@ -86,7 +103,8 @@ def in_chunks(size: int, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
         padding = [(0, chunks * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
         return jnp.pad(x, padding).reshape(chunks, size, *x.shape[1:])
 
-    return tuple(split(x) for x in arrays)
+    chunked: Rows = jax.tree.map(split, arrays)
+    return chunked
 
 
 def across_tp(x: Array) -> Array:
@@ -111,6 +129,13 @@ def scaled_logits(head: LMHead, hidden: Array, weights: Array, entries: Array, l
     return logits + jnp.where((entries >= least) & (entries < head.num_tokens), 0, LOWEST)
 
 
+def drop_below(floors: Array | None, logits: Array, entries: Array, targets: Array) -> Array:
+    """Set logits of these vocabulary entries that are under their row's floor to LOWEST, but never the target's."""
+    if floors is None:
+        return logits
+    return jnp.where((logits >= floors[:, None]) | (targets[:, None] == entries), logits, LOWEST)
+
+
 def target_logits(head: LMHead, hidden: Array, weights: Array, targets: Array, first: Array) -> Array:
     """Compute each row's logit / temperature at its target; 0 for one that another device holds."""
     own = weights[jnp.clip(targets - first, 0, weights.shape[0] - 1)]
@@ -118,22 +143,40 @@ def target_logits(head: LMHead, hidden: Array, weights: Array, targets: Array, f
     return jnp.where((targets >= first) & (targets < first + weights.shape[0]), logits, 0)
 
 
-def local_forward(head: LMHead, hidden: Array, weights: Array, targets: Array) -> tuple[Array, ...]:
-    """Score one device's rows by its part of the vocabulary -> log-probs, entropy, log of the softmax's total."""
+Scored = tuple[Array, Array, Array, Array | None]
+"""Log-probs, entropy, log of the softmax's total and, with cut-offs, the least kept logit, of every row."""
+
+
+def local_forward(head: LMHead, hidden: Array, weights: Array, targets: Array, cutoffs: Array | None) -> Scored:
+    """Score one device's rows by its part of the vocabulary."""
     size = min(head.tiles.rows, hidden.shape[0])
     first = jax.lax.axis_index(TP) * weights.shape[0]
 
-    def chunk(rows: tuple[Array, ...]) -> tuple[Array, ...]:
-        hidden, targets = (across_tp(x) for x in rows)
-        peak, total, weighted = softmax_stats(head, hidden, weights, first)
-        top = jax.lax.pmax(peak, TP)
-        total, weighted = jax.lax.psum(shift(peak, top, total, weighted), TP)
-        log_total = top + jnp.log(total)
+    def chunk(rows: Rows) -> Scored:
+        hidden, targets, cutoffs = jax.tree.map(across_tp, rows)
+        reduce = functools.partial(softmax_totals, head, hidden, weights, first, targets)
+        log_total, total, weighted = reduce(None)
+        floors = None if cutoffs is None else log_total + cutoffs
+        if floors is not None:
+            log_total, total, weighted = reduce(floors)
         logprobs = jax.lax.psum(target_logits(head, hidden, weights, targets, first), TP) - log_total
-        return tuple(own_rows(out, size) for out in (logprobs, jnp.log(total) - weighted / total, log_total))
+        outs = logprobs, jnp.log(total) - weighted / total, log_total, floors
+        own: Scored = jax.tree.map(lambda out: own_rows(out, size), outs)
+        return own
 
-    outs = jax.lax.map(chunk, in_chunks(size, (hidden, targets)))
-    return tuple(out.reshape(-1)[: hidden.shape[0]] for out in outs)
+    outs = jax.lax.map(chunk, in_chunks(size, (hidden, targets, cutoffs)))
+    scored: Scored = jax.tree.map(lambda out: out.reshape(-1)[: hidden.shape[0]], outs)
+    return scored
+
+
+def softmax_totals(
+    head: LMHead, hidden: Array, weights: Array, first: Array, targets: Array, floors: Array | None
+) -> tuple[Array, Array, Array]:
+    """Reduce each row over the whole vocabulary -> log of the total, and the two sums of `shift` from its peak."""
+    peak, total, weighted = softmax_stats(head, hidden, weights, first, targets, floors)
+    top = jax.lax.pmax(peak, TP)
+    total, weighted = jax.lax.psum(shift(peak, top, total, weighted), TP)
+    return top + jnp.log(total), total, weighted
 
 
 def shift(peak: Array, to: Array, total: Array, weighted: Array) -> tuple[Array, Array]:
@@ -142,7 +185,9 @@ def shift(peak: Array, to: Array, total: Array, weighted: Array) -> tuple[Array,
     return total * rescale, (weighted + (peak - to) * total) * rescale
 
 
-def softmax_stats(head: LMHead, hidden: Array, weights: Array, first: Array) -> tuple[Array, Array, Array]:
+def softmax_stats(
+    head: LMHead, hidden: Array, weights: Array, first: Array, targets: Array, floors: Array | None
+) -> tuple[Array, Array, Array]:
     """Reduce each row over this device's vocabulary, from `first` on, to its peak and the two sums of `shift`."""
     vocab = weights.shape[0]
     size = min(head.tiles.vocab, vocab)
@@ -151,7 +196,9 @@ def softmax_stats(head: LMHead, hidden: Array, weights: Array, first: Array) -> 
         peak, total, weighted = stats
         start = jnp.minimum(index * size, vocab - size)
         part = jax.lax.dynamic_slice_in_dim(weights, start, size)
-        logits = scaled_logits(head, hidden, part, first + start + jnp.arange(size), first + index * size)
+        entries = first + start + jnp.arange(size)
+        logits = scaled_logits(head, hidden, part, entries, first + index * size)
+        logits = drop_below(floors, logits, entries, targets)
         new_peak = jnp.maximum(peak, logits.max(axis=-1))
         below = logits - new_peak[:, None]
         exps = jnp.exp(below)
@@ -163,16 +210,22 @@ def softmax_stats(head: LMHead, hidden: Array, weights: Array, first: Array) -> 
 
 
 def local_backward(
-    head: LMHead, hidden: Array, weights: Array, targets: Array, log_total: Array, cotangent: Array
+    head: LMHead,
+    hidden: Array,
+    weights: Array,
+    targets: Array,
+    log_total: Array,
+    cotangent: Array,
+    floors: Array | None,
 ) -> tuple[Array, Array]:
     """Compute gradients of one device's rows and of its part of the head, for the cotangent of the log-probs."""
     size = min(head.tiles.backward_rows, hidden.shape[0])
     first = jax.lax.axis_index(TP) * weights.shape[0]
     entries = first + jnp.arange(weights.shape[0])
 
-    def chunk(weights_grad: Array, rows: tuple[Array, ...]) -> tuple[Array, Array]:
-        h, t, lse, g = (across_tp(x) for x in rows)
-        probs = jnp.exp(scaled_logits(head, h, weights, entries) - lse[:, None])
+    def chunk(weights_grad: Array, rows: Rows) -> tuple[Array, Array]:
+        h, t, lse, g, least = jax.tree.map(across_tp, rows)
+        probs = jnp.exp(drop_below(least, scaled_logits(head, h, weights, entries), entries, t) - lse[:, None])
         scale = (g / head.temperature)[:, None]
         logits_grad = (jnp.where(t[:, None] == entries, scale, 0) - scale * probs).astype(h.dtype)
         hidden_grad = jnp.einsum("MV,VD->MD", logits_grad, weights, preferred_element_type=jnp.float32)
@@ -180,7 +233,8 @@ def local_backward(
         return weights_grad, sum_and_split(hidden_grad, TP, 0).astype(h.dtype)
 
     zeros = jnp.zeros(weights.shape, jnp.float32)
-    weights_grad, hidden_grad = jax.lax.scan(chunk, zeros, in_chunks(size, (hidden, targets, log_total, cotangent)))
+    rows = in_chunks(size, (hidden, targets, log_total, cotangent, floors))
+    weights_grad, hidden_grad = jax.lax.scan(chunk, zeros, rows)
     hidden_grad = hidden_grad.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
     if SLICE in head.mesh.axis_names:
         weights_grad = jax.lax.psum(weights_grad, SLICE)
@@ -198,8 +252,10 @@ def logprobs_after(
     weights: Float[Array, "V D"],
     before: Int[Array, "R C"],
     targets: Int[Array, "R C"],
+    cutoffs: Float[Array, "R C"] | None = None,
 ) -> tuple[Float[Array, "R C"], Float[Array, "R C"]]:
     """Compute log-prob and entropy of `targets` as successors of the tokens at the positions `before` in their rows."""
     scored = take_along(hidden, before[:, :, None])
-    logprobs, entropy = token_logprobs(head, scored.reshape(before.size, -1), weights, targets.reshape(-1))
+    rows = scored.reshape(before.size, -1), weights, targets.reshape(-1)
+    logprobs, entropy = token_logprobs(head, *rows, None if cutoffs is None else cutoffs.reshape(-1))
     return logprobs.reshape(before.shape), entropy.reshape(before.shape)

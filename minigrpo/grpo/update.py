@@ -66,7 +66,8 @@ def score(
     )
     hidden, _ = spec.model(params, packed.tokens, packed.position_ids, context)
     rows = expand_hidden(mesh, hidden, packed.shared_prefix).reshape(len(packed.targets), -1, hidden.shape[2])
-    logprobs, entropy = logprobs_after(spec.head, rows, spec.model.head(params), packed.loss_positions, packed.targets)
+    scored = packed.loss_positions, packed.targets, packed.cutoffs
+    logprobs, entropy = logprobs_after(spec.head, rows, spec.model.head(params), *scored)
     return by_completion(packed, logprobs), by_completion(packed, entropy)
 
 

@@ -72,7 +72,7 @@ def find_base(adapter: Path, written: str, base_model: str) -> Source:
 
 INHERITED = (
     "system_prompt", "prompt_column", "answer_column", "enable_thinking", "max_prompt_length", "max_completion_length",
-    "page_size", "eval_dataset", "dataset",
+    "page_size", "stop", "eval_dataset", "dataset",
 )  # fmt: skip
 ASKING = (DataOptions, RolloutOptions, RunOptions)
 

@@ -30,7 +30,7 @@ from minigrpo.model.qwen import (
     rope_angles,
     unembed,
 )
-from minigrpo.rollout.sampling import Sampler, sample
+from minigrpo.rollout.sampling import KeptSet, Sampler, penalise, sample
 from minigrpo.rollout.scheduler import (
     COUNTS,
     DONE,
@@ -199,6 +199,7 @@ class Start:
     tokens: Any  # int32 [B, C]
     logprobs: Any  # float [B, C]
     lengths: Any  # int32 [B]
+    kept: Any = None  # KeptSet of [B, C], as the sampler records them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,10 +211,12 @@ class Rollout:
 
     tokens: Int[np.ndarray, "B C"]
     logprobs: Float[np.ndarray, "B C"] | None
-    """As the trainer defines them: of the temperature-scaled softmax over all real tokens; None for those on file."""
+    """As the trainer defines them: of the temperature-scaled softmax over the kept tokens; None for those on file."""
     lengths: Int[np.ndarray, " B"]
     stopped: Bool[np.ndarray, " B"]
-    """True where the completion ended with a stop token, which is part of it, rather than at the length limit."""
+    """True where the completion ended with a stop token or text, part of it, rather than at the length limit."""
+    kept: KeptSet | None = None
+    """What truncated sampling kept, [B, C]; None where every real token could be sampled."""
     decode_steps: int = 0
     occupancy: float = 0.0
     """Mean share of slots that were decoding."""
@@ -313,12 +316,38 @@ def fused_projections(spec: RolloutSpec, rows: int) -> FusedProjections:
     return spec.backend.fused_projections(DecodeShape(rows, *sizes, spec.dtype))
 
 
-def next_tokens(
-    spec: RolloutSpec, weights: Params, angles: Angles, rows: DecodeRows, state: State, uniforms: Float[Array, " S"]
-) -> tuple[Array, Int[Array, " S"], Float[Array, " S"]]:
-    """Feed the step's tokens through the model -> pages, sampled tokens and their log-probs.
+def seen_tokens(spec: PageSpec, prompts: PromptBatch, state: State, nothing: int) -> Int[Array, "S N"]:
+    """Return every slot's tokens, prompt and sampled ones, and `nothing` where there is none."""
+    completion = jnp.minimum(state.slots.completion, len(state.status) - 1)
+    prompt = completion // spec.group
 
-    `angles` is a table for every position: XLA would otherwise compute them anew for every layer and head.
+    def existing(tokens: Array, lengths: Array) -> Array:
+        return jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, nothing)
+
+    asked = existing(prompts.tokens[prompt], prompts.lengths[prompt])
+    return jnp.concatenate([asked, existing(state.tokens[completion], state.lengths[completion])], axis=1)
+
+
+def real_logits(spec: RolloutSpec, logits: Float[Array, "S V"], seen: Int[Array, "S N"] | None) -> Float[Array, "S V"]:
+    """Set logits of rows that are no tokens to -inf, and penalise tokens `seen`."""
+    if logits.shape[1] > spec.num_tokens:
+        logits = jnp.where(jnp.arange(logits.shape[1]) < spec.num_tokens, logits, -jnp.inf)
+    return logits if seen is None else penalise(spec.sampler.repetition_penalty, logits, seen)
+
+
+def next_tokens(
+    spec: RolloutSpec,
+    weights: Params,
+    angles: Angles,
+    rows: DecodeRows,
+    state: State,
+    uniforms: Float[Array, " S"],
+    seen: Int[Array, "S N"] | None,
+) -> tuple[Array, Int[Array, " S"], Float[Array, " S"], KeptSet | None]:
+    """Feed the step's tokens through the model -> pages, sampled tokens, their log-probs and kept sets.
+
+    Tokens `seen` are penalised. `angles` is a table for every position: XLA would otherwise compute them anew for every
+    layer and head.
     """
     page_table = state.slots.page_table[rows.slot]
     page = jnp.take_along_axis(page_table, rows.position[:, None] // spec.page_size, axis=1)[:, 0]
@@ -339,9 +368,7 @@ def next_tokens(
     )
     model = Qwen(spec.model)
     hidden, pages = model(weights, rows.token[:, None], rows.position[:, None], context, state.pages)
-    logits = unembed(hidden[:, 0], model.head(weights))
-    if logits.shape[1] > spec.num_tokens:
-        logits = jnp.where(jnp.arange(logits.shape[1]) < spec.num_tokens, logits, -jnp.inf)
+    logits = real_logits(spec, unembed(hidden[:, 0], model.head(weights)), seen)
     return pages, *sample(spec.sampler, logits, uniforms)
 
 
@@ -361,7 +388,9 @@ def decode(
     completion = jnp.where(sampling, slots.completion, total)
     index = jnp.minimum(completion, total - 1)
     count = state.lengths[index]
-    pages, tokens, logprobs = next_tokens(spec, weights, angles, rows, state, uniforms[index, count])
+    penalised = spec.sampler.repetition_penalty != 1
+    seen = seen_tokens(page_spec, prompts, state, spec.model.vocab_size) if penalised else None
+    pages, tokens, logprobs, kept = next_tokens(spec, weights, angles, rows, state, uniforms[index, count], seen)
     if spec.on_token:
         jax.debug.callback(spec.on_token, completion, count, tokens)
     filled = jnp.zeros_like(slots.cached).at[rows.slot].add(rows.valid.astype(jnp.int32))
@@ -377,6 +406,7 @@ def decode(
         ended=state.ended | (sampling & stopped),
         scheduled=jnp.bool(False),
         counts=state.counts + jnp.stack([jnp.int32(1), sampling.sum(), jnp.int32(0), refilled]),
+        kept=jax.tree.map(lambda all_kept, new: all_kept.at[completion, count].set(new, mode="drop"), state.kept, kept),
     )
 
 
@@ -446,6 +476,7 @@ def initial_state(spec: RolloutSpec, page_spec: PageSpec, prompts: PromptBatch, 
         ended=jnp.zeros(slots, bool),
         scheduled=jnp.bool(False),
         counts=jnp.zeros(len(COUNTS), jnp.int32),
+        kept=start.kept,
     )
 
 
@@ -464,8 +495,8 @@ def all_uniforms(spec: PageSpec, prompts: PromptBatch, key: Array) -> Float[Arra
 
 def run_device(
     spec: RolloutSpec, weights: Params, prompts: PromptBatch, rows: PrefillRows, start: Start, key: Array
-) -> tuple[Array, Array, Array, Array]:
-    """Run one device's whole rollout -> tokens, log-probs, lengths, and counts [1, 4]."""
+) -> tuple[Array, Array, Array, Array, KeptSet | None]:
+    """Run one device's whole rollout -> tokens, log-probs, lengths, counts [1, 4], and kept sets."""
     count = len(prompts.lengths)
     page_spec = spec.page_spec(count, len(start.lengths) // count)
     prompt_table, taken = prompt_pages(page_spec, prompts)
@@ -473,12 +504,12 @@ def run_device(
     state = update(state, pages=prefill(spec, weights, rows, prompt_table, state.pages))
     uniforms = all_uniforms(page_spec, prompts, key)
     state = decode_all(spec, page_spec, weights, prompts, uniforms, prompt_table, state)
-    return state.tokens, state.logprobs, state.lengths, state.counts[None]
+    return state.tokens, state.logprobs, state.lengths, state.counts[None], state.kept
 
 
 def run_mesh(
     spec: RolloutSpec, weights: Params, prompts: PromptBatch, rows: PrefillRows, start: Start, seed: Int[Array, "2"]
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array, KeptSet | None]:
     """Run every device's rollout of its share of the prompts."""
     key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
     own, whole = data_spec(spec.mesh), PartitionSpec()
@@ -578,12 +609,14 @@ def pack_prompts(spec: RolloutSpec, tokens: Int[np.ndarray, "P T"], lengths: Int
 def no_start(spec: RolloutSpec, total: int) -> Start:
     """Return the start of completions that have no tokens yet."""
     zeros = np.zeros((total, spec.max_tokens), np.int32)
-    return Start(zeros, zeros.astype(np.float32), np.zeros(total, np.int32))
+    numbers = zeros.astype(np.float32)
+    kept = KeptSet(numbers, numbers) if spec.sampler.truncates else None
+    return Start(zeros, numbers, np.zeros(total, np.int32), kept)
 
 
-def make_rollout(spec: RolloutSpec, total: int, slots: int, outs: tuple[np.ndarray, ...]) -> Rollout:
+def make_rollout(spec: RolloutSpec, total: int, slots: int, outs: tuple[Any, ...]) -> Rollout:
     """Collect a program's results of the first `total` completions."""
-    tokens, logprobs, lengths = (x[:total] for x in outs[:3])
+    tokens, logprobs, lengths, kept = jax.tree.map(lambda x: x[:total], (*outs[:3], outs[4]))
     last = np.take_along_axis(tokens, np.maximum(lengths[:, None] - 1, 0), axis=1)[:, 0]
     counts = dict(zip(COUNTS, outs[3].T, strict=True))
     return Rollout(
@@ -591,6 +624,7 @@ def make_rollout(spec: RolloutSpec, total: int, slots: int, outs: tuple[np.ndarr
         logprobs=logprobs,
         lengths=lengths,
         stopped=np.isin(last, spec.stop_tokens),
+        kept=kept,
         decode_steps=int(counts["steps"].max()),
         occupancy=float(counts["busy"].sum() / max(1, counts["steps"].sum() * slots)),
         preempted=int(counts["preempted"].sum()),
@@ -630,7 +664,7 @@ class Generator:
         key = put(np.array(seed, np.int32), replicated(spec.mesh))
         outs = rollout_program(spec.backend)(spec, weights, *inputs, key)
         slots = spec.slot_count(len(batch.lengths) // spec.mesh.size, row_group)
-        return make_rollout(spec, total, slots, tuple(map(fetch, outs)))
+        return make_rollout(spec, total, slots, jax.tree.map(fetch, outs))
 
 
 def rollout_spec(
@@ -649,7 +683,7 @@ def rollout_spec(
         mesh=mesh,
         backend=backend,
         dtype=jnp.dtype(dtype),
-        sampler=Sampler(options.temperature, options.top_k, options.top_p, options.min_p),
+        sampler=Sampler(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty),
         num_tokens=num_tokens,
         stop_tokens=stop_tokens,
         prompt_tokens=prompt_tokens,

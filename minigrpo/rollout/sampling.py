@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +22,71 @@ class Sampler:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def truncates(self) -> bool:
+        """Tell if tokens are left out of the distribution; greedy sampling has none."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeptSet:
+    """The tokens that truncated sampling kept where each token was sampled, written down as a limit of log-probs.
+
+    Example: of softmax probabilities 0.5, 0.3, 0.15 and 0.05, top-k 2 keeps two, so `mass` is 0.8 and `cutoff` -1.55:
+    log 0.5 and log 0.3 are above it, log 0.15 and log 0.05 below.
+    """
+
+    cutoff: Any  # float [...], log-prob under the whole distribution that the kept tokens reach; -inf if all do
+    mass: Any  # float [...], probability of all kept tokens together
 
 
 def sample(
     sampler: Sampler, logits: Float[Array, "B V"], uniforms: Float[Array, " B"]
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Sample a token per row, with its log-prob under softmax(logits / temperature) before any truncation.
+) -> tuple[Int[Array, " B"], Float[Array, " B"], KeptSet | None]:
+    """Sample a token per row -> tokens, log-probs, and the kept sets, None where the sampler leaves nothing out.
 
-    `logits` hold -inf where there is no token. Greedy rows report the log-prob at temperature 1.
+    A log-prob is that of softmax(logits / temperature) over the kept tokens. `logits` hold -inf where there is no
+    token. Greedy rows report the log-prob at temperature 1.
     """
     scaled = logits / (sampler.temperature or 1.0)
     peak = scaled.max(axis=-1, keepdims=True)
     probs = jnp.exp(scaled - peak)
+    kept = probs
     if sampler.temperature == 0:
         tokens = jnp.argmax(scaled, axis=-1)
     else:
-        tokens = invert_cdf(truncate(sampler, probs), uniforms)
+        kept = truncate(sampler, probs)
+        tokens = invert_cdf(kept, uniforms)
     chosen = jnp.take_along_axis(scaled - peak, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jnp.log(running_sums(in_blocks(probs))[:, -1])
+    total = running_sums(in_blocks(probs))[:, -1]
+    if not sampler.truncates:
+        return tokens, chosen - jnp.log(total), None
+    kept_total = running_sums(in_blocks(kept))[:, -1]
+    cutoff = midway(scaled - peak, kept > 0) - jnp.log(total)
+    return tokens, chosen - jnp.log(kept_total), KeptSet(cutoff, kept_total / total)
+
+
+def penalise(penalty: float, logits: Float[Array, "B V"], seen: Int[Array, "B N"]) -> Float[Array, "B V"]:
+    """Divide positive logits of tokens `seen` by the penalty and multiply negative ones (arXiv:1909.05858, sec. 4.1).
+
+    A number past the vocabulary is no token.
+    """
+    own = jnp.take_along_axis(logits, seen, axis=1, mode="clip")
+    own = jnp.where(own < 0, own * penalty, own / penalty)
+    return logits.at[jnp.arange(len(seen))[:, None], seen].set(own, mode="drop")
+
+
+def midway(logits: Float[Array, "B V"], kept: Bool[Array, "B V"]) -> Float[Array, " B"]:
+    """Return the middle between the least kept and the largest dropped logit, farthest from either's rounding.
+
+    It is -inf where every token is kept.
+    """
+    least = jnp.where(kept, logits, jnp.inf).min(axis=-1)
+    largest = jnp.where(kept, -jnp.inf, logits).max(axis=-1)
+    return (least + largest) / 2
 
 
 def truncate(sampler: Sampler, probs: Float[Array, "B V"]) -> Float[Array, "B V"]:

@@ -108,6 +108,7 @@ class State:
     ended: Any  # bool [S], slots whose completion ended with the last token and has not left yet
     scheduled: Any  # bool scalar, true right after `schedule`, before the next decode step
     counts: Any  # int32 [4], see COUNTS
+    kept: Any = None  # KeptSet of [B, C], None where sampling leaves nothing out
 
 
 COUNTS = ("steps", "busy", "preempted", "refilled")
