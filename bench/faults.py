@@ -1,0 +1,352 @@
+"""Faults made on purpose: `python bench/faults.py [--rows=...] [--tries=N|short] [--seed=0]`. Last line JSON.
+
+Each row breaks small runs of the built-in model in one way. What --resume makes of them must equal a run left alone bit
+for bit: metrics but for timings, completions, evaluations, weights; and no file may be missing. `lost` counts the tries
+where it does not, or where the process hid the fault or ended otherwise than documented; each is told on stderr.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+import jax
+import jax.numpy as jnp
+from fault_cases import DISK, FINE, OWN_PROCESS, REFUSED, REWARD, SHIM, STRUCTURE, half_deleted
+from fault_runs import STEPS, Job, Lab, Outcome, Process, make_jobs, run_here, write_data
+
+from minigrpo import train
+from minigrpo.config import Options, Settings, UsageError, option, run_command
+from minigrpo.runtime.checkpoint import MANIFEST, Checkpoints, read_manifest, read_marker
+from minigrpo.runtime.run_folder import last_step
+from minigrpo.runtime.signals import EXIT_STOPPED
+
+HUNG = 60.0
+"""Seconds to end in after a signal."""
+
+FULL = {"kill": 60, "term": 40, "int": 40, "flip": 200, "structure": 0, "disk": 0, "reward": 0}
+SHORT = {"kill": 1, "term": 1, "int": 0, "flip": 40, "structure": 0, "disk": 2, "reward": 12}
+"""Tries per row; 0 in FULL is every case there is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FaultOptions(Options):
+    """Faults"""
+
+    rows: str = option(",".join(FULL), "rows of the table, by commas")
+    tries: str = option("full", "tries of each row: full, short, or a number")
+    seed: int = option(0, "of the moments and places")
+    folder: str = option("", "where runs and compiled programs are kept; a temporary folder if empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchSettings(Settings):
+    """This bench's settings."""
+
+    faults: FaultOptions = FaultOptions()
+
+
+# Rows
+
+
+def kill(lab: Lab, jobs: list[Job], number: int) -> Outcome:
+    """SIGKILL at a random moment."""
+    job = jobs[number % len(jobs)]
+    run = lab.new("kill")
+    lab.reference(job)
+    process = Process(job, run)
+    case = lab.wait(job, run, process)
+    process.process.kill()
+    process.end()
+    return lab.resume(job, run, case, process.text)
+
+
+def stop(which: signal.Signals, lab: Lab, jobs: list[Job], number: int) -> Outcome:
+    """SIGTERM or SIGINT at a random moment."""
+    job = jobs[number % len(jobs)]
+    run = lab.new("stop")
+    lab.reference(job)
+    process = Process(job, run)
+    case = lab.wait(job, run, process)
+    steps, running = last_step(run / "metrics.jsonl"), process.process.poll() is None
+    process.process.send_signal(which)
+    code = process.end(HUNG)
+    if code is None:
+        return Outcome(case, text=process.text, hung=True)
+    return lab.resume(job, run, case, process.text, wrong_exit(code, which, steps, run) if running else "")
+
+
+def wrong_exit(code: int, which: signal.Signals, steps: int, run: pathlib.Path) -> str:
+    """Return what is wrong with the end of a run that had finished `steps` steps when it got a signal."""
+    saved, finished = read_marker(run), (run / "final").exists()
+    if code == EXIT_STOPPED:
+        return "" if saved >= steps else f"step {saved} saved, {steps} were finished"
+    if code in (128 + which, -which):
+        return "" if finished or steps == 0 else f"ended without saving step {steps}"
+    return "" if code == 0 and finished and steps >= STEPS - 1 else f"exit code {code}, signal after step {steps}"
+
+
+def restore(run: pathlib.Path, **options: Any) -> tuple[int, dict[str, jax.Array], str]:
+    """Restore the newest good checkpoint of a run -> its step, its arrays, and what was said."""
+    arrays = read_manifest(run / "checkpoints" / str(STEPS // 2))["arrays"]
+    like = {name: jnp.zeros(shape, dtype) for name, (shape, dtype, _) in arrays.items()}
+    checkpoints = Checkpoints(run / "checkpoints", 9)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            step, state, _ = checkpoints.restore(like | options)
+    finally:
+        checkpoints.close()
+    return step, state, said.getvalue()
+
+
+def digest(state: dict[str, jax.Array]) -> str:
+    """Return a digest of a state's bytes."""
+    return hashlib.sha256(b"".join(jax.device_get(state[name]).tobytes() for name in sorted(state))).hexdigest()
+
+
+@functools.cache
+def saved_states(run: pathlib.Path) -> dict[int, str]:
+    """Return the digests of the last two checkpoints of a run."""
+    newest, state, _ = restore(run)
+    aside = (run / "checkpoints" / str(newest)).rename(run / "aside")
+    before, earlier, _ = restore(run)
+    aside.rename(run / "checkpoints" / str(newest))
+    return {newest: digest(state), before: digest(earlier)}
+
+
+def flip(lab: Lab, jobs: list[Job], number: int) -> Outcome:
+    """Flip one bit of the newest checkpoint: in each file in turn, and in every second try anywhere by size."""
+    run = lab.reference(jobs[0])[0]
+    saved, newest = saved_states(run), run / "checkpoints" / str(STEPS)
+    files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
+    by_size = lab.random.choices(files, [path.stat().st_size for path in files])[0]
+    path = by_size if number % 2 else files[number // 2 % len(files)]
+    kept = path.read_bytes()
+    at, bit = lab.random.randrange(len(kept)), lab.random.randrange(8)
+    path.write_bytes(kept[:at] + bytes([kept[at] ^ 1 << bit]) + kept[at + 1 :])
+    step, state, said = restore(run)
+    aside = run / f"unusable-checkpoint-{STEPS}"
+    told = step == STEPS or (f"{STEPS} is not usable" in said and aside.is_dir())
+    if aside.is_dir():
+        aside.rename(newest)
+    path.write_bytes(kept)
+    wrong = "" if told and digest(state) == saved[step] else f"step {step} restored in silence"
+    return Outcome(f"bit {bit} of byte {at} of {path.relative_to(run)}", wrong, said)
+
+
+def structure(lab: Lab, jobs: list[Job], number: int) -> Outcome:
+    """Leave behind what a crash, or a person, may leave in the folder of checkpoints."""
+    original = lab.reference(jobs[0])[0]
+    saved, run = saved_states(original), lab.new("structure")
+    shutil.copytree(original, run)
+    case, (act, wanted, options) = list(STRUCTURE.items())[number]
+    act(run / "checkpoints", run / "checkpoints" / str(STEPS) / MANIFEST)
+    before = sorted(path.name for path in run.rglob("*"))
+    try:
+        step, state, said = restore(run, **options)
+        wrong = "" if step == wanted and digest(state) == saved[step] else f"step {step} restored, not {wanted}"
+    except UsageError as error:
+        said, moved = str(error), before != sorted(path.name for path in run.rglob("*"))
+        wrong = "" if wanted == said.count("\n") == 0 and not moved else f"refused: {said}"
+    shutil.rmtree(run)
+    return Outcome(case, wrong, said)
+
+
+def disk(lab: Lab, jobs: list[Job], number: int) -> Outcome:
+    """Let the disk fill up, vanish or refuse while a run goes on."""
+    job = jobs[number % 2 and len(jobs) > 4 and 4]
+    original = lab.reference(job)[0]
+    case, (kind, value) = list(DISK.items())[number]
+    run = lab.new("disk")
+    size = int(value * sum(path.stat().st_size for path in original.rglob("*"))) if kind == "full" else 0
+    with limited(run.with_name(run.name + "-disk"), size) as (place, prepare, free):
+        run = place / "run" if size else run
+        process = broken(lab, job, run, kind, value, prepare)
+        code = process.end()
+        free()
+        lines = [line for line in process.text.splitlines() if line.startswith("error: ")]
+        wrong = "" if code == 0 or (code == 2 and len(lines) == 1) else f"exit code {code}, {process.text[-300:]}"
+        if kind == "removed":  # by hand, with all that was in it
+            shutil.rmtree(run, ignore_errors=True)
+        resumed = lab.resume(job, run, case, process.text, wrong)
+        return dataclasses.replace(resumed, hung=code is None)
+
+
+@contextlib.contextmanager
+def limited(place: pathlib.Path, size: int) -> Any:
+    """Give a folder of `size` bytes, or where mounting is not allowed a limit on every file's size; 0 is no limit."""
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    if not size:
+        yield place, drop_privileges, lambda: None
+    elif subprocess.run([*mount, f"size={size}", "tmpfs", place], capture_output=True).returncode == 0:
+        try:
+            yield place, None, lambda: subprocess.run([*mount, "remount,size=1g", "tmpfs", place], check=True)
+        finally:
+            subprocess.run(["umount", "-l", place], check=True)
+    else:
+        limit = size // 3  # the largest file is about a third of all
+        yield place, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), lambda: None
+
+
+def drop_privileges() -> None:
+    """Let permissions hold for root too: PR_CAPBSET_DROP of CAP_DAC_OVERRIDE."""
+    ctypes.CDLL(None).prctl(24, 1)
+
+
+def broken(lab: Lab, job: Job, run: pathlib.Path, kind: str, value: Any, prepare: Callable[[], None] | None) -> Process:
+    """Start a run, and let its disk refuse from a random moment on."""
+    if kind == "link":
+        run.with_name(run.name + "-there").mkdir()
+        run.symlink_to(run.with_name(run.name + "-there"))
+    (lab.folder / "shim").mkdir(exist_ok=True)
+    (lab.folder / "shim" / "sitecustomize.py").write_text(SHIM)
+    refused = {"PYTHONPATH": f"{lab.folder}/shim:{ROOT}", "REFUSED": f"{value}"} if kind == "refused" else {}
+    process = Process(job, run, prepare=prepare, **refused)
+    if kind in ("removed", "read-only", "link"):
+        while process.process.poll() is None and last_step(run / "metrics.jsonl") < value:
+            time.sleep(0.005)
+        if kind == "removed":
+            half_deleted(run)
+        elif kind == "link":
+            process.process.kill()
+        else:
+            modes(run, 0o555)
+            process.end()
+            modes(run, 0o755)
+    return process
+
+
+def modes(folder: pathlib.Path, mode: int) -> None:
+    """Set the permissions of a folder and of all folders in it."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            path.chmod(mode)
+
+
+def reward(lab: Lab, jobs: list[Job], number: int) -> Outcome:
+    """Train with a reward function that misbehaves in the third step, then with the same one mended."""
+    case, (body, wanted, alone) = list(reward_cases().items())[number]
+    path = lab.folder / "rewards.py"
+    path.write_text(REWARD.replace("BODY", "pass"))
+    job = dataclasses.replace(
+        jobs[0], name="reward", flags=(*jobs[0].flags, f"--reward={path}:score", "--reward_timeout=3")
+    )
+    lab.reference(job)
+    run = lab.new("reward")
+    path.write_text(REWARD.replace("BODY", body))
+    if alone:
+        process = Process(job, run)
+        code, said = process.end(2 * HUNG), process.text
+    else:
+        code, said = run_here(job, run)
+    path.write_text(REWARD.replace("BODY", "pass"))
+    lines = [line for line in said.splitlines() if line.startswith(("error: reward score: ", "interrupted"))]
+    as_told = {
+        "refused": code in (2, 130, -signal.SIGKILL) and len(lines) == 1,
+        "killed": code is not None and code < 0,
+        "fine": code == 0,
+    }[wanted]
+    resumed = lab.resume(job, run, case, said, "" if as_told else f"exit code {code}: {said[-300:]}")
+    return dataclasses.replace(resumed, hung=code is None)
+
+
+def reward_cases() -> dict[str, tuple[str, str, bool]]:
+    """Return all misbehaving functions: name -> (body, "refused" or "fine", whether in a process of its own)."""
+    here = [(body, "refused", False) for body in REFUSED] + [(body, "fine", False) for body in FINE]
+    return {body: (body, *rest) for body, *rest in [*here, *((body, wanted, True) for body, wanted in OWN_PROCESS)]}
+
+
+ROWS: dict[str, Callable[[Lab, list[Job], int], Outcome]] = {
+    "kill": kill,
+    "term": functools.partial(stop, signal.SIGTERM),
+    "int": functools.partial(stop, signal.SIGINT),
+    "flip": flip,
+    "structure": structure,
+    "disk": disk,
+    "reward": reward,
+}
+CASES = {"structure": STRUCTURE, "disk": DISK, "reward": reward_cases()}
+"""Rows of fixed cases, each of which is tried once."""
+
+
+# The table
+
+
+def tries_of(row: str, asked: str) -> range | list[int]:
+    """Return the numbers of a row's tries; UsageError for anything but full, short or a number."""
+    if asked not in ("full", "short") and not asked.isdecimal():
+        raise UsageError(f"--tries={asked}: must be full, short or a whole number")
+    cases = len(CASES[row]) if row in CASES else FULL[row]
+    count = {"full": FULL, "short": SHORT}.get(asked, {}).get(row, int(asked) if asked.isdecimal() else 0) or cases
+    return (
+        range(count)
+        if row not in CASES
+        else [number * cases // min(count, cases) for number in range(min(count, cases))]
+    )
+
+
+def run_row(row: str, lab: Lab, jobs: list[Job], asked: str) -> dict[str, Any]:
+    """Run a row's tries, tell each that failed, and print its line -> the line's numbers."""
+    started, outcomes = time.monotonic(), []
+    for number in tries_of(row, asked):
+        outcomes.append(ROWS[row](lab, jobs, number))
+        last = outcomes[-1]
+        if last.lost or last.traceback or last.hung:
+            sys.stderr.write(f"{row} {number}: {last.case}: {last.lost}{' hung' * last.hung}\n{last.text[-2000:]}\n")
+    counts = {
+        "tried": len(outcomes),
+        "lost": sum(bool(outcome.lost) for outcome in outcomes),
+        "tracebacks": sum(outcome.traceback for outcome in outcomes),
+        "hung": sum(outcome.hung for outcome in outcomes),
+        "seconds": round(time.monotonic() - started),
+    }
+    sys.stdout.write(f"{row:10}" + "".join(f"{value:>12}" for value in counts.values()) + "\n")
+    sys.stdout.flush()
+    return counts
+
+
+def main(settings: BenchSettings) -> int:
+    """Run the table -> 0 if nothing was lost and nothing hung, without a traceback."""
+    options, rows = settings.faults, settings.faults.rows.split(",")
+    if unknown := [row for row in rows if row not in ROWS]:
+        raise UsageError(f"--rows={unknown[0]}: must be of {', '.join(ROWS)}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would runs
+    with tempfile.TemporaryDirectory(prefix="minigrpo-faults-") as temporary:
+        folder = pathlib.Path(options.folder or temporary).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+        for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"):
+            jax.config.update(name, type(getattr(jax.config, name) or "")(os.environ[name.upper()]))
+        train.write_report = lambda run: run / "report.html"  # most of a short run's time, and not compared
+        write_data(folder)
+        lab, jobs = Lab(pathlib.Path(tempfile.mkdtemp(dir=folder)), random.Random(options.seed)), make_jobs(folder)
+        sys.stdout.write(
+            " " * 10 + "".join(f"{name:>12}" for name in ("tried", "lost", "tracebacks", "hung", "s")) + "\n"
+        )
+        table = {row: run_row(row, lab, jobs, options.tries) for row in rows}
+    sys.stdout.write(json.dumps({"bench": "faults", "seed": options.seed, "rows": table}) + "\n")
+    return int(any(row["lost"] or row["tracebacks"] or row["hung"] for row in table.values()))
+
+
+if __name__ == "__main__":
+    run_command("python bench/faults.py", __doc__ or "", ("faults",), main, kind=BenchSettings)
