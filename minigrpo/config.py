@@ -1,5 +1,6 @@
 """Every setting: one frozen dataclass per concern, command-line flags generated from it, validation at construction."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -8,6 +9,8 @@ import os
 import re
 import sys
 import textwrap
+import threading
+import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +23,9 @@ from minigrpo import __version__
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+LEFT_BEHIND = 5.0
+"""Seconds that threads left behind by other code, which Python waits for at its end, may go on."""
 LARGEST_SEED = 2**31 - 1
 LARGEST_BATCH = 65536
 LARGEST_RANK = 4096
@@ -684,18 +690,31 @@ def run_command(
         sys.stdout.write(f"minigrpo {__version__}\n")
         sys.exit(0)
     try:
-        sys.exit(main(parse_flags(argv, sections, kind)))
+        code = main(parse_flags(argv, sections, kind))
     except UsageError as error:
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(EXIT_USAGE)
+        code = EXIT_USAGE
     except OSError as error:
         if error.filename is None or is_own_file(error.filename):  # a bug, not a file that the user named
             raise
         sys.stderr.write(f"error: {error.filename}: {error.strerror or error}\n")
-        sys.exit(EXIT_USAGE)
+        code = EXIT_USAGE
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        sys.exit(EXIT_INTERRUPTED)
+        code = EXIT_INTERRUPTED
+    threading.Thread(target=end_late, args=(code,), daemon=True).start()
+    sys.exit(code)
+
+
+def end_late(code: int) -> None:
+    """End the process soon after its main thread, also where a reward function left threads or exit handlers behind."""
+    threading.main_thread().join()
+    time.sleep(LEFT_BEHIND)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.write("note: threads that other code left behind were cut off\n")
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def is_own_file(name: Any) -> bool:

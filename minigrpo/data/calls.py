@@ -7,6 +7,7 @@ import functools
 import inspect
 import itertools
 import math
+import os
 import signal
 import threading
 import time
@@ -21,9 +22,13 @@ from jaxtyping import Float
 
 from minigrpo.config import UsageError
 from minigrpo.data.columns import LARGEST_SCORE
+from minigrpo.data.witness import WITNESS
 from minigrpo.user_code import error_place, shown
 
 RewardFunction = Callable[..., Sequence[float]]
+
+PATIENCE = 10.0
+"""Seconds after its time limit in which a function may be interrupted, before the process is killed."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,23 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
         return work()
 
 
+@contextlib.contextmanager
+def exits_raised() -> Iterator[None]:
+    """Let os._exit raise SystemExit in this process, which it would end without a word; not in forked children."""
+    leave, owner = os._exit, os.getpid()
+
+    def raise_exit(status: int) -> None:
+        if os.getpid() != owner:
+            leave(status)
+        raise SystemExit(f"os._exit({status})")
+
+    os._exit = raise_exit  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = leave
+
+
 async def finish(scores: Awaitable[Any]) -> Any:
     """Await the scores of an async reward function."""
     return await scores
@@ -275,8 +297,10 @@ def call_reward(reward: Reward, timeout: float, arguments: dict[str, Any]) -> Fl
     if reward.builtin:
         return np.array(work(), np.float64)
     taken = {name: fresh(value) if isinstance(value, list) else value for name, value in taken.items()}
+    stuck = f"error: reward {reward.name}: no result after {timeout:g} s, in code that cannot be interrupted; the run "
     try:
-        return np.array(within(timeout, work), np.float64)
+        with exits_raised(), WITNESS.limit(timeout + PATIENCE, stuck + "was killed. Mend it, continue with --resume"):
+            return np.array(within(timeout, work), np.float64)
     except Overtime:
         raise UsageError(f"reward {reward.name}: no result after {timeout:g} s; see --reward_timeout") from None
     except (UsageError, KeyboardInterrupt):
