@@ -71,12 +71,13 @@ DISK = {
         "metrics.jsonl", "completions.jsonl", "evaluations.jsonl", "config.json", "flags.txt", "train.log",
         "newest_checkpoint", "manifest", "final", "report", "programs",
     )},
-    "half the folder removed in step 3": ("removed", 2),
-    "read-only in step 2": ("read-only", 1),
-    "read-only in step 4": ("read-only", 3),
-    "a link, and a kill in step 4": ("link", 3),
+    "half of the files removed in step 3": ("removed", (2, half_deleted)),
+    "the folder removed in step 2": ("removed", (1, shutil.rmtree)),
+    "read-only in step 2": ("read-only", (1,)),
+    "read-only in step 4": ("read-only", (3,)),
+    "a link, and a kill in step 4": ("link", (3,)),
 }  # fmt: skip
-"""Name -> (kind, share of the bytes of a whole run, or part of a path, or step)."""
+"""Name -> (kind, share of the bytes of a whole run, part of a path, or number of finished steps and what happens)."""
 
 
 # Reward functions
@@ -145,7 +146,8 @@ FINE = (
 )  # fmt: skip
 OWN_PROCESS = (
     ("os._exit(0)", "refused"), ("hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)", "refused"),
-    ("collections.deque(itertools.repeat(0), maxlen=0)", "refused"), ("os.abort()", "killed"), ("os.kill(os.getpid(), 9)", "killed"),
+    ("collections.deque(itertools.repeat(0), maxlen=0)", "refused"), ("os.abort()", "killed"),
+    ("os.kill(os.getpid(), 9)", "killed"),
     ("signal.alarm(1); time.sleep(9)", "killed"), ("ctypes.string_at(0)", "killed"),
     ("threading.Thread(target=time.sleep, args=(1000,)).start()", "fine"), ("print('x' * 10**8)", "fine"),
     ("os.close(2)", "fine"), ("os.fork() or os._exit(0)", "fine"),

@@ -11,9 +11,10 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +31,10 @@ SAMPLED = ("--batch_size=2", "--num_generations=2", "--max_completion_length=16"
 EVERY = (f"--max_steps={STEPS}", "--mesh=1,1")
 SAVED = ("--save_steps=2", *EVERY)
 LORA = ("--lora_rank=2", "--lora_dropout=0.1", "--beta=0.1", "--sync_ref_steps=1", "--zero_std_groups=resample")
+
+
+UPDATES: dict[tuple[str, ...], Any] = {}
+"""Specs of the updates of jobs, by their flags."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +117,27 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | more
 
 
+@contextlib.contextmanager
+def programs_of(job: Job) -> Iterator[None]:
+    """Build a job's update once, so that its programs are traced once: jax knows them by the functions in it."""
+    name = "grpo_update_spec" if job.command is train else "make_update_spec"
+    build = getattr(job.command, name)
+    setattr(
+        job.command,
+        name,
+        lambda *given, **more: UPDATES.get(job.flags) or UPDATES.setdefault(job.flags, build(*given, **more)),
+    )
+    try:
+        yield
+    finally:
+        setattr(job.command, name, build)
+
+
 def run_here(job: Job, run: pathlib.Path, *more: str) -> tuple[int, str]:
     """Run a command in this process, where its programs are compiled already -> exit code and stderr."""
     flags = [*job.flags, *more, f"--output_dir={run}"]
-    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), programs_of(job):
         try:
             code = job.command.main(parse_flags(flags, job.command.SECTIONS))
         except UsageError as error:
@@ -131,12 +153,11 @@ class Process:
     """A command in a process of its own, its stderr in a file."""
 
     def __init__(self, job: Job, run: pathlib.Path, *more: str, prepare: Callable[[], None] | None = None, **env: str):
-        self.log = run.with_name(run.name + ".err")
+        self.log = tempfile.TemporaryFile()
         command = [sys.executable, "-m", job.command.__name__, *job.flags, *more, f"--output_dir={run}"]
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment(**env), stdout=subprocess.DEVNULL, stderr=log, preexec_fn=prepare
-            )
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(**env), stdout=subprocess.DEVNULL, stderr=self.log, preexec_fn=prepare
+        )
 
     def end(self, seconds: float = LONGEST) -> int | None:
         """Wait for the end -> exit code, None if it hung."""
@@ -150,7 +171,7 @@ class Process:
     @property
     def text(self) -> str:
         """Return its stderr so far."""
-        return self.log.read_text(errors="replace")
+        return os.pread(self.log.fileno(), 10**7, 0).decode(errors="replace")
 
 
 @dataclasses.dataclass

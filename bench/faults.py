@@ -32,7 +32,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # of the runs too
 
 import jax
 import jax.numpy as jnp
-from fault_cases import DISK, FINE, OWN_PROCESS, REFUSED, REWARD, SHIM, STRUCTURE, half_deleted
+from fault_cases import DISK, FINE, OWN_PROCESS, REFUSED, REWARD, SHIM, STRUCTURE
 from fault_runs import STEPS, Job, Lab, Outcome, Process, make_jobs, run_here, write_data
 
 from minigrpo import train
@@ -175,7 +175,7 @@ def structure(lab: Lab, jobs: list[Job], number: int) -> Outcome:
 
 def disk(lab: Lab, jobs: list[Job], number: int) -> Outcome:
     """Let the disk fill up, vanish or refuse while a run goes on."""
-    job = jobs[number % 2 and len(jobs) > 4 and 4]
+    job = jobs[3]
     original = lab.reference(job)[0]
     case, (kind, value) = list(DISK.items())[number]
     run = lab.new("disk")
@@ -224,11 +224,11 @@ def broken(lab: Lab, job: Job, run: pathlib.Path, kind: str, value: Any, prepare
     (lab.folder / "shim" / "sitecustomize.py").write_text(SHIM)
     refused = {"PYTHONPATH": f"{lab.folder}/shim:{ROOT}", "REFUSED": f"{value}"} if kind == "refused" else {}
     process = Process(job, run, prepare=prepare, **refused)
-    if kind in ("removed", "read-only", "link"):
-        while process.process.poll() is None and last_step(run / "metrics.jsonl") < value:
+    if kind not in ("full", "refused"):
+        while process.process.poll() is None and last_step(run / "metrics.jsonl") < value[0]:
             time.sleep(0.005)
         if kind == "removed":
-            half_deleted(run)
+            value[1](run)
         elif kind == "link":
             process.process.kill()
         else:
@@ -313,8 +313,9 @@ def run_row(row: str, lab: Lab, jobs: list[Job], asked: str) -> dict[str, Any]:
     for number in tries_of(row, asked):
         outcomes.append(ROWS[row](lab, jobs, number))
         last = outcomes[-1]
-        if last.lost or last.traceback or last.hung:
-            sys.stderr.write(f"{row} {number}: {last.case}: {last.lost}{' hung' * last.hung}\n{last.text[-2000:]}\n")
+        bad = last.lost or last.traceback or last.hung
+        told = f"{last.lost}{' hung' * last.hung}\n{last.text[-2000:]}" if bad else "nothing lost"
+        sys.stderr.write(f"{row} {number}, {time.monotonic() - started:.0f} s: {last.case}: {told}\n")
     counts = {
         "tried": len(outcomes),
         "lost": sum(bool(outcome.lost) for outcome in outcomes),

@@ -68,7 +68,7 @@ class Witness:
         try:
             yield
         finally:
-            self.tell(0, "")
+            self.tell(0.0, "")
 
 
 WITNESS = Witness()
