@@ -219,7 +219,7 @@ class Lab:
     def resume(self, job: Job, run: pathlib.Path, case: str, text: str, wrong: str = "") -> Outcome:
         """Continue a run that was broken, compare it with the one left alone, and delete it."""
         wanted = self.reference(job)[2]
-        code, said = run_here(job, run, *(["--resume"] if run.exists() else []))
+        code, said = run_here(job, run, *(["--resume"] if (run / "config.json").exists() else []))
         wrong = wrong or (f"exit code {code}: {said[-300:]}" if code else difference(wanted, run))
         if not wrong:
             shutil.rmtree(run.resolve())

@@ -21,6 +21,9 @@ TIMINGS = ("step_time", "time/", "tokens_per_second", "rollout/tokens_per_second
 
 LOGS = ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl")
 
+BEGUN = ("train.log", "config.json.partial")
+"""Files of a run that was killed before its settings were written: it cannot be resumed, only begun again."""
+
 
 class RunFolder:
     """The logs and sinks of one run. Only the first process of several writes."""
@@ -207,7 +210,7 @@ def phases_text(metrics: dict[str, float]) -> str:
 
 def check_empty(folder: Path) -> None:
     """Raise UsageError when something is in the folder: a result never mixes with, or replaces, what was there."""
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.name not in BEGUN for path in folder.iterdir()):
         if (folder / "metrics.jsonl").exists():
             raise UsageError(
                 f"--output_dir={folder}: holds a run already; name another folder, or continue it with --resume"
