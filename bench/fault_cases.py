@@ -66,16 +66,16 @@ sys.addaudithook(Refuse())
 """A sitecustomize.py: no file whose path holds $REFUSED can be opened for writing."""
 
 DISK = {
-    **{f"room for {share:.0%} of the run": ("full", share) for share in (0.02, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9)},
     **{f"no room for {name}": ("refused", name) for name in (
         "metrics.jsonl", "completions.jsonl", "evaluations.jsonl", "config.json", "flags.txt", "train.log",
-        "newest_checkpoint", "manifest", "final", "report", "programs",
+        "newest_checkpoint", "manifest", "final", "report", "-cache",
     )},
     "half of the files removed in step 3": ("removed", (2, half_deleted)),
     "the folder removed in step 2": ("removed", (1, shutil.rmtree)),
     "read-only in step 2": ("read-only", (1,)),
     "read-only in step 4": ("read-only", (3,)),
     "a link, and a kill in step 4": ("link", (3,)),
+    **{f"room for {share:.0%} of the run": ("full", share) for share in (0.02, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9)},
 }  # fmt: skip
 """Name -> (kind, share of the bytes of a whole run, part of a path, or number of finished steps and what happens)."""
 
@@ -134,7 +134,7 @@ HANGING = (
 REFUSED = (
     *(f"raise {error}" for error in RAISED), *(f"return {scores}" for scores in RETURNED), *HANGING,
     "sys.exit()", "sys.exit(3)", "quit()", "exit(0)", "deep(0)", "bytearray(2**62)", "import no_such_module",
-    "log_metric('x', 'y')", "log_extra('x', [1])", "open('/no/such/file')", "os._exit(0)", "os._exit(3)",
+    "log_metric('x', 'y')", "log_extra('x', [1])", "open('/no/such/file')", "os._exit(3)",
 )  # fmt: skip
 FINE = (
     "completion_ids[0].clear(); prompts.clear(); answer[:] = ['0'] * count", "completion_ids.append([1])",
@@ -144,12 +144,20 @@ FINE = (
     "signal.signal(signal.SIGALRM, signal.SIG_IGN)", "log_metric('x', 1); log_extra('x', completions)",
     "sys.setrecursionlimit(500)", "subprocess.run(['true'], check=True)", "[bytes(10**6) for _ in range(500)]",
 )  # fmt: skip
-OWN_PROCESS = (
-    ("os._exit(0)", "refused"), ("hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)", "refused"),
-    ("collections.deque(itertools.repeat(0), maxlen=0)", "refused"), ("os.abort()", "killed"),
-    ("os.kill(os.getpid(), 9)", "killed"),
-    ("signal.alarm(1); time.sleep(9)", "killed"), ("ctypes.string_at(0)", "killed"),
-    ("threading.Thread(target=time.sleep, args=(1000,)).start()", "fine"), ("print('x' * 10**8)", "fine"),
-    ("os.close(2)", "fine"), ("os.fork() or os._exit(0)", "fine"),
-)  # fmt: skip
+HERE = dict.fromkeys(REFUSED, "refused") | dict.fromkeys(FINE, "fine")
 """Bodies, and what is to come of them: an error in one line, an end by a signal, or nothing."""
+
+OWN_PROCESS = {
+    "os._exit(0)": "refused",
+    "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)": "refused",
+    "collections.deque(itertools.repeat(0), maxlen=0)": "refused",
+    "os.abort()": "killed",
+    "os.kill(os.getpid(), 9)": "killed",
+    "signal.alarm(1); time.sleep(9)": "killed",
+    "ctypes.string_at(0)": "killed",
+    "threading.Thread(target=time.sleep, args=(1000,)).start()": "fine",
+    "print('y' * 10**8)": "fine",
+    "os.close(2)": "fine",
+    "os.fork() or os._exit(0)": "fine",
+}
+"""The same for those that would end or hold up the bench itself."""

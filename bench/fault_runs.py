@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -14,9 +15,12 @@ import sys
 import tempfile
 import time
 import traceback
+import unittest.mock
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
+
+from fault_cases import REWARD
 
 from minigrpo import sft, train
 from minigrpo.config import UsageError, parse_flags
@@ -27,9 +31,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS, LONGEST = 4, 600.0
 """Steps of a run, and the seconds beyond which it hangs."""
 
-SAMPLED = ("--batch_size=2", "--num_generations=2", "--max_completion_length=16", "--page_size=16", "--report_to=none")
-EVERY = (f"--max_steps={STEPS}", "--mesh=1,1")
-SAVED = ("--save_steps=2", *EVERY)
+SAMPLED = ("--batch_size=2", "--num_generations=2", "--max_completion_length=16", "--page_size=16")
+SAVED = ("--save_steps=2", f"--max_steps={STEPS}", "--mesh=1,1", "--report_to=none")
 LORA = ("--lora_rank=2", "--lora_dropout=0.1", "--beta=0.1", "--sync_ref_steps=1", "--zero_std_groups=resample")
 
 
@@ -47,7 +50,7 @@ class Job:
 
 
 def write_data(folder: pathlib.Path) -> None:
-    """Write prompts with answers and completions, and prompts with scored responses."""
+    """Write prompts with answers and completions, prompts with scored responses, and a reward function."""
     rows = [{"prompt": f"{a} + 2?", "answer": f"{a + 2}", "completion": f"#### {a + 2}"} for a in range(12)]
     scored = [
         {"prompt": row["prompt"], "responses": ["no", row["completion"]], "scores": [0.0, 1.0], "metadata": {}}
@@ -55,20 +58,22 @@ def write_data(folder: pathlib.Path) -> None:
     ]
     for name, lines in (("rows", rows), ("scored", scored)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "rewards.py").write_text(REWARD.replace("BODY", "pass"))
 
 
 def make_jobs(folder: pathlib.Path) -> list[Job]:
     """Return the kinds of run; supervised ones where they can be resumed."""
     rows, scored = (f"--dataset={folder}/{name}.jsonl" for name in ("rows", "scored"))
+    own = (f"--reward={folder}/rewards.py:score", "--reward_timeout=3")
     evaluated = ("--eval_steps=2", f"--eval_dataset={folder}/rows.jsonl", "--eval_size=4")
     jobs = [
-        Job("full", train, (rows, *SAMPLED, *SAVED)),
+        Job("full", train, (rows, *own, *SAMPLED, *SAVED)),
         Job("lora", train, (rows, *SAMPLED, *LORA, *SAVED)),
         Job("offline", train, (scored, "--offline", *SAMPLED, *SAVED)),
         Job("evaluated", train, (rows, *SAMPLED, *evaluated, *SAVED)),
     ]
     if "run" in sft.SECTIONS:
-        jobs.append(Job("sft", sft, (rows, "--batch_size=4", *SAVED)))
+        jobs.append(Job("sft", sft, (rows, "--batch_size=4", "--max_completion_length=16", *SAVED)))
     return jobs
 
 
@@ -118,26 +123,26 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def programs_of(job: Job) -> Iterator[None]:
-    """Build a job's update once, so that its programs are traced once: jax knows them by the functions in it."""
+def once_built(job: Job) -> Iterator[None]:
+    """Build a job's update once, so that its programs are traced once; leave out the report, most of a run's time."""
     name = "grpo_update_spec" if job.command is train else "make_update_spec"
-    build = getattr(job.command, name)
-    setattr(
-        job.command,
-        name,
-        lambda *given, **more: UPDATES.get(job.flags) or UPDATES.setdefault(job.flags, build(*given, **more)),
-    )
-    try:
+    make = getattr(job.command, name)
+
+    def remembered(*given: Any, **more: Any) -> Any:
+        if job.flags not in UPDATES:
+            UPDATES[job.flags] = make(*given, **more)
+        return UPDATES[job.flags]
+
+    patch = functools.partial(unittest.mock.patch.object, job.command)
+    with patch(name, remembered), patch("write_report", lambda run: run / "report.html", create=True):
         yield
-    finally:
-        setattr(job.command, name, build)
 
 
 def run_here(job: Job, run: pathlib.Path, *more: str) -> tuple[int, str]:
     """Run a command in this process, where its programs are compiled already -> exit code and stderr."""
     flags = [*job.flags, *more, f"--output_dir={run}"]
     said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), programs_of(job):
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), once_built(job):
         try:
             code = job.command.main(parse_flags(flags, job.command.SECTIONS))
         except UsageError as error:
@@ -182,6 +187,11 @@ class Lab:
     random: random.Random
     alone: dict[str, tuple[pathlib.Path, float, dict[str, Any]]] = dataclasses.field(default_factory=dict)
     made: int = 0
+
+    def __post_init__(self) -> None:
+        write_data(self.folder)
+        self.jobs = make_jobs(self.folder)
+        self.rewards = self.folder / "rewards.py"
 
     def new(self, name: str) -> pathlib.Path:
         """Return the path of a new run."""

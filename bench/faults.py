@@ -12,6 +12,7 @@ import functools
 import hashlib
 import io
 import json
+import operator
 import os
 import pathlib
 import random
@@ -32,10 +33,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # of the runs too
 
 import jax
 import jax.numpy as jnp
-from fault_cases import DISK, FINE, OWN_PROCESS, REFUSED, REWARD, SHIM, STRUCTURE
-from fault_runs import STEPS, Job, Lab, Outcome, Process, make_jobs, run_here, write_data
+from fault_cases import DISK, HERE, OWN_PROCESS, REWARD, SHIM, STRUCTURE
+from fault_runs import STEPS, Job, Lab, Outcome, Process, run_here
 
-from minigrpo import train
 from minigrpo.config import Options, Settings, UsageError, option, run_command
 from minigrpo.runtime.checkpoint import MANIFEST, Checkpoints, read_manifest, read_marker
 from minigrpo.runtime.run_folder import last_step
@@ -44,9 +44,15 @@ from minigrpo.runtime.signals import EXIT_STOPPED
 HUNG = 60.0
 """Seconds to end in after a signal."""
 
-FULL = {"kill": 60, "term": 40, "int": 40, "flip": 200, "structure": 0, "disk": 0, "reward": 0}
-SHORT = {"kill": 1, "term": 1, "int": 0, "flip": 40, "structure": 0, "disk": 2, "reward": 12}
-"""Tries per row; 0 in FULL is every case there is."""
+REWARDS = {body: (wanted, body in OWN_PROCESS) for body, wanted in (OWN_PROCESS | HERE).items()}
+"""Misbehaving functions: body -> (what is to come of it, whether in a process of its own)."""
+
+CASES = {"structure": list(STRUCTURE), "disk": list(DISK), "reward": list(REWARDS)}
+"""Rows of fixed cases, each of which is tried once."""
+
+FULL = {"kill": 60, "term": 40, "int": 40, "flip": 200, **{row: len(cases) for row, cases in CASES.items()}}
+SHORT = {"kill": 1, "term": 1, "int": 0, "flip": 20, "structure": 10, "disk": 1, "reward": 8}
+"""Tries per row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +75,9 @@ class BenchSettings(Settings):
 # Rows
 
 
-def kill(lab: Lab, jobs: list[Job], number: int) -> Outcome:
+def kill(lab: Lab, number: int) -> Outcome:
     """SIGKILL at a random moment."""
-    job = jobs[number % len(jobs)]
+    job = lab.jobs[number % len(lab.jobs)]
     run = lab.new("kill")
     lab.reference(job)
     process = Process(job, run)
@@ -81,9 +87,9 @@ def kill(lab: Lab, jobs: list[Job], number: int) -> Outcome:
     return lab.resume(job, run, case, process.text)
 
 
-def stop(which: signal.Signals, lab: Lab, jobs: list[Job], number: int) -> Outcome:
+def stop(which: signal.Signals, lab: Lab, number: int) -> Outcome:
     """SIGTERM or SIGINT at a random moment."""
-    job = jobs[number % len(jobs)]
+    job = lab.jobs[number % len(lab.jobs)]
     run = lab.new("stop")
     lab.reference(job)
     process = Process(job, run)
@@ -135,9 +141,9 @@ def saved_states(run: pathlib.Path) -> tuple[dict[int, str], dict[str, jax.Array
     return {last[0]: last[1], before[0]: before[1]}, like
 
 
-def flip(lab: Lab, jobs: list[Job], number: int) -> Outcome:
+def flip(lab: Lab, number: int) -> Outcome:
     """Flip one bit of the newest checkpoint: in each file in turn, and in every second try anywhere by size."""
-    run = lab.reference(jobs[0])[0]
+    run = lab.reference(lab.jobs[0])[0]
     (saved, like), newest = saved_states(run), run / "checkpoints" / str(STEPS)
     files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
     by_size = lab.random.choices(files, [path.stat().st_size for path in files])[0]
@@ -155,12 +161,13 @@ def flip(lab: Lab, jobs: list[Job], number: int) -> Outcome:
     return Outcome(f"bit {bit} of byte {at} of {path.relative_to(run)}", wrong, said)
 
 
-def structure(lab: Lab, jobs: list[Job], number: int) -> Outcome:
+def structure(lab: Lab, number: int) -> Outcome:
     """Leave behind what a crash, or a person, may leave in the folder of checkpoints."""
-    original = lab.reference(jobs[0])[0]
+    original = lab.reference(lab.jobs[0])[0]
     (saved, like), run = saved_states(original), lab.new("structure")
     shutil.copytree(original, run)
-    case, (act, wanted, more) = list(STRUCTURE.items())[number]
+    case = CASES["structure"][number]
+    act, wanted, more = STRUCTURE[case]
     act(run / "checkpoints", run / "checkpoints" / str(STEPS) / MANIFEST)
     before = sorted(path.name for path in run.rglob("*"))
     try:
@@ -173,11 +180,12 @@ def structure(lab: Lab, jobs: list[Job], number: int) -> Outcome:
     return Outcome(case, wrong, said)
 
 
-def disk(lab: Lab, jobs: list[Job], number: int) -> Outcome:
+def disk(lab: Lab, number: int) -> Outcome:
     """Let the disk fill up, vanish or refuse while a run goes on."""
-    job = jobs[3]
+    case = CASES["disk"][number]
+    kind, value = DISK[case]
+    job = lab.jobs[3 if value == "evaluations.jsonl" else 0]
     original = lab.reference(job)[0]
-    case, (kind, value) = list(DISK.items())[number]
     run = lab.new("disk")
     size = int(value * sum(path.stat().st_size for path in original.rglob("*"))) if kind == "full" else 0
     with limited(run.with_name(run.name + "-disk"), size) as (place, prepare, free):
@@ -223,6 +231,8 @@ def broken(lab: Lab, job: Job, run: pathlib.Path, kind: str, value: Any, prepare
     (lab.folder / "shim").mkdir(exist_ok=True)
     (lab.folder / "shim" / "sitecustomize.py").write_text(SHIM)
     refused = {"PYTHONPATH": f"{lab.folder}/shim:{ROOT}", "REFUSED": f"{value}"} if kind == "refused" else {}
+    if value == "-cache":
+        refused["JAX_COMPILATION_CACHE_DIR"] = str(lab.folder / "no-programs")
     process = Process(job, run, prepare=prepare, **refused)
     if kind not in ("full", "refused"):
         while process.process.poll() is None and last_step(run / "metrics.jsonl") < value[0]:
@@ -245,17 +255,13 @@ def modes(folder: pathlib.Path, mode: int) -> None:
             path.chmod(mode)
 
 
-def reward(lab: Lab, jobs: list[Job], number: int) -> Outcome:
+def reward(lab: Lab, number: int) -> Outcome:
     """Train with a reward function that misbehaves in the third step, then with the same one mended."""
-    case, (body, wanted, alone) = list(reward_cases().items())[number]
-    path = lab.folder / "rewards.py"
-    path.write_text(REWARD.replace("BODY", "pass"))
-    job = dataclasses.replace(
-        jobs[0], name="reward", flags=(*jobs[0].flags, f"--reward={path}:score", "--reward_timeout=3")
-    )
+    case, job, path = CASES["reward"][number], lab.jobs[0], lab.rewards
+    wanted, alone = REWARDS[case]
     lab.reference(job)
     run = lab.new("reward")
-    path.write_text(REWARD.replace("BODY", body))
+    path.write_text(REWARD.replace("BODY", case))
     if alone:
         process = Process(job, run)
         code, said = process.end(2 * HUNG), process.text
@@ -272,13 +278,10 @@ def reward(lab: Lab, jobs: list[Job], number: int) -> Outcome:
     return dataclasses.replace(resumed, hung=code is None)
 
 
-def reward_cases() -> dict[str, tuple[str, str, bool]]:
-    """Return all misbehaving functions: name -> (body, "refused" or "fine", whether in a process of its own)."""
-    here = [(body, "refused", False) for body in REFUSED] + [(body, "fine", False) for body in FINE]
-    return {body: (body, *rest) for body, *rest in [*here, *((body, wanted, True) for body, wanted in OWN_PROCESS)]}
+COLUMNS = ("tried", "lost", "tracebacks", "hung", "seconds")
+WRONG = [operator.attrgetter(name) for name in ("lost", "traceback", "hung")]
 
-
-ROWS: dict[str, Callable[[Lab, list[Job], int], Outcome]] = {
+ROWS: dict[str, Callable[[Lab, int], Outcome]] = {
     "kill": kill,
     "term": functools.partial(stop, signal.SIGTERM),
     "int": functools.partial(stop, signal.SIGINT),
@@ -287,42 +290,33 @@ ROWS: dict[str, Callable[[Lab, list[Job], int], Outcome]] = {
     "disk": disk,
     "reward": reward,
 }
-CASES = {"structure": STRUCTURE, "disk": DISK, "reward": reward_cases()}
-"""Rows of fixed cases, each of which is tried once."""
 
 
 # The table
 
 
-def tries_of(row: str, asked: str) -> range | list[int]:
-    """Return the numbers of a row's tries; UsageError for anything but full, short or a number."""
+def tries_of(row: str, asked: str) -> list[int]:
+    """Return the numbers of a row's tries, spread over its cases; UsageError for an unknown number."""
     if asked not in ("full", "short") and not asked.isdecimal():
         raise UsageError(f"--tries={asked}: must be full, short or a whole number")
-    cases = len(CASES[row]) if row in CASES else FULL[row]
-    count = {"full": FULL, "short": SHORT}.get(asked, {}).get(row, int(asked) if asked.isdecimal() else 0) or cases
-    return (
-        range(count)
-        if row not in CASES
-        else [number * cases // min(count, cases) for number in range(min(count, cases))]
-    )
+    count = FULL[row] if asked == "full" else SHORT[row] if asked == "short" else int(asked)
+    if row not in CASES:
+        return list(range(count))
+    cases = len(CASES[row])
+    return [(number + 1) * cases // count - 1 for number in range(count)] if count < cases else list(range(cases))
 
 
-def run_row(row: str, lab: Lab, jobs: list[Job], asked: str) -> dict[str, Any]:
+def run_row(row: str, lab: Lab, asked: str) -> dict[str, Any]:
     """Run a row's tries, tell each that failed, and print its line -> the line's numbers."""
     started, outcomes = time.monotonic(), []
     for number in tries_of(row, asked):
-        outcomes.append(ROWS[row](lab, jobs, number))
+        outcomes.append(ROWS[row](lab, number))
         last = outcomes[-1]
-        bad = last.lost or last.traceback or last.hung
+        bad = any(what(last) for what in WRONG)
         told = f"{last.lost}{' hung' * last.hung}\n{last.text[-2000:]}" if bad else "nothing lost"
         sys.stderr.write(f"{row} {number}, {time.monotonic() - started:.0f} s: {last.case}: {told}\n")
-    counts = {
-        "tried": len(outcomes),
-        "lost": sum(bool(outcome.lost) for outcome in outcomes),
-        "tracebacks": sum(outcome.traceback for outcome in outcomes),
-        "hung": sum(outcome.hung for outcome in outcomes),
-        "seconds": round(time.monotonic() - started),
-    }
+    sums = [sum(bool(what(outcome)) for outcome in outcomes) for what in WRONG]
+    counts = dict(zip(COLUMNS, [len(outcomes), *sums, round(time.monotonic() - started)], strict=True))
     sys.stdout.write(f"{row:10}" + "".join(f"{value:>12}" for value in counts.values()) + "\n")
     sys.stdout.flush()
     return counts
@@ -337,17 +331,9 @@ def main(settings: BenchSettings) -> int:
     with tempfile.TemporaryDirectory(prefix="minigrpo-faults-") as temporary:
         folder = pathlib.Path(options.folder or temporary).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-        for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"):
-            jax.config.update(name, type(getattr(jax.config, name) or "")(os.environ[name.upper()]))
-        train.write_report = lambda run: run / "report.html"  # most of a short run's time, and not compared
-        write_data(folder)
-        lab, jobs = Lab(pathlib.Path(tempfile.mkdtemp(dir=folder)), random.Random(options.seed)), make_jobs(folder)
-        sys.stdout.write(
-            " " * 10 + "".join(f"{name:>12}" for name in ("tried", "lost", "tracebacks", "hung", "s")) + "\n"
-        )
-        table = {row: run_row(row, lab, jobs, options.tries) for row in rows}
+        lab = Lab(pathlib.Path(tempfile.mkdtemp(dir=folder)), random.Random(options.seed))
+        sys.stdout.write(" " * 10 + "".join(f"{name:>12}" for name in COLUMNS) + "\n")
+        table = {row: run_row(row, lab, options.tries) for row in rows}
     sys.stdout.write(json.dumps({"bench": "faults", "seed": options.seed, "rows": table}) + "\n")
     return int(any(row["lost"] or row["tracebacks"] or row["hung"] for row in table.values()))
 
