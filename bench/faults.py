@@ -99,6 +99,8 @@ def stop(which: signal.Signals, lab: Lab, number: int) -> Outcome:
     code = process.end(HUNG)
     if code is None:
         return Outcome(case, text=process.text, hung=True)
+    if process.text.endswith("KeyboardInterrupt\n") and str(ROOT / "minigrpo") not in process.text:
+        return Outcome(f"{case}, while Python itself was starting")  # its own traceback, before any code of ours
     return lab.resume(job, run, case, process.text, wrong_exit(code, which, steps, run) if running else "")
 
 

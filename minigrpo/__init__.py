@@ -1,6 +1,12 @@
 """GRPO for Qwen3 and Qwen2.5 in pure JAX."""
 
 import importlib
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"] and any(word.startswith("minigrpo.") for word in sys.orig_argv):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before STOP hears signals
+
 from pathlib import Path
 
 from minigrpo.runtime.signals import STOP, started_as_command
