@@ -128,7 +128,7 @@ RETURNED = (
 )  # fmt: skip
 HANGING = (
     "time.sleep(1000)", "while True: pass", "re.match(r'(a|a)*b', 'a' * 60)", "threading.Event().wait()",
-    "subprocess.run(['sleep', '1000'])", "socket.socketpair()[0].recv(1)", "stubborn()",
+    "subprocess.run(['sleep', '1000'])", "[one.recv(1) for one in socket.socketpair()]", "stubborn()",
     "ctypes.CDLL(None).sleep(1000)",
 )  # fmt: skip
 REFUSED = (

@@ -208,6 +208,8 @@ def interrupted_after(seconds: float) -> Iterator[None]:
     threading.Thread(target=watch, daemon=True, name="reward timeout").start()
     try:
         yield
+        if time.monotonic() >= end:  # it swallowed the interruption
+            raise Overtime
     finally:
         done.set()
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
