@@ -1,6 +1,7 @@
 """The cases of bench/faults.py: what may be found in a folder of checkpoints, what disks and reward functions do."""
 
 import json
+import os
 import pathlib
 import shutil
 
@@ -54,21 +55,20 @@ STRUCTURE = {
 
 # The disk
 
-SHIM = """
-import os, sys
-class Refuse:
-    def __call__(self, event, args):
-        if event == "open" and os.environ["REFUSED"] in str(args[0]) and not isinstance(args[0], int):
-            if args[2] & (os.O_WRONLY | os.O_RDWR):
-                raise OSError(28, "No space left on device", str(args[0]))
-sys.addaudithook(Refuse())
-"""
-"""A sitecustomize.py: no file whose path holds $REFUSED can be opened for writing."""
+FULL_PLACES: list[str] = []
+"""Parts of paths where there is no room."""
+
+
+def refuse(event: str, args: tuple) -> None:
+    """Raise the system's error for a file that is opened for writing where there is no room; an audit hook."""
+    if event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR) and any(part in str(args[0]) for part in FULL_PLACES):
+        raise OSError(28, "No space left on device", str(args[0]))
+
 
 DISK = {
-    **{f"no room for {name}": ("refused", name) for name in (
+    **{f"no room for {name}": ("no room", name) for name in (
         "metrics.jsonl", "completions.jsonl", "evaluations.jsonl", "config.json", "flags.txt", "train.log",
-        "newest_checkpoint", "manifest", "final", "report", "-cache",
+        "newest_checkpoint", "manifest", "final",
     )},
     "half of the files removed in step 3": ("removed", (2, half_deleted)),
     "the folder removed in step 2": ("removed", (1, shutil.rmtree)),

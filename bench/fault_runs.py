@@ -145,7 +145,7 @@ def run_here(job: Job, run: pathlib.Path, *more: str) -> tuple[int, str]:
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), once_built(job):
         try:
             code = job.command.main(parse_flags(flags, job.command.SECTIONS))
-        except UsageError as error:
+        except (UsageError, OSError) as error:
             code = said.write(f"error: {error}\n") and 2
         except KeyboardInterrupt:
             code = said.write("interrupted\n") and 130

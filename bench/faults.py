@@ -33,7 +33,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # of the runs too
 
 import jax
 import jax.numpy as jnp
-from fault_cases import DISK, HERE, OWN_PROCESS, REWARD, SHIM, STRUCTURE
+from fault_cases import DISK, FULL_PLACES, HERE, OWN_PROCESS, REWARD, STRUCTURE, refuse
 from fault_runs import STEPS, Job, Lab, Outcome, Process, run_here
 
 from minigrpo.config import Options, Settings, UsageError, option, run_command
@@ -187,20 +187,29 @@ def disk(lab: Lab, number: int) -> Outcome:
     case = CASES["disk"][number]
     kind, value = DISK[case]
     job = lab.jobs[3 if value == "evaluations.jsonl" else 0]
-    original = lab.reference(job)[0]
-    run = lab.new("disk")
+    original, run = lab.reference(job)[0], lab.new("disk")
+    if kind == "no room":
+        FULL_PLACES.append(value)
+        code, said = run_here(job, run)
+        FULL_PLACES.clear()
+        return lab.resume(job, run, case, said, wrong_error(code, said))
     size = int(value * sum(path.stat().st_size for path in original.rglob("*"))) if kind == "full" else 0
     with limited(run.with_name(run.name + "-disk"), size) as (place, prepare, free):
         run = place / "run" if size else run
-        process = broken(lab, job, run, kind, value, prepare)
+        process = broken(job, run, kind, value, prepare)
         code = process.end()
         free()
-        lines = [line for line in process.text.splitlines() if line.startswith("error: ")]
-        wrong = "" if code == 0 or (code == 2 and len(lines) == 1) else f"exit code {code}, {process.text[-300:]}"
+        wrong = wrong_error(code, process.text) if kind != "link" else ""
         if kind == "removed":  # by hand, with all that was in it
             shutil.rmtree(run, ignore_errors=True)
         resumed = lab.resume(job, run, case, process.text, wrong)
         return dataclasses.replace(resumed, hung=code is None)
+
+
+def wrong_error(code: int | None, said: str) -> str:
+    """Return what is wrong with the end of a run whose disk refused; it may be one line, or nothing that mattered."""
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    return "" if code == len(lines) == 0 or (code == 2 and len(lines) == 1) else f"exit code {code}, {said[-300:]}"
 
 
 @contextlib.contextmanager
@@ -225,18 +234,13 @@ def drop_privileges() -> None:
     ctypes.CDLL(None).prctl(24, 1)
 
 
-def broken(lab: Lab, job: Job, run: pathlib.Path, kind: str, value: Any, prepare: Callable[[], None] | None) -> Process:
+def broken(job: Job, run: pathlib.Path, kind: str, value: Any, prepare: Callable[[], None] | None) -> Process:
     """Start a run, and let its disk refuse from a random moment on."""
     if kind == "link":
         run.with_name(run.name + "-there").mkdir()
         run.symlink_to(run.with_name(run.name + "-there"))
-    (lab.folder / "shim").mkdir(exist_ok=True)
-    (lab.folder / "shim" / "sitecustomize.py").write_text(SHIM)
-    refused = {"PYTHONPATH": f"{lab.folder}/shim:{ROOT}", "REFUSED": f"{value}"} if kind == "refused" else {}
-    if value == "-cache":
-        refused["JAX_COMPILATION_CACHE_DIR"] = str(lab.folder / "no-programs")
-    process = Process(job, run, prepare=prepare, **refused)
-    if kind not in ("full", "refused"):
+    process = Process(job, run, prepare=prepare)
+    if kind != "full":
         while process.process.poll() is None and last_step(run / "metrics.jsonl") < value[0]:
             time.sleep(0.005)
         if kind == "removed":
@@ -333,6 +337,7 @@ def main(settings: BenchSettings) -> int:
     with tempfile.TemporaryDirectory(prefix="minigrpo-faults-") as temporary:
         folder = pathlib.Path(options.folder or temporary).absolute()
         folder.mkdir(parents=True, exist_ok=True)
+        sys.addaudithook(refuse)
         lab = Lab(pathlib.Path(tempfile.mkdtemp(dir=folder)), random.Random(options.seed))
         sys.stdout.write(" " * 10 + "".join(f"{name:>12}" for name in COLUMNS) + "\n")
         table = {row: run_row(row, lab, options.tries) for row in rows}

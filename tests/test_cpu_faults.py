@@ -22,6 +22,7 @@ def python(*command, timeout=300):
     )
 
 
+@pytest.mark.slow
 def test_a_short_table_of_faults_loses_nothing(tmp_path):
     """A kill, a SIGTERM, flips, structure, disks and reward functions; the last line of the bench is JSON."""
     result = python("bench/faults.py", "--tries=short", "--seed=1", f"--folder={tmp_path}", timeout=1200)
