@@ -67,8 +67,8 @@ def refuse(event: str, args: tuple) -> None:
 
 DISK = {
     **{f"no room for {name}": ("no room", name) for name in (
-        "metrics.jsonl", "completions.jsonl", "evaluations.jsonl", "config.json", "flags.txt", "train.log",
-        "newest_checkpoint", "manifest", "final",
+        "metrics.jsonl", "completions.jsonl", "config.json", "flags.txt", "train.log", "newest_checkpoint",
+        "manifest", "final", "evaluations.jsonl",
     )},
     "half of the files removed in step 3": ("removed", (2, half_deleted)),
     "the folder removed in step 2": ("removed", (1, shutil.rmtree)),
