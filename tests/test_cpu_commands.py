@@ -65,6 +65,16 @@ def test_offline_training_prefers_the_better_responses_of_held_out_prompts(offli
     assert metrics[0]["kl"] < 1e-5 < metrics[-1]["kl"] and "rollout/tokens_per_second" not in metrics[0]
 
 
+def test_a_run_with_dropout_goes_on_and_is_run_again_by_its_own_settings(offline):
+    """Its config.json says what was done: rows are not packed under dropout, so packing was not asked for."""
+    assert json.loads((offline / "config.json").read_text())["packing"] is False
+    before = (offline / "metrics.jsonl").read_text()
+    run(train, "--resume", f"--output_dir={offline}")
+    assert (offline / "metrics.jsonl").read_text() == before
+    with pytest.raises(UsageError, match="--packing=true: not with --lora_dropout=0.1"):
+        run(train, f"--flagfile={offline}/flags.txt", f"--output_dir={offline}/again", "--packing=true")
+
+
 def test_a_lora_checkpoint_holds_adapters_alone(offline):
     source = find_source(f"{offline}/checkpoints/12")
     assert source.lora.rank == 8
