@@ -3,15 +3,18 @@
 import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 from minigrpo.config import UsageError
 from minigrpo.data.calls import Reward, call_reward
+from minigrpo.model.weights import write_tensors
 from minigrpo.runtime.run_folder import check_empty
 
 
@@ -119,6 +122,7 @@ def test_scores_that_come_too_late_are_an_error_also_when_every_interruption_was
 FORKS = """
 import os
 from minigrpo.data.calls import Reward, call_reward
+from minigrpo.model.weights import write_tensors
 from minigrpo.runtime.run_folder import check_empty
 
 def own(completions):
@@ -162,3 +166,16 @@ def test_a_run_killed_before_it_had_settings_is_begun_again(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="is not empty"):
         check_empty(tmp_path)
+
+
+def test_a_disk_that_fills_in_the_export_is_one_line(tmp_path):
+    """The error comes from the library of safetensors, which does not raise the system's."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(UsageError, match="x.safetensors: cannot be written .* about 391 KiB needed.; .*--resume"):
+            write_tensors(tmp_path / "x.safetensors", {"a": np.ones(100_000, np.float32)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with pytest.raises(UsageError, match="No such file or directory, .*put the folder back"):
+        write_tensors(tmp_path / "gone" / "x.safetensors", {"a": np.ones(1, np.float32)})

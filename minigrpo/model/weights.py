@@ -34,6 +34,7 @@ from minigrpo.model.params import (
     shardings_of,
 )
 from minigrpo.model.qwen import abstract_params, init_params
+from minigrpo.runtime.files import disk_error
 from minigrpo.runtime.mesh import fetch
 from minigrpo.runtime.workers import WORKERS
 
@@ -372,12 +373,12 @@ def shards(params: Params, dtype: Any) -> Iterator[dict[str, np.ndarray]]:
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write a safetensors file that everyone may read; OSError naming it when it cannot be written."""
+    """Write a safetensors file that everyone may read; UsageError naming it when it cannot be written."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from error
-    path.chmod(0o644)  # safetensors writes files that only their owner can read
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
+    except (SafetensorError, OSError) as error:
+        raise disk_error(path, error, sum(array.nbytes for array in tensors.values())) from error
 
 
 def export(

@@ -30,7 +30,7 @@ def error_number(error: BaseException) -> int:
     """Return the system's number of the cause of `error`, which libraries wrap or write in its text; 0 for none."""
     seen: BaseException | None = error
     while seen is not None:
-        told = re.search(r"(?:OS error |os_error_code=')(\d+)", str(seen))
+        told = re.search(r"(?:[Oo][Ss] error |os_error_code=')(\d+)", str(seen))
         if told:
             return int(told[1])
         if isinstance(seen, OSError) and seen.errno:
