@@ -141,7 +141,7 @@ FINE = (
     "more.clear()", "print('x' * 10**8)", "sys.stderr.write('x' * 10**7 + chr(10))", "os.environ.clear()",
     "os.chdir('/')", "np.random.seed(0); random.seed(0)", "gc.disable()", "warnings.simplefilter('error')",
     "logging.disable()", "threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()",
-    "signal.signal(signal.SIGALRM, signal.SIG_IGN)", 
+    "signal.signal(signal.SIGALRM, signal.SIG_IGN)",
     "sys.setrecursionlimit(500)", "subprocess.run(['true'], check=True)", "[bytes(10**6) for _ in range(500)]",
 )  # fmt: skip
 HERE = dict.fromkeys(REFUSED, "refused") | dict.fromkeys(FINE, "fine")
