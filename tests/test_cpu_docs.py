@@ -8,6 +8,7 @@ import pathlib
 import re
 import shlex
 import subprocess
+import textwrap
 
 import pytest
 from conftest import ROOT
@@ -19,10 +20,8 @@ FILES = [*PAGES, DOCS / "slurm.sbatch", DOCS / "gke_jobset.yaml"]
 LONGEST = 30
 """Words of a sentence."""
 
-ODD = re.compile(
-    r"\bproducts\b|\bapart\b|\balike\b|\b(?:use|uses|is|are|be|write|name|give|pass|want|needs?|takes?|try|set) such as\b",
-    re.IGNORECASE,
-)
+TAKING_AN_OBJECT = "use|uses|is|are|be|write|name|give|pass|want|needs?|takes?|try|set"
+ODD = re.compile(rf"\bproducts\b|\bapart\b|\balike\b|\b(?:{TAKING_AN_OBJECT}) such as\b", re.IGNORECASE)
 
 ARGUMENTS = {"compare": ("run", "other")}
 """Command -> flags that its arguments without a name stand for."""
@@ -33,11 +32,12 @@ def named(path):
 
 
 def without_blocks(text):
-    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def blocks(text, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    found = re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(block) for block in found]
 
 
 # Links
@@ -112,15 +112,16 @@ def words(rest):
 
 
 def shown_commands():
-    found = []
+    found = {}
     for path in FILES:
         text = path.read_text()
         if path.suffix == ".md":
             prose = "\n".join(re.findall(r"`([^`]+)`", without_blocks(text)))
             text = "\n".join(blocks(text, "sh")) + "\n" + prose
-        found += [pytest.param(name, given, id=f"{named(path)}:{name} {' '.join(given)}"[:120])
-                  for name, given in dict((repr(one), one) for one in commands(text)).values()]  # fmt: skip
-    return found
+        for name, given in commands(text):
+            call = f"{named(path)}:{name} {' '.join(given)}"
+            found[call] = pytest.param(name, given, id=call[:120])
+    return list(found.values())
 
 
 def parser():
@@ -162,8 +163,10 @@ def parse(name, given):
 
 
 def test_commands_are_found_whole():
-    text = "HF_HUB_OFFLINE=1 python -m minigrpo.train --a='x y' \\\n  --b=c*2 > out 2>&1 &\npython -m minigrpo.compare r/a r/b | tail"
-    assert commands(text) == [("train", ["--a=x y", "--b=c*2"]), ("compare", ["r/a", "r/b"])]
+    text = (
+        "A=1 python -m minigrpo.train --a='x > y' \\\n  --b=c*2 > out 2>&1 &\npython -m minigrpo.compare r/a r/b | tail"
+    )
+    assert commands(text) == [("train", ["--a=x > y", "--b=c*2"]), ("compare", ["r/a", "r/b"])]
     assert commands('"$PYTHON" -m minigrpo.train --o="$RUN" $RESUME') == [("train", ["--o=$RUN"])]
 
 
@@ -185,7 +188,9 @@ def test_every_command_parses(name, given, tmp_path, monkeypatch):
 def test_every_flag_in_a_sentence_exists(page):
     """Flags of minigrpo in inline code, which no command of a page may show."""
     known = {flag for name in ("train", "sft", "evaluate", "generate", "plan", "report") for flag in flags_of(name)}
-    known |= {flag for name in ("check", "compare") if importlib.util.find_spec(f"minigrpo.{name}") for flag in flags_of(name)}
+    known |= {
+        flag for name in ("check", "compare") if importlib.util.find_spec(f"minigrpo.{name}") for flag in flags_of(name)
+    }
     spans = [span for span in re.findall(r"`([^`]+)`", without_blocks(page.read_text())) if span.startswith("--")]
     told = {word[2:].partition("=")[0] for span in spans for word in span.split() if re.match(r"--[a-z]\w*(=|$)", word)}
     assert told - known - ELSEWHERE == set()
@@ -222,7 +227,7 @@ def test_reward_functions_of_the_page_score():
 
     names = {}
     for code in blocks((DOCS / "rewards.md").read_text(), "python"):
-        exec(compile(code, "rewards.md", "exec"), names)  # noqa: S102
+        exec(compile(code, "rewards.md", "exec"), names)
     texts = ["4 m because", "5"]
     assert names["brevity"](texts, unit=["m", "m"]) == [-0.011, -0.001]
     assert names["has_unit"](texts, unit=["m", "m"]) == [1.0, 0.0]
@@ -305,4 +310,8 @@ def test_no_odd_words(page):
 
 
 def test_odd_words_are_found():
-    assert ODD.findall("its products, kept apart; use such as v6e; rows such as this") == ["products", "apart", "use such as"]
+    assert ODD.findall("its products, kept apart; use such as v6e; rows such as this") == [
+        "products",
+        "apart",
+        "use such as",
+    ]
