@@ -131,7 +131,7 @@ def typed(value: Any) -> Any:
 
 def check_values_follow(argv: list[str], values: flags.FlagValues) -> None:
     """Raise UsageError for a flag that needs a value and is followed by another flag, or by nothing."""
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, following in zip(argv, [*argv[1:], "--"], strict=False):
         name = word.lstrip("-")
         if word == "--":
             return

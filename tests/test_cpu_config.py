@@ -144,6 +144,12 @@ def test_every_command_takes_a_file_of_all_its_flags(tmp_path, command):
     assert read.explicit == {name for name, value in whole.as_dict().items() if value is not None}
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_line_without_flags_gives_the_defaults(command):
+    found = parse(command=command)
+    assert not found.explicit and found.as_dict() == make_settings({}, COMMANDS[command].sections).as_dict()
+
+
 # Mistakes in a file
 
 
