@@ -165,7 +165,7 @@ BAD_FILES = {
     "of another section": ("rollout: {beta: 1}", "beta: no such key in rollout; it belongs to loss"),
     "unknown section": ("rolout: {temperature: 1}", "rolout is no section; did you mean rollout?"),
     "no section": ("zzz: {temperature: 1}", "zzz is no section; the sections are model, lora, data"),
-    "section without keys": ("rollout: 5", "rollout is a section; write its flags below it"),
+    "section without keys": ("optimizer: 5", "optimizer is a section; write its flags below it"),
     "text for a number": ("temperature: hot", "temperature='hot': must be a number"),
     "quoted number": ("learning_rate: '1e-5'", "learning_rate='1e-5': must be a number"),
     "fraction": ("batch_size: 1.5", "batch_size=1.5: must be a whole number"),
