@@ -19,7 +19,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "peers")]
 from environment import PEERS, last_json, tunix_python
 from train_step import StepShape
 
-from minigrpo.config import Options, Settings, UsageError, option, run_command
+from minigrpo.command_line import run_command
+from minigrpo.config import Options, Settings, UsageError, option
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from minigrpo.config import Options, Settings, UsageError, option, run_command
+from minigrpo.command_line import run_command
+from minigrpo.config import Options, Settings, UsageError, option
 from minigrpo.kernels.paged_attention import tpu
 from minigrpo.plan import find_chip, topology_devices
 

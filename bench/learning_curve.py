@@ -15,7 +15,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from minigrpo.config import Options, Settings, option, run_command
+from minigrpo.command_line import run_command
+from minigrpo.config import Options, Settings, option
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from minigrpo.config import Options, Settings, option, parse_mesh, run_command
+from minigrpo.command_line import run_command
+from minigrpo.config import Options, Settings, option, parse_mesh
 from minigrpo.grpo.logprobs import LMHead, token_logprobs
 from minigrpo.kernels.backend import backend_for
 from minigrpo.plan import topology_mesh

@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Int
 from tokenizers import Tokenizer
 
-from minigrpo.config import Options, Settings, UsageError, option, run_command
+from minigrpo.command_line import run_command
+from minigrpo.config import Options, Settings, UsageError, option
 from minigrpo.grpo.batch import Batch, Lengths, PackedBatch, PackingSpec, pack
 from minigrpo.plan import SECTIONS, plan_spec
 from minigrpo.planning import memory

@@ -16,7 +16,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "peers")]
 import jax
 from environment import last_json
 
-from minigrpo.config import Options, PlanOptions, Settings, UsageError, option, run_command
+from minigrpo.command_line import run_command
+from minigrpo.config import Options, PlanOptions, Settings, UsageError, option
 from minigrpo.plan import SECTIONS, count_resident, count_work, make_shapes, plan_rollout, plan_spec, rollout_inputs
 from minigrpo.planning import memory
 from minigrpo.planning.cost import Phase

@@ -20,7 +20,8 @@ from jaxtyping import Int
 from shapes import LengthOptions, ModelShape, matmul_rate, model_config, peak_mib, run_spec
 
 from minigrpo.build import make_generator
-from minigrpo.config import DataOptions, Options, RolloutOptions, Settings, UsageError, option, parse_mesh, run_command
+from minigrpo.command_line import run_command
+from minigrpo.config import DataOptions, Options, RolloutOptions, Settings, UsageError, option, parse_mesh
 from minigrpo.model.params import ModelConfig, Params
 from minigrpo.model.qwen import abstract_params
 from minigrpo.model.weights import random_params

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from shapes import LengthOptions, ModelShape, matmul_rate, model_config, peak_mib, run_spec
 
 from minigrpo.build import grpo_update_spec, make_generator
+from minigrpo.command_line import run_command
 from minigrpo.config import (
     DataOptions,
     LossOptions,
@@ -26,7 +27,6 @@ from minigrpo.config import (
     StepOptions,
     UsageError,
     option,
-    run_command,
 )
 from minigrpo.grpo.advantages import group_advantages
 from minigrpo.grpo.batch import Batch, PackedBatch, pack, put_batch

@@ -29,5 +29,8 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module 'minigrpo' has no attribute {name!r}")
 
 
-if started_as_command():  # signals are heard from the first moment on
+if started_as_command():  # signals are heard from the first moment on, and --help imports nothing that it does not need
     STOP.install()
+    from minigrpo.command_line import answer_early
+
+    answer_early(sys.argv[1:])

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from minigrpo.config import RolloutOptions, Settings, UsageError
+from minigrpo.config import MODEL_DEFAULTS, TINY, RolloutOptions, Settings, UsageError
 from minigrpo.data.chat import Tokenizer, brings_template, load_tokenizer
 from minigrpo.grpo import losses
 from minigrpo.grpo.batch import PackingSpec
@@ -33,20 +33,7 @@ from minigrpo.runtime.mesh import check_divisible, make_mesh, start_platform
 from minigrpo.runtime.program_cache import keep_programs
 from minigrpo.runtime.workers import WORKERS
 
-TINY = "builtin:tiny"
 Recipes = Mapping[str, Mapping[str, Any]]
-
-RECIPES: dict[str, dict[str, Any]] = {
-    TINY: {
-        "max_prompt_length": 128,
-        "max_completion_length": 96,
-        "page_size": 16,
-        "remat": "attention",
-        "max_grad_norm": 1.0,
-        "weight_decay": 0.0,
-    }
-}
-"""Defaults that a built-in model carries for every command; explicit flags win."""
 
 DEFAULT_MODEL = "Qwen/Qwen3-1.7B"
 
@@ -132,14 +119,14 @@ def make_update_spec(
     spec: RunSpec, total_updates: int, loss: tuple[Objective, Callable[..., Any]], temperature: float, seed: int
 ) -> UpdateSpec:
     """Return the spec of scoring and updating under the settings; `loss` is an objective and its token weights."""
-    options = spec.settings.optimizer
+    options, per_step = spec.settings.optimizer, spec.settings.steps.updates_per_step
     return UpdateSpec(
         model=spec.model,
         head=lm_head(spec, temperature),
         compute=spec.compute,
         causal_attention=spec.backend.causal_attention,
-        optimizer=make_optimizer(options, total_updates),
-        schedule=learning_rate(options, total_updates),
+        optimizer=make_optimizer(options, total_updates, per_step),
+        schedule=learning_rate(options, total_updates, per_step),
         objective=loss[0],
         token_weights=loss[1],
         remat=options.remat,
@@ -218,7 +205,7 @@ def resolve(settings: Settings, recipes: Recipes) -> Settings:
     model = (TINY if on_cpu else DEFAULT_MODEL) if model == "auto" else model
     dtype = settings.model.compute_dtype
     values = {"model": model, "compute_dtype": ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype}
-    recipe = {**RECIPES.get(model, {}), **recipes.get(model, {})}
+    recipe = {**MODEL_DEFAULTS.get(model, {}), **recipes.get(model, {})}
     if "num_epochs" in settings.explicit:
         recipe.pop("max_steps", None)
     settings = settings.with_defaults(recipe)

@@ -26,7 +26,9 @@ import numpy as np
 from minigrpo import __version__
 from minigrpo import plan as planner
 from minigrpo.build import Build, build
-from minigrpo.config import PlanOptions, Settings, UsageError, run_command
+from minigrpo.command_line import run_named
+from minigrpo.commands import COMMANDS
+from minigrpo.config import TRAIN_DEFAULTS, PlanOptions, Settings, UsageError
 from minigrpo.data.calls import Reward
 from minigrpo.data.datasets import PromptSet
 from minigrpo.data.findings import FAIL, OK, STATUSES, WARN, Finding, Subject
@@ -43,14 +45,13 @@ from minigrpo.runtime.run_folder import check_empty, check_writable
 from minigrpo.runtime.session import with_run_settings
 from minigrpo.runtime.workers import joined
 from minigrpo.train import (
-    RECIPES,
     check_settings,
     load_held_out,
     load_prompts,
     sampling_spec,
 )
 
-SECTIONS = ("model", "lora", "data", "rollout", "rewards", "loss", "optimizer", "steps", "run", "cluster", "check")
+SECTIONS = COMMANDS["check"].sections
 
 ROWS_TRIED = 32
 """Rows whose references the reward functions are tried on."""
@@ -412,7 +413,7 @@ def examine(given: Settings) -> int:
 
     def start() -> Build:
         settings = with_run_settings(given)
-        return build(settings, settings.run.mesh, RECIPES)
+        return build(settings, settings.run.mesh, TRAIN_DEFAULTS)
 
     built = page.attempt("model", start)
     if built is None:
@@ -434,4 +435,4 @@ def examine(given: Settings) -> int:
 
 
 if __name__ == "__main__":
-    run_command("python -m minigrpo.check", __doc__ or "", SECTIONS, main)
+    run_named("check", main)

@@ -1,37 +1,25 @@
-"""Every setting: one frozen dataclass per concern, command-line flags generated from it, validation at construction."""
+"""Every setting: one frozen dataclass per concern, which flags and config files are made from, checked when built."""
 
-import contextlib
 import dataclasses
 import json
 import math
 import numbers
-import os
 import re
-import sys
-import textwrap
-import threading
-import time
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
-
-from absl import flags
-
-from minigrpo import __version__
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-LEFT_BEHIND = 5.0
-"""Seconds that threads left behind by other code, which Python waits for at its end, may go on."""
+WARMUP_RATIO = 0.1
+"""Share of a run that warms up where neither --warmup_ratio nor --warmup_steps says."""
+
 LARGEST_SEED = 2**31 - 1
 LARGEST_BATCH = 65536
 LARGEST_RANK = 4096
-HELP_WIDTH = 100
-"""Characters of a line of --help."""
-
 MOST_TOKENS, LARGEST_PAGE, MOST_PAGES, MOST_SLOTS = 2**20, 4096, 2**24, 2**16
 """Of a prompt or a completion, beyond any model's context; of a page; and pages, a thousand million tokens in all."""
 
@@ -53,10 +41,14 @@ def option(
     above: Any = None,
     high: Any = None,
     below: Any = None,
+    number: bool = False,
 ) -> Any:
-    """Return a dataclass field that is also a flag: `low` <= value <= `high`, `above` < value < `below`, or choices."""
+    """Return a dataclass field that is also a flag: `low` <= value <= `high`, `above` < value < `below`, or choices.
+
+    `number` says that a text flag may hold a whole number too, which config files write without quotes.
+    """
     limits = {"choices": choices, "low": low, "above": above, "high": high, "below": below}
-    return dataclasses.field(default=default, metadata={"help": text, **limits})
+    return dataclasses.field(default=default, metadata={"help": text, "number": number, **limits})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +121,9 @@ class LoraOptions(Options):
     )
     lora_alpha: float = option(32.0, "adapters are scaled by alpha / rank", above=0.0)
     lora_dropout: float = option(0.0, "share of an adapter's inputs zeroed while training", low=0.0, below=1.0)
-    lora_targets: str = option("all", "matrices that get adapters, of q,k,v,o,gate,up,down; all is every one")
+    lora_targets: str = option(
+        "all", "matrices that get adapters, of q,k,v,o,gate,up,down, or q_proj and so on; all is every one"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +205,7 @@ class RolloutOptions(Options):
     )
     page_size: int = option(64, "tokens per page of the KV cache", low=1, high=LARGEST_PAGE)
     slots: str = option(
-        "auto", "most completions decoded at once per device; auto is all of a step's, where memory allows"
+        "auto", "most completions decoded at once per device; auto is all of a step's, where memory allows", number=True
     )
     pool_pages: int = option(
         0, "pages of KV cache per device; 0 is enough for every slot at full length", low=0, high=MOST_PAGES
@@ -320,7 +314,10 @@ class OptimizerOptions(Options):
     lr_schedule: str = option(
         "warmup_cosine", "schedule after the warmup", choices=("warmup_cosine", "warmup_linear", "constant")
     )
-    warmup_ratio: float = option(0.1, "share of all steps spent warming up", low=0.0, high=1.0)
+    warmup_ratio: float | None = option(
+        None, "share of all steps spent warming up; unset is 0.1, or what --warmup_steps says", low=0.0, high=1.0
+    )
+    warmup_steps: int | None = option(None, "steps spent warming up, in place of --warmup_ratio", low=0)
     adam_b1: float = option(0.9, "AdamW first-moment decay", low=0.0, below=1.0)
     adam_b2: float = option(0.99, "AdamW second-moment decay", low=0.0, below=1.0)
     weight_decay: float = option(0.1, "AdamW weight decay of matrices (norms and biases have none)", low=0.0)
@@ -332,6 +329,19 @@ class OptimizerOptions(Options):
         choices=("none", "dots", "mlp", "attention", "full"),
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise UsageError(
+                f"--warmup_steps={self.warmup_steps}: --warmup_ratio={self.warmup_ratio} is given too; leave one out"
+            )
+
+    def warmup_updates(self, total: int, per_step: int = 1) -> int:
+        """Return how many of `total` updates the learning rate rises for; `per_step` updates make a step."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps * per_step
+        return round((WARMUP_RATIO if self.warmup_ratio is None else self.warmup_ratio) * total)
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingOptions(Options):
@@ -339,7 +349,7 @@ class TrainingOptions(Options):
 
     batch_size: int = option(16, "prompts per step", low=1, high=LARGEST_BATCH)
     gradient_accumulation_steps: str = option(
-        "auto", "micro-batches of an update at full length, which changes no number; auto fits memory"
+        "auto", "micro-batches of an update at full length, which changes no number; auto fits memory", number=True
     )
     packing: bool = option(
         True, "short sequences share rows in the update, changing no number; not with --lora_dropout"
@@ -406,6 +416,11 @@ class RunOptions(Options):
         "auto", "config of that dataset; auto is its only one, or --dataset_config for the same dataset"
     )
     eval_split: str = option("auto", "split of that dataset; auto is test")
+    logging_steps: int = option(
+        1,
+        "steps between printed lines and points of the sinks, which are means over them; metrics.jsonl has all",
+        low=1,
+    )
     log_completions: int = option(4, "sample completions, or sft's rows, written per step", low=0)
     print_completions: int = option(0, "of those, how many are printed too", low=0)
     push_to_hub: str = option("", "OWNER/NAME of the Hub repository that the trained model is uploaded to")
@@ -558,14 +573,6 @@ def field_type(field: dataclasses.Field[Any]) -> type:
     return kind
 
 
-DEFINE: dict[type, Callable[..., Any]] = {
-    str: flags.DEFINE_string,
-    int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
-    bool: flags.DEFINE_bool,
-}
-
-
 AnySettings = TypeVar("AnySettings", bound="Settings")
 
 
@@ -593,7 +600,9 @@ class Settings:
     sections: tuple[str, ...] = ()
     """Names of the sections that the command has flags for."""
     explicit: frozenset[str] = frozenset()
-    """Names of the flags that were given."""
+    """Names of the flags that were given, on the command line or in a config file."""
+    from_file: frozenset[str] = frozenset()
+    """Names of those that a config file gave."""
 
     def with_defaults(self: AnySettings, recipe: Mapping[str, Any]) -> AnySettings:
         """Return these settings with the recipe's values for every flag that was not given explicitly."""
@@ -614,10 +623,13 @@ class Settings:
         return {flag: value for name in named for flag, value in dataclasses.asdict(getattr(self, name)).items()}
 
 
-SECTION_NAMES = tuple(
-    field.name for field in dataclasses.fields(Settings) if field.name not in ("sections", "explicit")
-)
-"""Every section that a command may have flags for."""
+def section_names(kind: type[Settings]) -> tuple[str, ...]:
+    """Return every section that a command with such settings may have flags for."""
+    about = ("sections", "explicit", "from_file")
+    return tuple(field.name for field in dataclasses.fields(kind) if field.name not in about)
+
+
+SECTION_NAMES = section_names(Settings)
 
 ALL_SETTINGS: Any = Settings
 """Default for a `type[AnySettings]`, untyped because mypy takes no concrete class as one."""
@@ -629,97 +641,40 @@ def section_types(sections: tuple[str, ...], kind: type[Settings]) -> dict[str, 
     return {name: hints[name] for name in sections}
 
 
-def define_flags(types_by_name: Mapping[str, type[Options]]) -> flags.FlagValues:
-    """Define an absl flag for every option."""
-    values = flags.FlagValues()
-    for options in types_by_name.values():
-        for field in dataclasses.fields(options):
-            DEFINE[field_type(field)](field.name, field.default, field.metadata["help"], flag_values=values)
-    return values
+def make_settings(
+    values: Mapping[str, Any], sections: tuple[str, ...], kind: type[AnySettings] = ALL_SETTINGS
+) -> AnySettings:
+    """Return a command's settings: `values` by flag, which count as given, and defaults for the rest.
 
-
-def parse_flags(argv: list[str], sections: tuple[str, ...], kind: type[AnySettings] = ALL_SETTINGS) -> AnySettings:
-    """Parse a command line; UsageError for an unknown flag, a bad value or a stray argument."""
-    types_by_name = section_types(sections, kind)
-    values = define_flags(types_by_name)
-    try:
-        rest = values(["minigrpo", *argv])[1:]
-    except (flags.Error, OSError) as error:
-        raise UsageError(f"{str(error).splitlines()[0]} (see --help)") from error
-    if rest:
-        raise UsageError(f"unexpected argument {rest[0]!r}; flags are written --name=value (see --help)")
-
-    def value(name: str) -> Any:
-        given = values[name].value
-        return given.replace("\\n", "\n") if isinstance(given, str) else given
-
+    UsageError that names the flag for a value that breaks a limit.
+    """
     built: dict[str, Any] = {
-        name: options(**{field.name: value(field.name) for field in dataclasses.fields(options)})
-        for name, options in types_by_name.items()
+        name: options(
+            **{field.name: values[field.name] for field in dataclasses.fields(options) if field.name in values}
+        )
+        for name, options in section_types(sections, kind).items()
     }
-    return kind(**built, sections=sections, explicit=frozenset(name for name in values if values[name].present))
+    return kind(**built, sections=sections, explicit=frozenset(values))
 
 
-def help_text(command: str, caption: str, options: Iterable[type[Options]], footer: str) -> str:
-    """Return the --help page: every flag under its area, with its default and choices."""
-    lines = [caption, "", f"usage: {command} [--flag=value ...] [--flagfile=FILE]"]
-    for area in options:
-        lines += ["", f"{area.__doc__}:"]
-        for field in dataclasses.fields(area):
-            choices = "|".join(map(str, field.metadata["choices"])) or field_type(field).__name__
-            default = "" if field.default in (None, "") else f" [{field.default}]"
-            text = textwrap.wrap(field.metadata["help"], HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
-            lines += [f"  --{field.name}={choices}{default}", *text]
-    return "\n".join([*lines, "", footer] if footer else lines)
+TINY = "builtin:tiny"
 
+MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
+    TINY: {
+        "max_prompt_length": 128,
+        "max_completion_length": 96,
+        "page_size": 16,
+        "remat": "attention",
+        "max_grad_norm": 1.0,
+        "weight_decay": 0.0,
+    }
+}
+"""Defaults that a built-in model carries for every command; explicit flags win."""
 
-def run_command(
-    command: str,
-    caption: str,
-    sections: tuple[str, ...],
-    main: Callable[[AnySettings], int],
-    footer: str = "",
-    kind: type[AnySettings] = ALL_SETTINGS,
-) -> None:
-    """Parse sys.argv, run `main` and exit. Bad input is one line on stderr and code 2, never a traceback."""
-    argv = sys.argv[1:]
-    if any(arg in ("--help", "-h", "-help", "--helpfull") for arg in argv):
-        sys.stdout.write(help_text(command, caption, section_types(sections, kind).values(), footer) + "\n")
-        sys.exit(0)
-    if "--version" in argv:
-        sys.stdout.write(f"minigrpo {__version__}\n")
-        sys.exit(0)
-    try:
-        code = main(parse_flags(argv, sections, kind))
-    except UsageError as error:
-        sys.stderr.write(f"error: {error}\n")
-        code = EXIT_USAGE
-    except OSError as error:
-        if error.filename is None or is_own_file(error.filename):  # a bug, not a file that the user named
-            raise
-        sys.stderr.write(f"error: {error.filename}: {error.strerror or error}\n")
-        code = EXIT_USAGE
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        code = EXIT_INTERRUPTED
-    threading.Thread(target=end_late, args=(code,), daemon=True).start()
-    sys.exit(code)
-
-
-def end_late(code: int) -> None:
-    """End the process soon after its main thread, also where a reward function left threads or exit handlers behind."""
-    threading.main_thread().join()
-    time.sleep(LEFT_BEHIND)
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.write("note: threads that other code left behind were cut off\n")
-        sys.stderr.flush()
-    os._exit(code)
-
-
-def is_own_file(name: Any) -> bool:
-    """Tell if a file belongs to the installed package rather than to its user."""
-    return Path(os.fsdecode(name)).absolute().is_relative_to(Path(__file__).parent)
+TRAIN_DEFAULTS: dict[str, dict[str, Any]] = {
+    TINY: {"temperature": 1.0, "learning_rate": 2e-4, "beta": 0.0, "max_steps": 100},
+}
+"""Defaults that a built-in model carries for train besides those for every command."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

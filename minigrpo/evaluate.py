@@ -13,13 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from minigrpo.build import Build, build, make_generator
-from minigrpo.config import (
-    DataOptions,
-    RolloutOptions,
-    Settings,
-    UsageError,
-    run_command,
-)
+from minigrpo.command_line import run_named
+from minigrpo.commands import COMMANDS
+from minigrpo.config import DataOptions, RolloutOptions, Settings, UsageError
 from minigrpo.data.chat import Tokenizer
 from minigrpo.data.datasets import PromptSet, load_dataset, tokenize
 from minigrpo.data.grading import Extract, extract_answer, marked_answer, most_common, same_answer
@@ -39,7 +35,7 @@ Z95 = 1.96
 """Standard errors on either side of a 95 % interval."""
 
 
-SECTIONS = ("model", "data", "rollout", "evaluate", "cluster")
+SECTIONS = COMMANDS["evaluate"].sections
 
 
 def held_out(tokenizer: Tokenizer, options: DataOptions, size: int) -> PromptSet:
@@ -235,10 +231,7 @@ def run_evaluation(settings: Settings, progress: Progress) -> int:
     return 0
 
 
-FOOTER = """Here --temperature is 0 unless given, for a single answer: greedy.
---model and --base may also be a run folder, one of its checkpoints or an adapter; it is asked as that run asked."""
-
 make_callable(__name__)
 
 if __name__ == "__main__":
-    run_command("python -m minigrpo.evaluate", __doc__ or "", SECTIONS, main, FOOTER)
+    run_named("evaluate", main)

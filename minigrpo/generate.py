@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from minigrpo.build import Build, build, make_generator
-from minigrpo.config import Settings, UsageError, run_command
+from minigrpo.command_line import run_named
+from minigrpo.commands import COMMANDS
+from minigrpo.config import Settings, UsageError
 from minigrpo.data.columns import chat
 from minigrpo.data.datasets import read_prompts
 from minigrpo.data.template import Message
@@ -23,7 +25,7 @@ from minigrpo.rollout.stop import end_at_stops, find_stops
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.workers import WORKERS, joined
 
-SECTIONS = ("model", "data", "rollout", "generate", "cluster")
+SECTIONS = COMMANDS["generate"].sections
 
 
 UNUSED = frozenset({"dataset", "offline", "answer_column"})
@@ -166,8 +168,10 @@ def main(settings: Settings) -> int:
     if [bool(options.prompt), bool(options.prompts), options.chat].count(True) != 1:
         raise UsageError("give one of --prompt=TEXT, --prompts=FILE and --chat (see --help)")
     unused = settings.explicit & (UNUSED if options.prompts else UNUSED | {"num_generations", "prompt_column"})
+    if unused - settings.from_file:
+        raise UsageError(f"--{min(unused - settings.from_file)}: means nothing here; leave it out")
     if unused:
-        raise UsageError(f"--{min(unused)}: means nothing here; leave it out")
+        sys.stderr.write(f"note: of the config file, ignored: {', '.join(sorted(unused))}\n")
     with joined(settings), Progress() as progress:
         if WORKERS.count > 1 and not options.prompts:
             raise UsageError("several workers answer --prompts=FILE only; --prompt and --chat need one process")
@@ -189,9 +193,7 @@ def respond(settings: Settings, progress: Progress) -> None:
         talk(built, params, progress)
 
 
-FOOTER = """--model may also be a run folder, one of its checkpoints or an adapter; it is asked as that run did."""
-
 make_callable(__name__)
 
 if __name__ == "__main__":
-    run_command("python -m minigrpo.generate", __doc__ or "", SECTIONS, main, FOOTER)
+    run_named("generate", main)

@@ -25,15 +25,15 @@ from jax.sharding import Mesh
 
 from minigrpo.build import (
     DEFAULT_MODEL,
-    RECIPES,
-    TINY,
     check_lora,
     check_loss,
     check_quantize,
     grpo_update_spec,
     make_generator,
 )
-from minigrpo.config import RolloutOptions, Settings, UsageError, parse_mesh, run_command
+from minigrpo.command_line import run_named
+from minigrpo.commands import COMMANDS
+from minigrpo.config import MODEL_DEFAULTS, TINY, RolloutOptions, Settings, UsageError, parse_mesh
 from minigrpo.data.chat import load_tokenizer
 from minigrpo.evaluate import QUEUE_SLOTS, greedy_options, prompts_per_rollout
 from minigrpo.grpo.batch import Batch, PackedBatch, PackingSpec, pack
@@ -58,7 +58,7 @@ from minigrpo.runtime.progress import Progress
 
 FAMILIES = Path(__file__).parent / "builtin" / "families.json"
 
-SECTIONS = ("model", "lora", "data", "rollout", "loss", "optimizer", "steps", "plan")
+SECTIONS = COMMANDS["plan"].sections
 
 GPU = "gpu"
 
@@ -630,7 +630,7 @@ def run_plan(settings: Settings, progress: Progress) -> int:
     """Compile every phase, say what it needs and whether it fits, and end with one JSON line."""
     progress.phase("plan", "getting ready")
     jax.config.update("jax_platforms", "cpu")
-    settings = settings.with_defaults(RECIPES.get(settings.model.model, {}))
+    settings = settings.with_defaults(MODEL_DEFAULTS.get(settings.model.model, {}))
     report = plan(settings, functools.partial(progress.phase, "plan"))
     progress.phase("")
     sys.stdout.write(json.dumps(report) + "\n")
@@ -638,4 +638,4 @@ def run_plan(settings: Settings, progress: Progress) -> int:
 
 
 if __name__ == "__main__":
-    run_command("python -m minigrpo.plan", __doc__ or "", SECTIONS, main)
+    run_named("plan", main)

@@ -13,7 +13,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from minigrpo.config import Settings, UsageError, read_json, run_command
+from minigrpo.command_line import run_named
+from minigrpo.commands import COMMANDS
+from minigrpo.config import Settings, UsageError, read_json
 from minigrpo.diagnostics import diagnose
 from minigrpo.runtime.run_folder import read_steps
 
@@ -35,7 +37,7 @@ SHOWN = 12
 Rows = list[dict[str, Any]]
 
 
-SECTIONS = ("report",)
+SECTIONS = COMMANDS["report"].sections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,4 +232,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    run_command("python -m minigrpo.report", __doc__ or "", SECTIONS, main)
+    run_named("report", main)

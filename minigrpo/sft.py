@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from minigrpo.build import Build, announce, build, check_lora, check_quantize, make_update_spec
-from minigrpo.config import RolloutOptions, Settings, SftOptions, UsageError, run_command
-from minigrpo.data.columns import COMPLETION_COLUMNS
+from minigrpo.command_line import run_named
+from minigrpo.commands import COMMANDS
+from minigrpo.config import RolloutOptions, Settings, SftOptions, UsageError
 from minigrpo.data.datasets import (
     PromptSet,
     batch_numbers,
@@ -40,7 +41,7 @@ from minigrpo.runtime.session import Position, Session, choose_folder, open_sess
 from minigrpo.runtime.sinks import find_sinks
 from minigrpo.runtime.workers import WORKERS, joined
 
-SECTIONS = ("model", "lora", "data", "optimizer", "sft", "run", "cluster")
+SECTIONS = COMMANDS["sft"].sections
 
 PROGRAMS = {"gradients": 1, "apply_gradients": 1, "batch_loss": 1}
 """Device programs of a run, and how often each may be compiled."""
@@ -261,12 +262,4 @@ def run_training(settings: Settings, progress: Progress) -> int:
 
 
 if __name__ == "__main__":
-    columns = ", ".join(COMPLETION_COLUMNS)
-    run_command(
-        "python -m minigrpo.sft",
-        __doc__ or "",
-        SECTIONS,
-        main,
-        f"Here --answer_column is the completion; auto tries {columns}.\n"
-        "The trained model is in RUN/final; --model=RUN of other commands finds it there.",
-    )
+    run_named("sft", main)

@@ -10,7 +10,8 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from minigrpo.config import Settings, TinyOptions, run_command
+from minigrpo.command_line import run_named
+from minigrpo.config import Settings, TinyOptions
 from minigrpo.data import arithmetic
 from minigrpo.data.chat import CHATML
 
@@ -83,4 +84,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    run_command("python -m minigrpo.tiny", __doc__ or "", ("tiny",), main)
+    run_named("tiny", main)

@@ -14,9 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from minigrpo.build import RECIPES as MODEL_RECIPES
 from minigrpo.build import (
-    TINY,
     Build,
     announce,
     build,
@@ -26,7 +24,9 @@ from minigrpo.build import (
     grpo_update_spec,
     make_generator,
 )
-from minigrpo.config import Settings, UsageError, run_command
+from minigrpo.command_line import run_named
+from minigrpo.commands import COMMANDS
+from minigrpo.config import TRAIN_DEFAULTS, Settings, UsageError
 from minigrpo.data.calls import Reward, lacking
 from minigrpo.data.datasets import (
     XML_REWARDS,
@@ -66,18 +66,13 @@ from minigrpo.runtime.sinks import Opener, find_sinks
 from minigrpo.runtime.workers import WORKERS, joined
 from minigrpo.share import check_hub, push, write_card
 
-SECTIONS = ("model", "lora", "data", "rollout", "rewards", "loss", "optimizer", "steps", "run", "cluster")
+SECTIONS = COMMANDS["train"].sections
 
 PROGRAMS = {"decode_weights": 1, "run_mesh": 2, "batch_logprobs": 2, "gradients": 2, "apply_gradients": 1}
 """Device programs of a run, and how often each may be compiled: sampling once more for evaluation."""
 
 CHECK_SECONDS = 2.0
 """Most that an own reward function may take over made-up answers before the first step."""
-
-RECIPES: dict[str, dict[str, Any]] = {
-    TINY: {"temperature": 1.0, "learning_rate": 2e-4, "beta": 0.0, "max_steps": 100},
-}
-"""Defaults that a built-in model carries for this command besides those for every command."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -489,12 +484,14 @@ def run_training(settings: Settings, progress: Progress, sinks: Mapping[str, Ope
     """Build the run, train it, and write its results; `sinks` are opened besides those of --report_to."""
     progress.phase("loading")
     openers = find_sinks(settings.run) | dict(sinks) if WORKERS.writes else {}
-    built = build(settings, settings.run.mesh, RECIPES)
+    built = build(settings, settings.run.mesh, TRAIN_DEFAULTS)
     folder = choose_folder(built.settings)
     WORKERS.first(lambda: check_hub(built.settings.run))
     run, state = make_run(built)
     announce(built, run.packing, built.spec.update_sequences, (state.params, run.frozen), folder)
     warn_of_zeros(built.settings)
+    if (built.settings.optimizer.warmup_steps or 0) > run.total_steps:
+        sys.stderr.write(f"note: --warmup_steps is more than the run's {run.total_steps}: the rate never peaks\n")
     session, state = open_session(folder, built.settings, run.total_steps, state, progress, openers)
     if run.evaluate and session.first.step == 0:
         evaluate(run, state, 0, session)
@@ -526,5 +523,4 @@ def upload(log: RunFolder, name: str) -> None:
 make_callable(__name__)
 
 if __name__ == "__main__":
-    own = "\n  ".join(f"--{name}={value}" for name, value in (MODEL_RECIPES[TINY] | RECIPES[TINY]).items())
-    run_command("python -m minigrpo.train", __doc__ or "", SECTIONS, main, f"{TINY} has defaults of its own:\n  {own}")
+    run_named("train", main)

@@ -37,6 +37,7 @@ SLOW = {
     "test_cpu_lora",
     "test_cpu_packing",
     "test_cpu_paged_attention",
+    "test_cpu_recipes",
     "test_cpu_rollout",
     "test_cpu_sinks",
     "test_cpu_sft",

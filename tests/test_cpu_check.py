@@ -9,7 +9,8 @@ from conftest import ROOT
 
 from minigrpo import check, train
 from minigrpo.build import build
-from minigrpo.config import parse_flags
+from minigrpo.command_line import parse_flags
+from minigrpo.config import TRAIN_DEFAULTS
 from minigrpo.data import probes
 
 BUILTIN = ROOT / "minigrpo" / "builtin"
@@ -373,7 +374,7 @@ def test_room_for_checkpoints_is_counted(free, status, place, capsys, monkeypatc
 
 
 def test_a_checkpoint_has_three_numbers_for_each_trained_parameter(place):
-    built = build(parse_flags(["--model=builtin:tiny"], check.SECTIONS), "auto", train.RECIPES)
+    built = build(parse_flags(["--model=builtin:tiny"], check.SECTIONS), "auto", TRAIN_DEFAULTS)
     counted = check.parameter_count(built)
     assert counted == 918_912 and abs(check.checkpoint_bytes(built) - 12 * counted) < 100
 
@@ -388,7 +389,7 @@ def test_the_plan_of_a_card_is_on_the_page(place, capsys):
 def test_train_tells_mistakes_in_a_moment_and_goes_on(place, capsys):
     flags = [f"--{name}={value}" for name, value in DEFAULTS.items()]
     settings = parse_flags([*flags, "--reward=answer,think_format", "--temperature=0.01"], train.SECTIONS)
-    built = build(settings, "auto", train.RECIPES)
+    built = build(settings, "auto", TRAIN_DEFAULTS)
     data, rewards = train.load_prompts(built)
     capsys.readouterr()
     started = time.process_time()
@@ -404,7 +405,7 @@ def test_train_is_silent_about_a_healthy_run_and_does_not_wait_for_slow_rewards(
     (place / "slow.py").write_text(source)
     for reward, count in (("correctness", 0), ("correctness,slow.py:slow", 1)):
         flags = [f"--{name}={value}" for name, value in DEFAULTS.items()]
-        built = build(parse_flags([*flags, f"--reward={reward}"], train.SECTIONS), "auto", train.RECIPES)
+        built = build(parse_flags([*flags, f"--reward={reward}"], train.SECTIONS), "auto", TRAIN_DEFAULTS)
         loaded = train.load_prompts(built)
         capsys.readouterr()
         train.tell_mistakes(built, *loaded)

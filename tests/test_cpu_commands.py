@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from minigrpo import evaluate, generate, report, train
-from minigrpo.config import DataOptions, UsageError, parse_flags
+from minigrpo.command_line import parse_flags
+from minigrpo.config import DataOptions, UsageError
 from minigrpo.data.grading import most_common
 from minigrpo.data.recorded import read_recorded
 from minigrpo.diagnostics import diagnose

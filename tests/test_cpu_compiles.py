@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minigrpo import train
-from minigrpo.config import parse_flags
+from minigrpo.command_line import parse_flags
 
 MOST = {"gradients": 2, "batch_logprobs": 2, "run_mesh": 1, "apply_gradients": 1, "decode_weights": 1}
 SMALL = ["--batch_size=4", "--num_generations=4", "--report_to=none", "--save_steps=0", "--max_completion_length=48"]

@@ -141,14 +141,14 @@ def test_a_forked_child_leaves_as_it_likes():
 
 LEFT = """
 import sys, threading, time
-from minigrpo import config
+from minigrpo import command_line
 
 def main(settings):
     threading.Thread(target=time.sleep, args=(1000,)).start()
     return int(sys.stdin.read())
 
-config.LEFT_BEHIND = 0.2
-config.run_command("x", "", ("run",), main)
+command_line.LEFT_BEHIND = 0.2
+command_line.run_command("x", "", ("run",), main)
 """
 
 

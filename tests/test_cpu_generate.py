@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from minigrpo import generate
-from minigrpo.config import parse_flags
+from minigrpo.command_line import parse_flags
 from minigrpo.runtime.progress import COMPILING
 
 

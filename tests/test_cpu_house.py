@@ -14,7 +14,9 @@ from conftest import ROOT
 from minigrpo import check, config, evaluate, generate, plan, sft, train
 
 LEVELS = [
-    {"config", "door", "__main__"},
+    {"config", "commands", "other_names", "door"},
+    {"config_files"},
+    {"command_line", "__main__"},
     {"user_code"},
     {"runtime", "data", "diagnostics"},
     {"model"},
@@ -72,7 +74,20 @@ def test_flag_names_are_unique(command):
     assert len(names) == len(set(names))
 
 
-PLATFORM_FREE = ("model", "rollout", "grpo", "data", "train", "sft", "evaluate", "generate", "report", "config")
+PLATFORM_FREE = (
+    "model",
+    "rollout",
+    "grpo",
+    "data",
+    "train",
+    "sft",
+    "evaluate",
+    "generate",
+    "report",
+    "config",
+    "config_files",
+    "command_line",
+)
 
 
 def test_the_core_names_no_platform():
@@ -84,7 +99,7 @@ def test_the_core_names_no_platform():
 @pytest.mark.parametrize(
     "name",
     [f"data.{name}" for name in ("datasets", "columns", "grading", "rewards", "probes", "findings")]
-    + ["rollout.generator", "runtime.sinks", "share"],
+    + ["config_files", "other_names", "rollout.generator", "runtime.sinks", "share"],
 )
 def test_worked_examples(name):
     result = doctest.testmod(importlib.import_module(f"minigrpo.{name}"))

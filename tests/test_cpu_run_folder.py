@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -129,7 +130,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_settings_are_read_back_by_flagfile(tmp_path):
     sections = ("run", "steps")
     save_settings(tmp_path, Settings(run=RunOptions(keep_best="reward"), sections=sections))
-    from minigrpo.config import parse_flags
+    from minigrpo.command_line import parse_flags
 
     again = parse_flags([f"--flagfile={tmp_path}/flags.txt"], sections)
     assert again.as_dict() == json.loads((tmp_path / "config.json").read_text())
@@ -489,3 +490,43 @@ def test_a_device_without_memory_is_one_line_with_phase_and_cure():
     ):
         shown.phase("rollout")
         raise jax.errors.JaxRuntimeError(text)
+
+
+class Recorded(TensorBoard):
+    """A sink that remembers, and writes nothing."""
+
+    def __init__(self):
+        self.points = {}
+
+    def log(self, step, metrics):
+        self.points[step] = metrics
+
+    def close(self):
+        pass
+
+
+def test_sinks_and_lines_have_the_means_of_every_few_steps_and_the_file_every_step(tmp_path):
+    sink, stream = Recorded(), io.StringIO()
+    log = RunFolder(tmp_path, 7, [sink], True, 0, Progress(stream), logging_steps=3)
+    for step in range(1, 8):
+        more = {"rewards/rare/mean": 8.0} if step == 2 else {}
+        log.log(step, METRICS | {"reward": float(step), "learning_rate": step * 1e-6} | more)
+    assert [row["reward"] for row in logged(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+    assert {step: point["reward"] for step, point in sink.points.items()} == {3: 2.0, 6: 5.0, 7: 7.0}
+    assert {step: point["num_tokens"] for step, point in sink.points.items()} == {3: 30, 6: 60, 7: 70}
+    assert sink.points[6]["learning_rate"] == 6e-6 and sink.points[3]["rewards/rare/mean"] == 8.0
+    assert re.findall(r"step (\d)/7  reward (\S+)", stream.getvalue()) == [
+        ("3", "2.000"),
+        ("6", "5.000"),
+        ("7", "7.000"),
+    ]
+
+
+def test_steps_of_a_run_that_is_stopped_between_reports_reach_the_sinks(tmp_path):
+    sink = Recorded()
+    log = RunFolder(tmp_path, 9, [sink], True, 3, Progress(io.StringIO()), logging_steps=4)
+    log.log(4, METRICS)
+    log.log(5, METRICS | {"reward": 1.0})
+    log.log(6, METRICS | {"reward": 3.0})
+    log.close()
+    assert {step: point["reward"] for step, point in sink.points.items()} == {4: 0.5, 6: 2.0}

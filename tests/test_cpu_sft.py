@@ -12,7 +12,8 @@ from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
 from minigrpo import sft
-from minigrpo.config import UsageError, parse_flags
+from minigrpo.command_line import parse_flags
+from minigrpo.config import UsageError
 from minigrpo.runtime.run_folder import TIMINGS
 from minigrpo.runtime.signals import EXIT_STOPPED, STOP
 

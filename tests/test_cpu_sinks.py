@@ -22,7 +22,8 @@ from tensorboardX.proto import event_pb2
 
 from minigrpo import share, train
 from minigrpo.build import Build
-from minigrpo.config import DataOptions, RewardOptions, RunOptions, Settings, UsageError, parse_flags
+from minigrpo.command_line import parse_flags
+from minigrpo.config import DataOptions, RewardOptions, RunOptions, Settings, UsageError
 from minigrpo.data.chat import load_tokenizer
 from minigrpo.model.weights import export
 from minigrpo.runtime.progress import Progress

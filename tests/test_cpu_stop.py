@@ -7,7 +7,8 @@ from conftest import ROOT
 
 from minigrpo import train
 from minigrpo.build import check_loss
-from minigrpo.config import RolloutOptions, UsageError, parse_flags
+from minigrpo.command_line import parse_flags
+from minigrpo.config import RolloutOptions, UsageError
 from minigrpo.data.chat import load_tokenizer
 from minigrpo.rollout.generator import Rollout
 from minigrpo.rollout.sampling import KeptSet, penalise

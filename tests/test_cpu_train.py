@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT
 
 from minigrpo import train
-from minigrpo.config import Settings, UsageError, check_limits, parse_flags, section_types
+from minigrpo.command_line import parse_flags
+from minigrpo.config import Settings, UsageError, check_limits, section_types
 from minigrpo.runtime.run_folder import TIMINGS
 
 SMALL = ("--batch_size=4", "--num_generations=4", "--max_completion_length=40", "--save_steps=2", "--report_to=none")
@@ -165,8 +166,8 @@ def bad_inputs(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "file").write_text("not a folder")
     return {
-        "unknown flag": (["--learning_rat=1"], "Unknown command line flag 'learning_rat'"),
-        "not a number": (["--max_steps=ten"], "flag --max_steps=ten"),
+        "unknown flag": (["--learning_rat=1"], "--learning_rat: no such flag; did you mean --learning_rate?"),
+        "not a number": (["--max_steps=ten"], "--max_steps=ten: must be a whole number"),
         "infinite": (["--num_epochs=inf"], "--num_epochs=inf: must be a finite number"),
         "decay": (["--adam_b1=1"], "--adam_b1=1.0: must be less than 1.0"),
         "own folder": ([f"--output_dir={other}"], "llama: is not empty; name a new folder"),
@@ -264,14 +265,14 @@ def test_bad_input_ends_a_command_with_one_line_and_code_2(tmp_path):
 
 
 def test_a_missing_file_of_the_package_is_a_bug_and_not_the_users(monkeypatch):
-    from minigrpo import config
+    from minigrpo import command_line
 
     def broken(settings):
         open(ROOT / "minigrpo" / "no_such.json")
 
     monkeypatch.setattr("sys.argv", ["train"])
     with pytest.raises(FileNotFoundError):
-        config.run_command("x", "", ("run",), broken)
+        command_line.run_command("x", "", ("run",), broken)
 
 
 def test_another_run_is_not_resumed_or_overwritten(finished):

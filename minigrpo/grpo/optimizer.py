@@ -27,9 +27,12 @@ class TrainState:
     """The reference of the KL penalty where --sync_ref_steps moves it; otherwise None."""
 
 
-def learning_rate(options: OptimizerOptions, total: int) -> optax.Schedule:
-    """Return the schedule over `total` updates: the first update already moves, and the last still does."""
-    peak, warmup = options.learning_rate, round(options.warmup_ratio * total)
+def learning_rate(options: OptimizerOptions, total: int, per_step: int = 1) -> optax.Schedule:
+    """Return the schedule over `total` updates: the first update already moves, and the last still does.
+
+    `per_step` updates make a step, which --warmup_steps counts.
+    """
+    peak, warmup = options.learning_rate, options.warmup_updates(total, per_step)
     after = {
         "warmup_cosine": optax.cosine_decay_schedule(peak, max(1, total - warmup)),
         "warmup_linear": optax.linear_schedule(peak, 0.0, max(1, total - warmup)),
@@ -49,10 +52,10 @@ def is_matrix(name: str) -> bool:
     return len(layer_dims(name)) > 1 and not name.endswith("bias")
 
 
-def make_optimizer(options: OptimizerOptions, total: int) -> optax.GradientTransformation:
+def make_optimizer(options: OptimizerOptions, total: int, per_step: int = 1) -> optax.GradientTransformation:
     """Return clipping by global norm, then AdamW (arXiv:1711.05101)."""
     adamw = optax.adamw(
-        learning_rate(options, total),
+        learning_rate(options, total, per_step),
         b1=options.adam_b1,
         b2=options.adam_b2,
         weight_decay=options.weight_decay,

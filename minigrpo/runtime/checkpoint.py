@@ -29,8 +29,8 @@ from minigrpo.runtime.workers import WORKERS
 
 FREE_TO_CHANGE = {
     "eval_dataset", "eval_size", "eval_steps", "grace_seconds", "gradient_accumulation_steps",
-    "hub_private", "keep_best", "log_completions", "max_skipped_steps", "mesh", "output_dir", "page_size",
-    "pool_pages", "print_completions", "push_to_hub", "remat", "report_to", "resume", "reward_timeout",
+    "hub_private", "keep_best", "log_completions", "logging_steps", "max_skipped_steps", "mesh", "output_dir",
+    "page_size", "pool_pages", "print_completions", "push_to_hub", "remat", "report_to", "resume", "reward_timeout",
     "save_minutes", "save_steps", "save_total_limit", "slots", "wandb_mode", "wandb_project",
 }  # fmt: skip
 """Settings that a resumed run may have otherwise than the run it continues: they change no result by design."""
@@ -464,7 +464,8 @@ def check_same_run(folder: Path, values: dict[str, Any]) -> list[str]:
             f"--resume: {folder} is another run; it differs in {', '.join(differing)}; leave these flags out, or begin "
             f"a new run from {folder}/final with --model"
         )
-    constant = values.get("lr_schedule") == "constant" and not values.get("warmup_ratio")
+    fixed_warmup = values.get("warmup_steps") is not None or values.get("warmup_ratio") == 0
+    constant = values.get("lr_schedule") == "constant" and fixed_warmup
     if constant or not longer:
         return []
     return [

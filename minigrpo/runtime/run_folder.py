@@ -19,6 +19,9 @@ from minigrpo.runtime.sinks import Sink, failure
 TIMINGS = ("step_time", "time/", "tokens_per_second", "rollout/tokens_per_second", "device/")
 """Prefixes of the metrics that measure the machine and so differ between equal runs."""
 
+LATEST = ("epoch", "num_tokens", "learning_rate", "device/peak_bytes")
+"""Metrics of which the latest value stands for several steps; of all others the mean does."""
+
 LOGS = ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl")
 
 BEGUN = ("train.log", "config.json.partial")
@@ -36,9 +39,13 @@ class RunFolder:
         writes: bool,
         first_step: int,
         progress: Progress | None = None,
+        logging_steps: int = 1,
     ):
         self.folder, self.total_steps, self.sinks, self.writes = folder, total_steps, sinks, writes
         self.progress = progress or Progress()
+        self.logging_steps = logging_steps
+        self.unreported: dict[int, dict[str, float]] = {}
+        """Metrics by step that neither sinks nor the terminal have yet."""
         self.tokens = 0.0
         self.cut_after(first_step)
         self.progress.start_steps(total_steps, first_step)
@@ -54,7 +61,7 @@ class RunFolder:
                 self.tokens = json.loads(kept[-1])["num_tokens"]
 
     def log(self, step: int, metrics: dict[str, float], compiled: bool = False) -> None:
-        """Write the metrics of step number `step`, counted from 1, to every sink.
+        """Write the metrics of step number `step`, counted from 1, and after every --logging_steps tell the sinks.
 
         UsageError naming the file when the disk refuses. `compiled` leaves the step out of the time to finish.
         """
@@ -63,9 +70,19 @@ class RunFolder:
         self.tokens += metrics["num_tokens"]
         metrics = metrics | {"num_tokens": self.tokens}
         self.append("metrics.jsonl", [{"step": step} | metrics])
+        self.unreported[step] = metrics
+        if step % self.logging_steps == 0 or step == self.total_steps:
+            self.report_steps()
+        self.progress.step(step, metrics["step_time"], compiled)
+
+    def report_steps(self) -> None:
+        """Send the means over the steps since the last report to the sinks and the terminal, if there are any."""
+        if not self.unreported:
+            return
+        step, metrics = max(self.unreported), means(list(self.unreported.values()))
+        self.unreported = {}
         self.tell("log", step, metrics)
         self.say(step_line(step, self.total_steps, metrics))
-        self.progress.step(step, metrics["step_time"], compiled)
 
     def log_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Write the results of --eval_steps after `step` steps, {'accuracy': 0.5}, to every sink."""
@@ -109,8 +126,12 @@ class RunFolder:
             self.progress.say(text)
 
     def close(self) -> None:
-        """Close every sink, also when one of them cannot be; UsageError for the first that cannot."""
+        """Report the last steps and close every sink, also where one fails; UsageError for the first that does."""
         failures = []
+        try:
+            self.report_steps()
+        except UsageError as error:
+            failures.append(error)
         for sink in self.sinks:
             try:
                 sink.close()
@@ -123,14 +144,23 @@ class RunFolder:
             raise failures[0]
 
 
+def means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each metric over the steps that have it, or its latest value where a mean says nothing."""
+    having = {name: [row[name] for row in rows if name in row] for row in rows for name in row}
+    return {name: values[-1] if name in LATEST else sum(values) / len(values) for name, values in having.items()}
+
+
 def evaluated(values: dict[str, float]) -> dict[str, float]:
     """Return the results of an evaluation under the names that sinks and --keep_best know: eval/accuracy."""
     return {f"eval/{name.removeprefix('eval/')}": value for name, value in values.items()}
 
 
 def save_settings(folder: Path, settings: Settings) -> None:
-    """Write config.json, and flags.txt which `--flagfile` reads back; each is whole or absent, also after a crash."""
-    values = settings.as_dict()
+    """Write config.json, which `--config` reads back, and flags.txt, which `--flagfile` does.
+
+    Each is whole or absent, also after a crash, and begins a run of its own: --resume is left out.
+    """
+    values = settings.as_dict() | ({"resume": False} if "run" in settings.sections else {})
     write_whole(folder / "config.json", json.dumps(values, indent=2) + "\n")
     given = {name: str(value) for name, value in values.items() if value is not None and name != "resume"}
     lines = ["--" + name + "=" + value.replace("\n", "\\n") for name, value in given.items()]

@@ -298,7 +298,7 @@ def open_session(
     openers = find_sinks(options) if openers is None else openers
     sinks = open_sinks(openers, folder, settings.as_dict(), first.step) if WORKERS.writes else []
     sinks += [Terminal(progress.say, options.print_completions)] if options.print_completions else []
-    log = RunFolder(folder, total_steps, sinks, WORKERS.writes, first.step, progress)
+    log = RunFolder(folder, total_steps, sinks, WORKERS.writes, first.step, progress, options.logging_steps)
     if options.resume:
         log.say(f"resumed after step {first.step}")
     return Session(log, checkpoints, first, options), state
