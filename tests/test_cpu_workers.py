@@ -247,19 +247,18 @@ def environment(folder):
     return os.environ | own | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
+def launch(folder, i, count, port, arguments, cwd=None):
+    """Start worker i; what it prints is in worker-I.stdout and worker-I.stderr. It knows its number as WORKER too."""
+    where = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
+    with open(folder / f"worker-{i}.stdout", "w") as out, open(folder / f"worker-{i}.stderr", "w") as err:
+        env = environment(folder) | {"WORKER": str(i)}
+        return subprocess.Popen([*arguments, *where], stdout=out, stderr=err, env=env, cwd=cwd or folder)
+
+
 def start(folder, count, module, *flags, own=lambda i: ()):
-    """Start `count` workers; their output is in worker-I.out."""
-    address = f"--coordinator_address=127.0.0.1:{links.free_port()}"
-    return [
-        subprocess.Popen(
-            [*command(module, *flags), address, f"--num_processes={count}", f"--process_id={i}", *own(i)],
-            stdout=open(folder / f"worker-{i}.stdout", "w"),
-            stderr=open(folder / f"worker-{i}.stderr", "w"),
-            env=environment(folder),
-            cwd=folder,
-        )
-        for i in range(count)
-    ]
+    """Start all workers of a command."""
+    port = links.free_port()
+    return [launch(folder, i, count, port, [*command(module, *flags), *own(i)]) for i in range(count)]
 
 
 def codes(processes, seconds=420):
@@ -343,24 +342,12 @@ def hangs(completions, **kwargs):
 """
 
 
-def with_number(folder, count, *flags):
-    """Start workers that know their number by a variable of their own."""
-    processes = []
-    address = f"--coordinator_address=127.0.0.1:{links.free_port()}"
-    for i in range(count):
-        where = [address, f"--num_processes={count}", f"--process_id={i}"]
-        out = open(folder / f"worker-{i}.stderr", "w")
-        env = environment(folder) | {"WORKER": str(i)}
-        processes.append(subprocess.Popen([*command("train", *flags), *where], stderr=out, env=env, cwd=folder))
-    return processes
-
-
 @pytest.mark.slow
 def test_a_random_reward_is_agreed_on(runs, tmp_path):
     (tmp_path / "own.py").write_text(RANDOM)
     (tmp_path / "programs").symlink_to(runs / "programs")
     flags = [*SMALL, f"--output_dir={tmp_path}/run", "--reward=own.py:chance"]
-    assert codes(with_number(tmp_path, 2, *flags)) == [0, 0]
+    assert codes(start(tmp_path, 2, "train", *flags)) == [0, 0]
     logged = rows(tmp_path / "run/completions.jsonl")
     assert len({row["reward"] for row in logged}) > 1
 
@@ -372,7 +359,7 @@ def test_a_random_reward_is_agreed_on(runs, tmp_path):
 def test_a_reward_that_fails_on_one_worker_ends_all_in_one_line(runs, tmp_path, reward, more, said):
     (tmp_path / "own.py").write_text(RANDOM)
     (tmp_path / "programs").symlink_to(runs / "programs")
-    pair = with_number(tmp_path, 2, *SMALL, f"--output_dir={tmp_path}/run", f"--reward=own.py:{reward}", *more)
+    pair = start(tmp_path, 2, "train", *SMALL, f"--output_dir={tmp_path}/run", f"--reward=own.py:{reward}", *more)
     assert codes(pair) == [2, 2]
     for i in range(2):
         last = errors(tmp_path, i)[-1]
@@ -427,14 +414,8 @@ def test_workers_started_differently_are_told_before_anything_runs(tmp_path):
 def test_a_folder_that_is_not_shared_is_refused(tmp_path):
     for i in range(2):
         (tmp_path / str(i)).mkdir()
-    address = f"--coordinator_address=127.0.0.1:{links.free_port()}"
-    pair = [
-        subprocess.Popen(
-            [*command("train", *SMALL, "--output_dir=run"), address, "--num_processes=2", f"--process_id={i}"],
-            stderr=open(tmp_path / f"worker-{i}.stderr", "w"), env=environment(tmp_path), cwd=tmp_path / str(i),
-        )
-        for i in range(2)
-    ]  # fmt: skip
+    port, run = links.free_port(), command("train", *SMALL, "--output_dir=run")
+    pair = [launch(tmp_path, i, 2, port, run, cwd=tmp_path / str(i)) for i in range(2)]
     assert codes(pair) == [2, 2]
     assert "worker 1 does not see what worker 0 wrote" in errors(tmp_path, 0)[-1]
 
