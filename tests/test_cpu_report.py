@@ -212,6 +212,20 @@ def test_pictures_have_titles_shares_from_0_to_1_and_whole_steps():
         assert found[name].axes[0].get_ylim() == (-0.02, 1.02)
 
 
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"accuracy": 0.5, "problems": 9.0, "rewards/a": 1.0}, {"progress", "held_out_rewards"}),
+        ({"margin": 0.5, "loss": 1.0}, {"progress", "held_out_loss"}),
+        ({"loss": 1.0}, {"progress"}),
+    ],
+)
+def test_progress_is_drawn_of_what_was_measured(values, names):
+    with pictures.matplotlib.rc_context(pictures.STYLE):
+        found = pictures.held_out_pictures([{"step": 0} | values, {"step": 5} | values])
+    assert {name for name, figure in found.items() if figure} == names
+
+
 def test_a_loss_that_is_zero_by_construction_is_not_drawn():
     run = history(loss=1e-8, settings={"beta": 0})
     assert {"loss", "loss_reward"}.isdisjoint(drawn(run)) and "gradient_reward" in drawn(run)

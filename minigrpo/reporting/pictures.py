@@ -195,11 +195,13 @@ def loss_pictures(history: History) -> dict[str, Figure | None]:
 def held_out_pictures(rows: Rows) -> dict[str, Figure | None]:
     """Draw what --eval_steps measured."""
     parts = {"reward": "all, weighted"} | {f"rewards/{name}": name for name in held_out_parts(rows)}
+    margin = draw(rows, {"margin": "margin"}, "Held-out margin", "nats per token, better over worse")
+    loss = draw(rows, {"loss": "loss"}, "Held-out loss", "loss")
+    progress = progress_picture(rows) or margin or loss
     return {
-        "progress": progress_picture(rows),
-        "margin": draw(rows, {"margin": "margin"}, "Held-out margin", "nats per token, better over worse"),
+        "progress": progress,
         "held_out_rewards": draw(rows, parts, "Held-out rewards", "mean"),
-        "held_out_loss": draw(rows, {"loss": "loss"}, "Held-out loss", "loss"),
+        "held_out_loss": None if progress is loss else loss,
     }
 
 
