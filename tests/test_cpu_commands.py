@@ -335,7 +335,7 @@ def test_margin_compares_inside_prompts():
 def made_up(base, prompts=2, group=2):
     rows = prompts * group
     tokens = base + np.arange(rows)[:, None] * np.ones((1, 3), int)
-    rollout = Rollout(tokens, tokens * 0.5, np.full(rows, 3), np.ones(rows, bool), 3, 1.0)
+    rollout = Rollout(tokens, tokens * 0.5, np.full(rows, 3), np.ones(rows, bool), decode_steps=3, occupancy=1.0)
     texts = [f"{base + row}" for row in range(rows)]
     values = base + np.arange(rows, dtype=float)
     prompts_, rows_ = [[base + i] for i in range(prompts)], [{"prompt": str(base + i)} for i in range(prompts)]
