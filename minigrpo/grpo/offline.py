@@ -12,6 +12,7 @@ from minigrpo.grpo.batch import Batch, PackedBatch, PackingSpec, pack, pad_batch
 from minigrpo.grpo.experience import Experience
 from minigrpo.model.params import Params
 from minigrpo.rollout.generator import Rollout
+from minigrpo.runtime.mesh import fetch
 
 SCORE = "score"
 """Name under which a file's scores are reported."""
@@ -63,7 +64,8 @@ class HeldOut:
         means = []
         for experience, batch in zip(self.experiences, self.batches, strict=True):
             lengths = experience.rollout.lengths
-            logprobs = restore_order(batch, np.asarray(score(batch), np.float64), len(lengths))
+            packed = int(fetch(batch.order).max()) + 1  # prompts without responses fill the last batch up
+            logprobs = restore_order(batch, np.asarray(score(batch), np.float64), packed)[: len(lengths)]
             mask = np.arange(logprobs.shape[1]) < lengths[:, None]
             means.append(np.where(mask, logprobs, 0).sum(axis=1) / np.maximum(lengths, 1))
         return np.concatenate(means)
