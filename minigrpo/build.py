@@ -208,6 +208,8 @@ def resolve(settings: Settings, recipes: Recipes) -> Settings:
     recipe = {**MODEL_DEFAULTS.get(model, {}), **recipes.get(model, {})}
     if "num_epochs" in settings.explicit:
         recipe.pop("max_steps", None)
+    if settings.data.dataset not in ("auto", "builtin:arithmetic"):
+        recipe.pop("eval_steps", None)  # it may have no test split
     settings = settings.with_defaults(recipe)
     if settings.data.dataset == "auto":
         values["dataset"] = "builtin:arithmetic" if model == TINY else "gsm8k"

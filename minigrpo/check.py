@@ -209,9 +209,9 @@ def checkpoint_bytes(built: Build) -> int:
 # Data
 
 
-def overlap_findings(built: Build, data: PromptSet) -> list[Finding]:
+def overlap_findings(built: Build, data: PromptSet, rewards: list[Reward]) -> list[Finding]:
     """Return a finding about held-out prompts that are trained on too."""
-    held = load_held_out(built)
+    held = load_held_out(built, rewards)
     if held is None:
         return []
     trained = {tuple(data.tokens[i]) for i in range(min(len(data), MOST_COMPARED))}
@@ -257,7 +257,7 @@ def data_findings(page: Page, built: Build, loaded: tuple[PromptSet, list[Reward
     """Print the findings about data, rewards and template, and the prompt; return the rewards' scores."""
     subject = Subject(built.settings, built.tokenizer, built.source.folder, *loaded, rows_tried=ROWS_TRIED)
     page.add(find_mistakes(subject))
-    page.add(page.attempt("held-out prompts", lambda: overlap_findings(built, loaded[0])) or [])
+    page.add(page.attempt("held-out prompts", lambda: overlap_findings(built, *loaded)) or [])
     show_prompt(page, subject)
     if not subject.rewards:
         return {}

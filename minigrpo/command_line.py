@@ -247,7 +247,7 @@ def answer_early(argv: list[str]) -> None:
 def run_named(name: str, main: Callable[[AnySettings], int]) -> None:
     """Run one of COMMANDS as `run_command` does."""
     about = COMMANDS[name]
-    run_command(f"python -m minigrpo.{name}", about.does, about.sections, main, command_footer(name))
+    run_command(f"python -m minigrpo.{name}", about.does, about.sections, main, command_footer(name), names=about.names)
 
 
 def run_command(
@@ -257,9 +257,13 @@ def run_command(
     main: Callable[[AnySettings], int],
     footer: str = "",
     kind: type[AnySettings] = ALL_SETTINGS,
+    names: tuple[str, ...] = (),
 ) -> None:
-    """Parse sys.argv, run `main` and exit. Bad input is one line on stderr and code 2, never a traceback."""
-    argv = sys.argv[1:]
+    """Parse sys.argv, run `main` and exit. Bad input is one line on stderr and code 2, never a traceback.
+
+    `names` are flags that arguments without a name stand for, in order.
+    """
+    argv = name_arguments(sys.argv[1:], names)
     answer_questions(argv, command, caption, section_types(sections, kind), footer)
     try:
         code = main(parse_flags(argv, sections, kind))
@@ -276,6 +280,16 @@ def run_command(
         code = EXIT_INTERRUPTED
     threading.Thread(target=end_late, args=(code,), daemon=True).start()
     sys.exit(code)
+
+
+def name_arguments(argv: list[str], names: tuple[str, ...]) -> list[str]:
+    """Give arguments that have no name those of the flags in `names`, in order.
+
+    >>> name_arguments(["a", "--x=1", "b"], ("run", "other"))
+    ['--run=a', '--x=1', '--other=b']
+    """
+    left = list(names)
+    return [arg if arg.startswith("-") or not left else f"--{left.pop(0)}={arg}" for arg in argv]
 
 
 def end_late(code: int) -> None:

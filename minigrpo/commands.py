@@ -13,6 +13,8 @@ class Command:
     examples: tuple[str, ...] = ()
     """Arguments of calls to try, without the command itself."""
     notes: str = ""
+    names: tuple[str, ...] = ()
+    """Flags that arguments without a name stand for, in order."""
 
 
 COMMANDS = {
@@ -66,7 +68,16 @@ COMMANDS = {
             "--config=lora-scored-responses --topology=gpu:24GB --mesh=1,1",
         ),
     ),
-    "report": Command("draw a run's plots and page", ("report",), ("--run=runs/mine",)),
+    "report": Command("draw a run's plots and page", ("report",), ("--run=runs/mine",), names=("run",)),
+    "compare": Command(
+        "compare two runs or models on the same problems, by a paired test",
+        ("compare",),
+        ("--run=runs/a --other=runs/b", "--run=answers.jsonl"),
+        "python -m minigrpo.compare runs/a runs/b does too. A run must have --eval_steps; a file is what evaluate "
+        "--output wrote.\nThe test is McNemar's, exact; for several answers, rewards and margins one of random sign "
+        "changes.\nThe problems needed are those that show the difference in four of five tests.",
+        ("run", "other"),
+    ),
     "tiny": Command(
         "write the config and tokenizer that builtin:tiny starts from",
         ("tiny",),

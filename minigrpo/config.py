@@ -408,9 +408,14 @@ class RunOptions(Options):
         5, "the run ends, and saves the batch, after so many steps in a row without a finite loss and gradient", low=1
     )
     eval_steps: int = option(
-        0, "steps between evaluations on held-out rows: greedy answers, or sft's loss; 0 means never", low=0
+        0,
+        "steps between evaluations on held-out rows: greedy answers, or sft's loss; also before and after; 0 is never",
+        low=0,
     )
     eval_size: int = option(500, "held-out rows per evaluation", low=1)
+    eval_num_generations: int = option(
+        1, "answers per held-out prompt; several are sampled as in training and give pass@k and the majority", low=1
+    )
     eval_dataset: str = option("auto", "dataset of those rows; auto is the test split of --dataset, if it has one")
     eval_config: str = option(
         "auto", "config of that dataset; auto is its only one, or --dataset_config for the same dataset"
@@ -506,6 +511,7 @@ class EvalOptions(Options):
     mesh: str = option("auto", "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU")
     eval_size: int = option(500, "held-out problems answered", low=1)
     num_generations: int = option(1, "answers per problem; several give pass@k and the majority's accuracy", low=1)
+    reward: str = option("", "reward functions of the answers too, written as for train")
     base: str = option("", "another model to be asked the same, such as the one that training started from")
     output: str = option("", "JSONL file that every answer is written to")
     seed: int = option(0, "seed of sampling and of random weights", low=0, high=LARGEST_SEED)
@@ -534,6 +540,7 @@ class PlanOptions(Options):
     slices: int = option(1, "slices of that topology, joined by the data-centre network", low=1, high=64)
     eval_steps: int = option(0, "plan the evaluation of such a run too; 0 means it has none", low=0)
     eval_size: int = option(500, "held-out prompts per evaluation", low=1)
+    eval_num_generations: int = option(1, "answers per held-out prompt", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -552,6 +559,14 @@ class ReportOptions(Options):
     """Report"""
 
     run: str = option("", "run folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareOptions(Options):
+    """Compare"""
+
+    run: str = option("", "run folder, or file of answers that evaluate --output wrote")
+    other: str = option("", "the one to compare it with; a file with two models is compared within itself")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -596,6 +611,7 @@ class Settings:
     plan: PlanOptions = PlanOptions()
     check: CheckOptions = CheckOptions()
     report: ReportOptions = ReportOptions()
+    compare: CompareOptions = CompareOptions()
     tiny: TinyOptions = TinyOptions()
     sections: tuple[str, ...] = ()
     """Names of the sections that the command has flags for."""
@@ -672,7 +688,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 """Defaults that a built-in model carries for every command; explicit flags win."""
 
 TRAIN_DEFAULTS: dict[str, dict[str, Any]] = {
-    TINY: {"temperature": 1.0, "learning_rate": 2e-4, "beta": 0.0, "max_steps": 100},
+    TINY: {"temperature": 1.0, "learning_rate": 2e-4, "beta": 0.0, "max_steps": 100, "eval_steps": 100},
 }
 """Defaults that a built-in model carries for train besides those for every command."""
 

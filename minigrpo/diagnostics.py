@@ -34,7 +34,7 @@ def loss_is_zero(settings: dict[str, Any], rows: Rows) -> str | None:
 
 def no_reward(settings: dict[str, Any], rows: Rows) -> str | None:
     """Report that no completion ever got a reward."""
-    if any(row["reward"] or row["reward_std"] for row in rows):
+    if not any("reward" in row for row in rows) or any(row.get("reward") or row.get("reward_std") for row in rows):
         return None
     return (
         "Every completion of every step got reward 0, so nothing was learned. Read the samples: is the answer format "
@@ -100,7 +100,7 @@ def samplers_apart(settings: dict[str, Any], rows: Rows) -> str | None:
 
 def skipped(settings: dict[str, Any], rows: Rows) -> str | None:
     """Report updates that were skipped for a loss or gradient that was not finite."""
-    count = sum(row["skipped_updates"] for row in rows)
+    count = sum(row.get("skipped_updates", 0) for row in rows)
     return (
         f"{count:.0f} updates were skipped because loss or gradient was not finite: lower --learning_rate."
         if count

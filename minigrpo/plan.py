@@ -411,9 +411,10 @@ def count_work(spec: RunSpec, prompts: int, group: int) -> Work:
 def plan_evaluation(shapes: Shapes, held: Resident) -> Phase:
     """Plan the rollout of --eval_steps, which runs beside everything that training holds."""
     spec = shapes.spec
-    options = greedy_options(spec.settings.rollout)
+    samples, rollout = spec.settings.plan.eval_num_generations, spec.settings.rollout
     prompts = prompts_per_rollout(spec.settings.plan.eval_size, QUEUE_SLOTS, spec.mesh.size)
-    return plan_rollout(shapes, count_work(spec, prompts, 1), held, options)
+    options = greedy_options(rollout) if samples == 1 else rollout
+    return plan_rollout(shapes, count_work(spec, prompts, samples), held, options)
 
 
 def phases_of(shapes: Shapes) -> dict[str, Callable[[], Phase]]:

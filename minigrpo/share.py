@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from minigrpo import __version__
 from minigrpo.config import HUB_REPOSITORY, RunOptions, Settings, UsageError, read_json
 from minigrpo.data.files import GSM8K, is_file
-from minigrpo.evaluate import interval
+from minigrpo.reporting.significance import interval
 from minigrpo.runtime.run_folder import read_steps
 
 TEMPLATE = Path(__file__).parent / "builtin" / "card.md.jinja"

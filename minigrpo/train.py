@@ -27,7 +27,7 @@ from minigrpo.build import (
 from minigrpo.command_line import run_named
 from minigrpo.commands import COMMANDS
 from minigrpo.config import TRAIN_DEFAULTS, Settings, UsageError
-from minigrpo.data.calls import Reward, lacking
+from minigrpo.data.calls import Reward, TrainerState
 from minigrpo.data.datasets import (
     XML_REWARDS,
     PromptSet,
@@ -41,8 +41,16 @@ from minigrpo.data.pitfalls import find_mistakes
 from minigrpo.data.recorded import load_recorded
 from minigrpo.data.rewards import check_columns, check_names, overlong_rewards, parse_rewards
 from minigrpo.door import make_callable
-from minigrpo.evaluate import accuracy, greedy_options, held_out
-from minigrpo.grpo.batch import Batch, PackedBatch, PackingSpec, pack, pad_batch, put_batch
+from minigrpo.evaluate import (
+    Measured,
+    Scoring,
+    answer_questions,
+    greedy_options,
+    held_out,
+    margin_rows,
+    read_answers,
+)
+from minigrpo.grpo.batch import Batch, PackedBatch, PackingSpec, pack, put_batch
 from minigrpo.grpo.experience import (
     Experience,
     SamplingSpec,
@@ -51,12 +59,13 @@ from minigrpo.grpo.experience import (
     sample_experience,
     split_batch,
 )
-from minigrpo.grpo.offline import HeldOut, recorded_experience, take_responses, validate
+from minigrpo.grpo.offline import hold_out, margins, recorded_experience, validate
 from minigrpo.grpo.optimizer import TrainState, init_state
+from minigrpo.grpo.samples import records_tokens, sample_rows, token_columns
 from minigrpo.grpo.update import UpdateSpec, batch_logprobs, update
 from minigrpo.model.params import Params, join, split_trainable
 from minigrpo.planning.memory import device_share_bytes, packing_spec, pool_limit
-from minigrpo.report import write_report
+from minigrpo.report import closing_words, write_report
 from minigrpo.rollout.generator import Rollout
 from minigrpo.runtime.mesh import fetch
 from minigrpo.runtime.progress import Progress
@@ -97,8 +106,8 @@ class Run:
     collect: Callable[[Params, int], Experience]
     """(policy, step) -> the step's completions and their rewards, sampled or from a file."""
     reward_weights: dict[str, float]
-    evaluate: Callable[[TrainState], dict[str, float]] | None
-    """Measures the policy every --eval_steps."""
+    evaluate: Callable[[TrainState, int], Measured] | None
+    """(state, finished steps) -> what --eval_steps measures."""
     data_size: int
     total_steps: int
 
@@ -131,10 +140,10 @@ def train(run: Run, state: TrainState, session: Session) -> tuple[Position, Trai
         metrics |= summary(run, experience, step, clock)
         at = at.after(metrics["skipped_updates"] > 0)
         log.log(at.step, metrics)
-        log.log_completions(at.step, samples(experience, step, options.log_completions))
+        log.log_completions(at.step, samples(run, experience, batch, batches[0], at.step))
         session.check_skipped(at, batch)
         best = session.checkpoints.rate(at.step, metrics)
-        if run.evaluate and at.step % options.eval_steps == 0:
+        if run.evaluate and (at.step % options.eval_steps == 0 or at.step == run.total_steps):
             best |= evaluate(run, state, at.step, session)
         session.end_step(at, state, best)
     return at, state
@@ -268,35 +277,28 @@ def kept_metrics(rollout: Rollout) -> dict[str, float]:
     return {"rollout/kept_mass": float(rollout.kept.mass[mask].mean())}
 
 
-def samples(experience: Experience, step: int, count: int) -> list[dict[str, Any]]:
-    """Return the first completions of the step, one per prompt, with their rewards."""
-    shown = [(row, i * experience.group) for i, row in enumerate(experience.rows[:count])]
-    return [
-        {"step": step + 1, "prompt": row["prompt"], "completion": experience.texts[at]}
-        | {"reward": as_json(experience.rewards[at]), "length": int(experience.rollout.lengths[at])}
-        | {"rewards": {name: as_json(scores[at]) for name, scores in experience.components.items()}}
-        | {name: column[at] for name, column in experience.extra.items()}
-        for row, at in shown
-    ]
-
-
-def as_json(value: float) -> float | None:
-    """Replace NaN by None."""
-    return None if np.isnan(value) else float(value)
+def samples(run: Run, experience: Experience, batch: Batch, first: PackedBatch, step: int) -> list[dict[str, Any]]:
+    """Return rows of completions.jsonl: the step's first group, and some of the next; `first` is a minibatch."""
+    count = run.settings.run.log_completions
+    recorded = count and records_tokens(step, run.total_steps)
+    tokens = token_columns(experience, run.build.tokenizer.decode, first) if recorded else []
+    return sample_rows(experience, batch.advantages, step, count, tokens)
 
 
 def evaluate(run: Run, state: TrainState, step: int, session: Session) -> bool:
     """Measure the policy as --eval_steps asks and log it -> True if it is the best so far by --keep_best."""
     assert run.evaluate
     session.progress.phase("evaluation")
-    return session.log_evaluation(step, run.evaluate(state))
+    result = run.evaluate(state, step)
+    session.log.append("answers.jsonl", [{"step": step} | row for row in result.answers])
+    return session.log_evaluation(step, result.values)
 
 
 # Setting up
 
 
-def load_held_out(built: Build) -> PromptSet | None:
-    """Read the rows of --eval_steps, before training starts."""
+def load_held_out(built: Build, rewards: list[Reward]) -> PromptSet | None:
+    """Read the rows of --eval_steps, before training starts; with reference answers if there is no other measure."""
     settings = built.settings
     if not settings.run.eval_steps:
         return None
@@ -305,7 +307,9 @@ def load_held_out(built: Build) -> PromptSet | None:
         if settings.data.offline:
             limit, end = settings.rollout.max_completion_length, built.tokenizer.end_of_turn
             return load_recorded(built.tokenizer, options, limit, end, "test", size)
-        return held_out(built.tokenizer, options, size)
+        data = held_out(built.tokenizer, options, size, read_answers(rewards))
+        check_columns(rewards, data.rows[0])
+        return data
 
 
 def load_prompts(built: Build) -> tuple[PromptSet, list[Reward]]:
@@ -318,7 +322,7 @@ def load_prompts(built: Build) -> tuple[PromptSet, list[Reward]]:
     rewards = parse_rewards(XML_REWARDS if flags.reward == "auto" else flags.reward)
     rewards += overlong_rewards(flags.overlong_buffer, flags.overlong_penalty, limit)
     check_names(flags.reward, rewards)
-    dataset = load_dataset(options, "train", any("answer" in required(reward.function) for reward in rewards))
+    dataset = load_dataset(options, "train", read_answers(rewards))
     check_columns(rewards, dataset.rows[0])
     data = tokenize(dataset, built.tokenizer, options)
     sys.stderr.write(f"data: {len(data)} prompts of {dataset.name}, {data.dropped} dropped as too long\n")
@@ -333,11 +337,6 @@ def tell_mistakes(built: Build, data: PromptSet, rewards: list[Reward]) -> None:
     for finding in find_mistakes(subject):
         if finding.status != OK:
             sys.stderr.write(f"{finding.line()}\n")
-
-
-def required(function: Callable[..., Any]) -> list[str]:
-    """Return the arguments that a reward function must be given."""
-    return lacking(function, ())
 
 
 def refuse_sampling_flags(settings: Settings) -> None:
@@ -403,7 +402,7 @@ def make_run(built: Build) -> tuple[Run, TrainState]:
     if WORKERS.count > 1:
         WORKERS.equal({f"prompts of --dataset={settings.data.dataset} of digest": data.digest()})
     tell_mistakes(built, data, rewards)
-    held = load_held_out(built)
+    held = load_held_out(built, rewards)
     total = steps.max_steps or max(1, round(steps.num_epochs * len(data) / steps.batch_size))
     update_spec = grpo_update_spec(spec, total * steps.updates_per_step)
     packing = packing_spec(spec, spec.update_sequences, steps.num_generations)
@@ -417,7 +416,7 @@ def make_run(built: Build) -> tuple[Run, TrainState]:
         collect = functools.partial(sample_experience, sampling_spec(built, data, rewards, resident, total))
     weights = {reward.name: reward.weight for reward in rewards}
     run = Run(built, update_spec, packing, frozen, reference, collect, weights, None, len(data), total)
-    return dataclasses.replace(run, evaluate=make_evaluation(run, held, state)), state
+    return dataclasses.replace(run, evaluate=make_evaluation(run, held, rewards, state)), state
 
 
 def resident_bytes(state: TrainState, frozen: Params, reference: Reference | None) -> int:
@@ -425,39 +424,43 @@ def resident_bytes(state: TrainState, frozen: Params, reference: Reference | Non
     return device_share_bytes((state, frozen, reference.params if reference else None))
 
 
-Evaluation = Callable[[TrainState], dict[str, float]]
-
-
-def make_evaluation(run: Run, held: PromptSet | None, state: TrainState) -> Evaluation | None:
-    """Return the measurement of --eval_steps: greedy accuracy, or the margin of responses on file."""
+def make_evaluation(
+    run: Run, held: PromptSet | None, rewards: list[Reward], state: TrainState
+) -> Callable[[TrainState, int], Measured] | None:
+    """Return the measurement of --eval_steps: accuracy and rewards of answers, or the margin of responses on file."""
     if held is None:
         return None
     if run.settings.data.offline:
         return make_validation(run, held, state)
-    greedy = greedy_options(run.settings.rollout)
+    settings, samples = run.settings, run.settings.run.eval_num_generations
+    decoding = greedy_options(settings.rollout) if samples == 1 else settings.rollout
     resident = resident_bytes(state, run.frozen, run.reference)
-    return lambda state: accuracy(run.build, run.policy(state), held, greedy, resident)
+
+    def measure(state: TrainState, step: int) -> Measured:
+        at = TrainerState(global_step=step, max_steps=run.total_steps)
+        scoring = Scoring(tuple(rewards), settings.rewards.reward_timeout, settings.steps.seed, at)
+        return answer_questions(run.build, run.policy(state), held, decoding, samples, scoring, resident)
+
+    return measure
 
 
-def make_validation(run: Run, held: PromptSet, state: TrainState) -> Evaluation:
+def make_validation(run: Run, held: PromptSet, state: TrainState) -> Callable[[TrainState, int], Measured]:
     """Return the validation on held-out responses, against the policy at the start."""
-    steps, sequences = run.settings.steps, run.build.spec.update_sequences
-    group, size = steps.num_generations, sequences // steps.num_generations
-    starts = range(0, len(held), size)
-    experiences = [take_responses(held, range(at, min(at + size, len(held))), group, [0, at]) for at in starts]
-    batches = [batch_with_advantages(run, experience) for experience in experiences]
-    packed = [
-        put_batch(run.build.spec.mesh, pack(run.packing, *pad_batch(experience.prompts, batch, size)))
-        for experience, batch in zip(experiences, batches, strict=True)
-    ]
-    advantages = np.concatenate([batch.advantages for batch in batches])
-    rows = HeldOut(experiences, packed, advantages)
+    steps, mesh = run.settings.steps, run.build.spec.mesh
+    group, size = steps.num_generations, run.build.spec.update_sequences // steps.num_generations
+    rows = hold_out(mesh, run.packing, held, group, size, functools.partial(batch_with_advantages, run))
 
     def mean_logprobs(state: TrainState) -> Float[np.ndarray, " B"]:
         return rows.mean_logprobs(lambda batch: fetch(batch_logprobs(run.update_spec, run.policy(state), batch)))
 
     before = mean_logprobs(state)
-    return lambda state: validate(rows, before, mean_logprobs(state), group)
+
+    def measure(state: TrainState, step: int) -> Measured:
+        now = mean_logprobs(state)
+        found = margins(now.reshape(-1, group), rows.scores.reshape(-1, group))
+        return Measured(validate(rows, before, now, group), margin_rows(held, found))
+
+    return measure
 
 
 def warn_of_zeros(settings: Settings) -> None:
@@ -504,6 +507,8 @@ def run_training(settings: Settings, progress: Progress, sinks: Mapping[str, Ope
     name = built.settings.run.push_to_hub
     if not code and name:
         upload(session.log, name)
+    if code == 0 and session.log.writes:
+        session.log.say(closing_words(folder))
     return code
 
 

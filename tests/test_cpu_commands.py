@@ -22,7 +22,17 @@ from minigrpo.model.hub import find_source
 from minigrpo.rollout.generator import Rollout
 from minigrpo.runtime import program_cache
 
-SMALL = ["--batch_size=4", "--num_generations=4", "--max_completion_length=32", "--report_to=none", "--max_steps=2"]
+BFLOAT16 = 2**-8
+"""Rounding of the weights that a finished run writes."""
+
+SMALL = [
+    "--batch_size=4",
+    "--num_generations=4",
+    "--max_completion_length=32",
+    "--report_to=none",
+    "--max_steps=2",
+    "--eval_steps=0",
+]
 
 
 def run(command, *flags):
@@ -108,6 +118,7 @@ def test_evaluate_counts_every_way_beside_the_base(offline, tmp_path, capsys):
         "--dataset=builtin:arithmetic",
         "--eval_size=12",
         "--num_generations=4",
+        "--reward=tag_count*2",
         f"--output={tmp_path}/answers.jsonl",
     ]
     run(evaluate, f"--model={offline}", "--base=builtin:tiny", *flags)
@@ -115,10 +126,26 @@ def test_evaluate_counts_every_way_beside_the_base(offline, tmp_path, capsys):
     for figures in (result, result["base"]):
         assert 0 <= figures["strict_accuracy"] <= figures["accuracy"] <= figures["pass@2"] <= figures["pass@4"] <= 1
         assert figures["interval"][0] <= figures["accuracy"] <= figures["interval"][1] and "majority@4" in figures
+    assert result["reward"] == pytest.approx(2 * result["rewards/tag_count"]) and result["reward"] > 0
     answers = lines(tmp_path / "answers.jsonl")
     assert len(answers) == 2 * 12 * 4
     tuned = [row["right"] for row in answers if row["model"] == str(offline)]
     assert np.mean(tuned) == result["accuracy"]
+
+
+def test_evaluate_measures_the_margin_of_a_scored_file_without_answers(offline, tmp_path, capsys):
+    held = offline.parent / "held.jsonl"
+    flags = [f"--dataset={held}", "--base=builtin:tiny", "--temperature=1", f"--output={tmp_path}/margins.jsonl"]
+    run(evaluate, f"--model={offline}", *flags, "--max_completion_length=64")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    validated = lines(offline / "evaluations.jsonl")
+    assert result["margin"] == pytest.approx(validated[-1]["margin"], rel=BFLOAT16)
+    assert result["base"]["margin"] == pytest.approx(validated[0]["margin"], abs=1e-4)
+    rows = lines(tmp_path / "margins.jsonl")
+    told = [row["margin"] for row in lines(offline / "answers.jsonl") if row["step"] == 12]
+    assert [row["margin"] for row in rows if row["model"] == str(offline)] == pytest.approx(told, rel=4 * BFLOAT16)
+    with pytest.raises(UsageError, match="--reward=tag_count: .* has no answers to ask for"):
+        run(evaluate, f"--model={offline}", *flags[:2], "--reward=tag_count")
 
 
 def test_a_base_that_is_not_there_is_told_before_sampling(offline, capsys):
@@ -139,8 +166,9 @@ def test_pass_at_k_and_the_majority():
 
 def test_the_report_is_one_page_with_every_picture(offline):
     page = (offline / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(list((offline / "report").glob("*.png"))) >= 8
+    assert page.count("<svg") == len(list((offline / "report").glob("*.png"))) >= 8
     assert "http" not in page.replace("https://", "http://").split("<h2>Samples")[0]
+    assert page.count('<div class="member"') >= 3 and "held-out margin" in page
     summary = json.loads((offline / "summary.json").read_text())
     assert summary["steps"] == 12 and summary["doctor"]
     with pytest.raises(UsageError, match=r"no metrics.jsonl"):
@@ -237,7 +265,7 @@ def test_what_a_crash_left_of_a_line_is_passed_over(offline, tmp_path):
         file.write(b'[1]\n{"step": 13, "loss": "\xc3')
     assert json.loads((report.write_report(tmp_path).parent / "summary.json").read_text())["steps"] == 12
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": "x"}\n')
-    with pytest.raises(UsageError, match="step 1 has None as 'num_tokens'"):
+    with pytest.raises(UsageError, match="step 1 has 'x' as 'loss'"):
         report.write_report(tmp_path)
 
 
@@ -310,7 +338,7 @@ def test_margin_compares_inside_prompts():
 def made_up(base, prompts=2, group=2):
     rows = prompts * group
     tokens = base + np.arange(rows)[:, None] * np.ones((1, 3), int)
-    rollout = Rollout(tokens, tokens * 0.5, np.full(rows, 3), np.ones(rows, bool), 3, 1.0)
+    rollout = Rollout(tokens, tokens * 0.5, np.full(rows, 3), np.ones(rows, bool), decode_steps=3, occupancy=1.0)
     texts = [f"{base + row}" for row in range(rows)]
     values = base + np.arange(rows, dtype=float)
     prompts_, rows_ = [[base + i] for i in range(prompts)], [{"prompt": str(base + i)} for i in range(prompts)]

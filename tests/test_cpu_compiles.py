@@ -10,7 +10,14 @@ from minigrpo import train
 from minigrpo.command_line import parse_flags
 
 MOST = {"gradients": 2, "batch_logprobs": 2, "run_mesh": 1, "apply_gradients": 1, "decode_weights": 1}
-SMALL = ["--batch_size=4", "--num_generations=4", "--report_to=none", "--save_steps=0", "--max_completion_length=48"]
+SMALL = [
+    "--batch_size=4",
+    "--num_generations=4",
+    "--report_to=none",
+    "--save_steps=0",
+    "--max_completion_length=48",
+    "--eval_steps=0",
+]
 
 
 def scored_file(folder):

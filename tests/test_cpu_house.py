@@ -11,7 +11,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from minigrpo import check, config, evaluate, generate, plan, sft, train
+from minigrpo import check, compare, config, evaluate, generate, plan, report, sft, train
 
 LEVELS = [
     {"config", "commands", "other_names", "door"},
@@ -19,12 +19,12 @@ LEVELS = [
     {"command_line", "__main__"},
     {"user_code"},
     {"runtime", "data", "diagnostics"},
-    {"model"},
+    {"model", "reporting"},
     {"rollout"},
     {"grpo"},
     {"planning"},
     {"build"},
-    {"evaluate", "generate", "report"},
+    {"compare", "evaluate", "generate", "report"},
     {"share"},
     {"train", "sft", "tiny", "plan"},
     {"api", "check"},
@@ -67,7 +67,7 @@ def test_every_setting_is_read_somewhere():
     assert not unread
 
 
-@pytest.mark.parametrize("command", [train, sft, evaluate, generate, plan, check])
+@pytest.mark.parametrize("command", [train, sft, evaluate, generate, plan, check, report, compare])
 def test_flag_names_are_unique(command):
     options = config.section_types(command.SECTIONS, config.Settings).values()
     names = [field.name for section in options for field in dataclasses.fields(section)]
@@ -84,6 +84,8 @@ PLATFORM_FREE = (
     "evaluate",
     "generate",
     "report",
+    "reporting",
+    "compare",
     "config",
     "config_files",
     "command_line",
@@ -96,11 +98,13 @@ def test_the_core_names_no_platform():
             assert not re.findall(r"""["'](?:cpu|gpu|tpu)["']""", path.read_text()), path
 
 
-@pytest.mark.parametrize(
-    "name",
-    [f"data.{name}" for name in ("datasets", "columns", "grading", "rewards", "probes", "findings")]
-    + ["config_files", "other_names", "rollout.generator", "runtime.sinks", "share"],
-)
+DOCTESTED = ["data.datasets", "data.columns", "data.grading", "data.rewards"]
+DOCTESTED += ["data.probes", "data.findings", "rollout.generator", "config_files", "other_names", "command_line"]
+DOCTESTED += ["runtime.sinks", "share"]
+DOCTESTED += ["reporting.significance", "reporting.verdict"]
+
+
+@pytest.mark.parametrize("name", DOCTESTED)
 def test_worked_examples(name):
     result = doctest.testmod(importlib.import_module(f"minigrpo.{name}"))
     assert result.attempted > 0 and result.failed == 0

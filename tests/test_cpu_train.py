@@ -19,7 +19,14 @@ from minigrpo.command_line import parse_flags
 from minigrpo.config import Settings, UsageError, check_limits, section_types
 from minigrpo.runtime.run_folder import TIMINGS
 
-SMALL = ("--batch_size=4", "--num_generations=4", "--max_completion_length=40", "--save_steps=2", "--report_to=none")
+SMALL = (
+    "--batch_size=4",
+    "--num_generations=4",
+    "--max_completion_length=40",
+    "--save_steps=2",
+    "--report_to=none",
+    "--eval_steps=0",
+)
 
 
 def command(*flags, module="train"):

@@ -15,6 +15,7 @@ from minigrpo.data.chat import Tokenizer
 from minigrpo.data.columns import (
     CHAT_COLUMNS,
     PROMPT_COLUMNS,
+    answer_reader,
     completion_text,
     find_column,
     messages_of,
@@ -23,7 +24,7 @@ from minigrpo.data.columns import (
     refuse_unused,
     split_chat,
 )
-from minigrpo.data.datasets import Dataset, PromptSet, encode, named_rows, tokenize, with_progress
+from minigrpo.data.datasets import Dataset, PromptSet, encode, named_rows, tokenize, with_columns, with_progress
 from minigrpo.data.rows import CellError, Ints, Mapped, Ragged, Row, Rows
 
 RESPONSE_COLUMNS, SCORE_COLUMNS = ("response", "completion"), ("score", "reward", "label")
@@ -99,6 +100,25 @@ def chat_response(column: str, value: Any) -> tuple[list[Any], str]:
     """Return the messages before a response, and its text."""
     response = completion_text(column, value)
     return ([] if isinstance(value, str) else split_chat(messages_of(value))[0]), response
+
+
+def is_recorded(row: Row) -> bool:
+    """Tell whether a row holds responses with scores, in any form but a chat."""
+    return "responses" in row or "chosen" in row or is_flat(row)
+
+
+def recorded_problems(options: DataOptions, split: str) -> Dataset | None:
+    """Read the prompts of rows with responses and their reference answers; None where the rows have no answer."""
+    dataset = read_recorded(options, split)
+
+    def prompt(row: Row) -> Any:
+        return row["prompt"]
+
+    if not answer_reader(dataset.rows[0], options, prompt, required=False):
+        return None
+    answer = answer_reader(dataset.rows[0], options, prompt, required=True)
+    assert answer
+    return Dataset(dataset.name, with_columns(f"--dataset={dataset.name}", dataset.rows, {"answer": answer}))
 
 
 # One response a row

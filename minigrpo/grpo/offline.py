@@ -4,13 +4,15 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from minigrpo.data.datasets import PromptSet, batch_numbers
-from minigrpo.grpo.batch import PackedBatch, restore_order
+from minigrpo.grpo.batch import Batch, PackedBatch, PackingSpec, pack, pad_batch, put_batch, restore_order
 from minigrpo.grpo.experience import Experience
 from minigrpo.model.params import Params
 from minigrpo.rollout.generator import Rollout
+from minigrpo.runtime.mesh import fetch
 
 SCORE = "score"
 """Name under which a file's scores are reported."""
@@ -52,36 +54,61 @@ class HeldOut:
     batches: list[PackedBatch]
     advantages: Float[np.ndarray, " B"]
 
+    @property
+    def scores(self) -> Float[np.ndarray, " B"]:
+        """Return the scores on file, NaN where there is no response."""
+        return np.concatenate([experience.rewards for experience in self.experiences])
+
     def mean_logprobs(self, score: Callable[[PackedBatch], np.ndarray]) -> Float[np.ndarray, " B"]:
         """Return every response's mean log-prob per token; `score` gives a batch's log-probs."""
         means = []
         for experience, batch in zip(self.experiences, self.batches, strict=True):
             lengths = experience.rollout.lengths
-            logprobs = restore_order(batch, np.asarray(score(batch), np.float64), len(lengths))
+            packed = int(fetch(batch.order).max()) + 1  # prompts without responses fill the last batch up
+            logprobs = restore_order(batch, np.asarray(score(batch), np.float64), packed)[: len(lengths)]
             mask = np.arange(logprobs.shape[1]) < lengths[:, None]
             means.append(np.where(mask, logprobs, 0).sum(axis=1) / np.maximum(lengths, 1))
         return np.concatenate(means)
 
 
-def margin(logprobs: Float[np.ndarray, "P G"], scores: Float[np.ndarray, "P G"]) -> float:
-    """Return how much likelier, per token, the better responses of a prompt are than its worse ones, over all prompts.
+def hold_out(
+    mesh: Mesh, packing: PackingSpec, data: PromptSet, group: int, size: int, to_batch: Callable[[Experience], Batch]
+) -> HeldOut:
+    """Pack up to `group` responses of every prompt onto the mesh, `size` prompts at a time."""
+    starts = range(0, len(data), size)
+    experiences = [take_responses(data, range(at, min(at + size, len(data))), group, [0, at]) for at in starts]
+    batches = [to_batch(experience) for experience in experiences]
+    packed = [
+        put_batch(mesh, pack(packing, *pad_batch(experience.prompts, batch, size)))
+        for experience, batch in zip(experiences, batches, strict=True)
+    ]
+    return HeldOut(experiences, packed, np.concatenate([batch.advantages for batch in batches]))
 
-    Better and worse are above and below the prompt's mean score; prompts without both do not count.
+
+def margins(logprobs: Float[np.ndarray, "P G"], scores: Float[np.ndarray, "P G"]) -> Float[np.ndarray, " P"]:
+    """Return how much likelier, per token, the better responses of each prompt are than its worse ones.
+
+    Better and worse are above and below the prompt's mean score; NaN for prompts without both.
     """
     middle = np.array([row[~np.isnan(row)].mean() for row in scores])[:, None]
     better, worse = scores > middle, scores < middle
     both = better.any(axis=1) & worse.any(axis=1)
-    if not both.any():
-        return 0.0
-    means = [np.where(mask, logprobs, 0)[both].sum(axis=1) / mask[both].sum(axis=1) for mask in (better, worse)]
-    return float((means[0] - means[1]).mean())
+    means = [np.where(mask, logprobs, 0).sum(axis=1) / np.maximum(mask.sum(axis=1), 1) for mask in (better, worse)]
+    return np.where(both, means[0] - means[1], np.nan)
+
+
+def margin(logprobs: Float[np.ndarray, "P G"], scores: Float[np.ndarray, "P G"]) -> float:
+    """Average `margins` over the prompts with better and worse responses; 0 where there is none."""
+    known = margins(logprobs, scores)
+    known = known[~np.isnan(known)]
+    return float(known.mean()) if len(known) else 0.0
 
 
 def validate(
     held: HeldOut, before: Float[np.ndarray, " B"], now: Float[np.ndarray, " B"], group: int
 ) -> dict[str, float]:
     """Return the margin, and GSPO's unclipped loss against the mean log-probs `before` training."""
-    scores = np.concatenate([experience.rewards for experience in held.experiences])
+    scores = held.scores
     present = ~np.isnan(scores)
     loss = -(held.advantages * np.exp(now - before))[present].mean()
     ragged = scores.reshape(-1, group)

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +23,10 @@ TIMINGS = ("step_time", "time/", "tokens_per_second", "rollout/tokens_per_second
 LATEST = ("epoch", "num_tokens", "learning_rate", "device/peak_bytes")
 """Metrics of which the latest value stands for several steps; of all others the mean does."""
 
-LOGS = ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl")
+BY_TOKEN = ("tokens", "logprobs", "old_logprobs", "ref_logprobs")
+"""Columns of completions.jsonl with an entry per token, which sinks are not told."""
+
+LOGS = ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl", "answers.jsonl")
 
 BEGUN = ("train.log", "config.json.partial")
 """Files of a run that was killed before its settings were written: it cannot be resumed, only begun again."""
@@ -96,7 +100,8 @@ class RunFolder:
         """Write sample completions of a step to completions.jsonl and to every sink that takes them."""
         self.append("completions.jsonl", rows)
         if self.writes and rows:
-            self.tell("log_completions", step, rows)
+            brief = [{name: value for name, value in row.items() if name not in BY_TOKEN} for row in rows]
+            self.tell("log_completions", step, sorted(brief, key=lambda row: row.get("member", 0)))
 
     def tell(self, method: str, step: int, content: Any) -> None:
         """Hand a copy of `content` to every sink that has the method; one that fails is named, and told nothing more.
@@ -156,15 +161,26 @@ def evaluated(values: dict[str, float]) -> dict[str, float]:
 
 
 def save_settings(folder: Path, settings: Settings) -> None:
-    """Write config.json, which `--config` reads back, and flags.txt, which `--flagfile` does.
+    """Write config.json, which `--config` reads back, flags.txt, which `--flagfile` does, and command.txt.
 
-    Each is whole or absent, also after a crash, and begins a run of its own: --resume is left out.
+    Each is whole or absent, also after a crash, and begins a run of its own: --resume is left out. A resumed run keeps
+    the command that it was started with.
     """
     values = settings.as_dict() | ({"resume": False} if "run" in settings.sections else {})
     write_whole(folder / "config.json", json.dumps(values, indent=2) + "\n")
     given = {name: str(value) for name, value in values.items() if value is not None and name != "resume"}
     lines = ["--" + name + "=" + value.replace("\n", "\\n") for name, value in given.items()]
     write_whole(folder / "flags.txt", "\n".join(lines) + "\n")
+    if not (folder / "command.txt").exists():
+        write_whole(folder / "command.txt", command_line(settings) + "\n")
+
+
+def command_line(settings: Settings) -> str:
+    """Return the command with the flags that were given, as a shell reads it."""
+    command = "sft" if "sft" in settings.sections else "train"
+    given = {name: value for name, value in settings.as_dict().items() if name in settings.explicit}
+    flags = [f"--{name}={value}".replace("\n", "\\n") for name, value in given.items()]
+    return f"python -m minigrpo.{command} " + shlex.join(flags) if flags else f"python -m minigrpo.{command}"
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -298,6 +314,7 @@ def reward_metrics(
     metrics = {
         "reward": mean(total),
         "reward_std": spread(total),
+        "reward_stderr": standard_error(total, group),
         "frac_reward_zero_std": float((spreads < 1e-8).mean()),
     }
     for name, scores in parts.items():
@@ -309,6 +326,12 @@ def mean(values: np.ndarray) -> float:
     """Return the mean of values that are not NaN; 0 for none."""
     present = values[~np.isnan(values)]
     return float(present.mean()) if len(present) else 0.0
+
+
+def standard_error(total: np.ndarray, group: int) -> float:
+    """Return the standard error of the mean reward: groups are independent, completions of one prompt are not."""
+    means = np.array([mean(row) for row in total.reshape(-1, group) if not np.isnan(row).all()])
+    return spread(means) / max(1, len(means)) ** 0.5
 
 
 def spread(values: np.ndarray) -> float:
