@@ -105,7 +105,7 @@ class StepCallback:
 class TrainedRun:
     """A run that has ended, and its folder."""
 
-    folder: Path
+    folder: str | Path
     finished: bool
     """False for one that was asked to stop; `train(resume=True, output_dir=run.folder)` goes on."""
 
@@ -123,12 +123,19 @@ class TrainedRun:
         """Return the rows of a JSONL file of the folder."""
         from minigrpo.runtime.run_folder import read_steps
 
-        return read_steps(self.folder / name)
+        return read_steps(self.local / name)
+
+    @functools.cached_property
+    def local(self) -> Path:
+        """Return the folder, or a copy of it on this host when it is in a bucket."""
+        from minigrpo.remote import local_copy
+
+        return local_copy("output_dir", str(self.folder))
 
     @functools.cached_property
     def model(self) -> "Model":
         """Return the trained model."""
-        return load(self.folder / "final")
+        return load(self.local / "final")
 
     def generate(self, prompts: str | Sequence[Any], **more: Any) -> Any:
         """Answer as `Model.generate` does, with the trained model."""
@@ -140,7 +147,7 @@ class TrainedRun:
 
     def save(self, folder: str | Path) -> Path:
         """Copy the trained model, as a Hub folder, to a new place -> that place."""
-        return Path(shutil.copytree(self.folder / "final", folder))
+        return Path(shutil.copytree(self.local / "final", folder))
 
 
 def train(
@@ -153,7 +160,7 @@ def train(
     """
     from minigrpo import train as command
     from minigrpo.runtime.progress import Progress
-    from minigrpo.runtime.session import with_run_settings
+    from minigrpo.runtime.session import choose_home, with_run_settings
     from minigrpo.runtime.workers import joined
 
     folder = str(flags.pop("output_dir", time.strftime("runs/%Y%m%d-%H%M%S")))
@@ -161,9 +168,9 @@ def train(
     own |= {"reward": ",".join(map(as_reward, rewards))} if rewards else {}
     settings = settings_of(command.SECTIONS, flags | own)
     sinks = {"on_step": lambda folder, values, step: StepCallback(on_step)} if on_step else {}
-    with joined(settings), Progress() as progress:
-        code = command.run_training(with_run_settings(settings), progress, sinks)
-    return TrainedRun(Path(folder), code == 0)
+    with joined(settings), Progress() as progress, choose_home(settings.run) as home:
+        code = command.run_training(with_run_settings(settings, home), progress, home, sinks)
+    return TrainedRun(folder if "://" in folder else Path(folder), code == 0)
 
 
 # A loaded model

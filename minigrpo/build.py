@@ -287,7 +287,7 @@ def check_ends(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
         raise UsageError(f"{folder}: end token {unknown[0]} is outside the model's {config.vocab_size} vocabulary rows")
 
 
-def announce(built: Build, packing: PackingSpec, sequences: int, params: tuple[Params, Params], folder: Path) -> None:
+def announce(built: Build, packing: PackingSpec, sequences: int, params: tuple[Params, Params], run: str) -> None:
     """Print every value used by a run, once, and where things go.
 
     `sequences` are those of an update, `params` the trained and the frozen weights.
@@ -302,7 +302,7 @@ def announce(built: Build, packing: PackingSpec, sequences: int, params: tuple[P
     sys.stderr.write(
         f"mesh: {sizes} of {devices.flat[0].device_kind} devices{processes}; "
         f"update in at most {most} micro-batch{'es' * (most > 1)} of {packing.rows} x {packing.row_tokens} tokens; "
-        f"run folder {folder}\n"
+        f"run folder {run}\n"
     )
     counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in params]
     sys.stderr.write(f"parameters: {counts[0]:,} trained, {counts[1]:,} frozen\n")

@@ -1,6 +1,7 @@
 """`python -m minigrpo.report RUN`: a run folder's plots, summary.json, and one self-contained HTML page."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from minigrpo.reporting.history import History, average, column, part_names, rea
 from minigrpo.reporting.page import render
 from minigrpo.reporting.significance import interval
 from minigrpo.reporting.verdict import Verdict, best_step, held_out_change, judge, training_change
+from minigrpo.runtime.bucket import open_home
 from minigrpo.runtime.progress import clock_text
 
 SECTIONS = COMMANDS["report"].sections
@@ -113,10 +115,11 @@ def main(settings: Settings) -> int:
     options = settings.report
     if not options.run:
         raise UsageError("--run=: name a run folder, such as --run=runs/mine")
-    page = write_report(Path(options.run))
-    sys.stderr.write(f"report written to {page}\n{closing_words(Path(options.run))}\n")
-    for line in json.loads((Path(options.run) / "summary.json").read_text())["doctor"]:
-        sys.stderr.write(f"* {line}\n")
+    with open_home(options.run, True, f"report-{os.getpid()}", "run") as home:
+        page = write_report(home.folder)
+        sys.stderr.write(f"report written to {home.name}/{page.name}\n{closing_words(home.folder)}\n")
+        for line in json.loads((home.folder / "summary.json").read_text())["doctor"]:
+            sys.stderr.write(f"* {line}\n")
     return 0
 
 

@@ -34,10 +34,11 @@ from minigrpo.grpo.update import UpdateSpec, batch_logprobs, update
 from minigrpo.model.params import Params, join, split_trainable
 from minigrpo.planning.memory import packing_spec
 from minigrpo.report import write_report
+from minigrpo.runtime.bucket import RunHome
 from minigrpo.runtime.mesh import fetch
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import memory_metrics
-from minigrpo.runtime.session import Position, Session, choose_folder, open_session, with_run_settings
+from minigrpo.runtime.session import Position, Session, check_home, choose_home, open_session, with_run_settings
 from minigrpo.runtime.sinks import find_sinks
 from minigrpo.runtime.workers import WORKERS, joined
 
@@ -238,19 +239,20 @@ def make_run(built: Build) -> tuple[Run, TrainState]:
 
 def main(settings: Settings) -> int:
     """Train as the settings say."""
-    with joined(settings), Progress() as progress:
-        return run_training(with_run_settings(settings), progress)
+    with joined(settings), Progress() as progress, choose_home(settings.run) as home:
+        return run_training(with_run_settings(settings, home), progress, home)
 
 
-def run_training(settings: Settings, progress: Progress) -> int:
+def run_training(settings: Settings, progress: Progress, home: RunHome) -> int:
     """Build the run, train it, and write its results."""
     progress.phase("loading")
     openers = find_sinks(settings.run) if WORKERS.writes else {}
     built = build(settings, settings.run.mesh)
-    folder = choose_folder(built.settings)
+    folder = home.folder
+    check_home(built.settings, home)
     run, state = make_run(built)
-    announce(built, run.packing, run.options.batch_size, (state.params, run.frozen), folder)
-    session, state = open_session(folder, built.settings, run.total_steps, state, progress, openers)
+    announce(built, run.packing, run.options.batch_size, (state.params, run.frozen), home.name)
+    session, state = open_session(home, built.settings, run.total_steps, state, progress, openers)
     if run.held and session.first.step == 0:
         evaluate(run, state, 0, session)
 

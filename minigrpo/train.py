@@ -67,10 +67,11 @@ from minigrpo.model.params import Params, join, split_trainable
 from minigrpo.planning.memory import device_share_bytes, packing_spec, pool_limit
 from minigrpo.report import closing_words, write_report
 from minigrpo.rollout.generator import Rollout
+from minigrpo.runtime.bucket import RunHome
 from minigrpo.runtime.mesh import fetch
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import RunFolder, completion_metrics, memory_metrics, reward_metrics
-from minigrpo.runtime.session import Position, Session, choose_folder, open_session, with_run_settings
+from minigrpo.runtime.session import Position, Session, check_home, choose_home, open_session, with_run_settings
 from minigrpo.runtime.sinks import Opener, find_sinks
 from minigrpo.runtime.workers import WORKERS, joined
 from minigrpo.share import check_hub, push, write_card
@@ -479,23 +480,26 @@ def warn_of_zeros(settings: Settings) -> None:
 
 def main(settings: Settings) -> int:
     """Train as the settings say."""
-    with joined(settings), Progress() as progress:
-        return run_training(with_run_settings(settings), progress)
+    with joined(settings), Progress() as progress, choose_home(settings.run) as home:
+        return run_training(with_run_settings(settings, home), progress, home)
 
 
-def run_training(settings: Settings, progress: Progress, sinks: Mapping[str, Opener] = MappingProxyType({})) -> int:
+def run_training(
+    settings: Settings, progress: Progress, home: RunHome, sinks: Mapping[str, Opener] = MappingProxyType({})
+) -> int:
     """Build the run, train it, and write its results; `sinks` are opened besides those of --report_to."""
     progress.phase("loading")
     openers = find_sinks(settings.run) | dict(sinks) if WORKERS.writes else {}
     built = build(settings, settings.run.mesh, TRAIN_DEFAULTS)
-    folder = choose_folder(built.settings)
+    folder = home.folder
+    check_home(built.settings, home)
     WORKERS.first(lambda: check_hub(built.settings.run))
     run, state = make_run(built)
-    announce(built, run.packing, built.spec.update_sequences, (state.params, run.frozen), folder)
+    announce(built, run.packing, built.spec.update_sequences, (state.params, run.frozen), home.name)
     warn_of_zeros(built.settings)
     if (built.settings.optimizer.warmup_steps or 0) > run.total_steps:
         sys.stderr.write(f"note: --warmup_steps is more than the run's {run.total_steps}: the rate never peaks\n")
-    session, state = open_session(folder, built.settings, run.total_steps, state, progress, openers)
+    session, state = open_session(home, built.settings, run.total_steps, state, progress, openers)
     if run.evaluate and session.first.step == 0:
         evaluate(run, state, 0, session)
 

@@ -31,6 +31,7 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 SLOW = {
+    "test_cpu_bucket",
     "test_cpu_commands",
     "test_cpu_compiles",
     "test_cpu_fused_projections",

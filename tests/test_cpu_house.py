@@ -17,7 +17,7 @@ LEVELS = [
     {"config", "commands", "other_names", "door"},
     {"config_files"},
     {"command_line", "__main__"},
-    {"user_code"},
+    {"user_code", "remote"},
     {"runtime", "data", "diagnostics"},
     {"model", "reporting"},
     {"rollout"},

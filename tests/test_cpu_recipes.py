@@ -58,5 +58,5 @@ def test_a_recipe_trains(tmp_path, name):
     assert (run / "final" / "model.safetensors").exists()
     again = parse_flags([f"--config={run}/config.json", "--resume"], train.SECTIONS)
     assert again.as_dict() | {"resume": False} == json.loads((run / "config.json").read_text())
-    train.choose_folder(train.with_run_settings(again))
+    train.check_home(train.with_run_settings(again), train.RunHome(run))
     build(again, again.run.mesh, TRAIN_DEFAULTS)

@@ -14,6 +14,7 @@ from typing import Any
 
 from minigrpo.config import UsageError
 from minigrpo.data.rows import JsonLines, Rows, Table
+from minigrpo.remote import fetched, is_url
 
 GSM8K = "openai/gsm8k"
 JSON_FILES = (".jsonl", ".ndjson", ".json")
@@ -63,6 +64,9 @@ def read_rows(name: str, config: str, split: str, fallback: str) -> Rows:
 
     Raises UsageError naming --dataset when there are none.
     """
+    if is_url(name):
+        with fetched("dataset", name) as path:
+            return read_rows(str(path), config, split, fallback)
     if is_file(name):
         refuse_choice(name, config, split)
         return read_file(Path(name), "dataset")

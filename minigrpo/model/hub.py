@@ -12,6 +12,7 @@ from minigrpo.model.lora import CONFIG_FILE, load_adapter, make_lora, read_adapt
 from minigrpo.model.params import Lora, ModelConfig, Params, is_adapter, leaf_sharding, select
 from minigrpo.model.qwen import abstract_params
 from minigrpo.model.weights import find_checkpoint, load_params
+from minigrpo.remote import is_url, local_copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ def find_source(name: str, base_model: str = "auto", given: str = "") -> Source:
 
     Errors begin with `given`, or else with --model and the name.
     """
-    folder = Path(name)
+    folder = local_copy("model", name)
     adapted = (folder / CONFIG_FILE).is_file()
     if adapted:
         lora, written = read_adapter_config(folder)
@@ -54,7 +55,7 @@ def find_source(name: str, base_model: str = "auto", given: str = "") -> Source:
         raise UsageError(f"--base_model={base_model}: --model={name} is no folder of adapters; leave --base_model out")
     if (folder / "flags.txt").is_file():
         return find_run(folder)
-    return Source(name, find_checkpoint(name, given))
+    return Source(name, find_checkpoint(str(folder) if is_url(name) else name, given))
 
 
 def find_base(adapter: Path, written: str, base_model: str) -> Source:
@@ -64,7 +65,7 @@ def find_base(adapter: Path, written: str, base_model: str) -> Source:
     base = written if base_model == "auto" else base_model
     cure = f"--model={adapter}: its base {base!r:.200} cannot be had; pass --base_model=FOLDER. It is"
     given = cure if base_model == "auto" else f"--base_model={base_model}"
-    source = None if (Path(base) / CONFIG_FILE).is_file() else find_source(base, given=given)
+    source = None if (local_copy("base_model", base) / CONFIG_FILE).is_file() else find_source(base, given=given)
     if source is None or source.lora:
         raise UsageError(f"--model={adapter}: its base {base} has adapters itself; merge them, or pass --base_model")
     return source
@@ -90,7 +91,7 @@ def run_defaults(name: str) -> dict[str, Any]:
 
     A file that was trained on is no dataset to be evaluated on.
     """
-    run = run_of(Path(name))
+    run = run_of(local_copy("model", name))
     settings = read_json(run / "config.json") if run else {}
     kinds = {field.name: type(field.default) for section in ASKING for field in dataclasses.fields(section)}
     values = {field: settings[field] for field in INHERITED if isinstance(settings.get(field), kinds[field])}

@@ -22,8 +22,17 @@ import jax
 import orbax.checkpoint as ocp
 
 from minigrpo.config import UsageError
+from minigrpo.runtime.bucket import (
+    Place,
+    RunHome,
+    absolute,
+    in_bucket,
+    is_checkpoint,
+    remove_checkpoint,
+    write_error,
+)
 from minigrpo.runtime.digest import digests
-from minigrpo.runtime.files import disk_error, free_bytes, remove_tree, size_text, sync, sync_tree, write_whole
+from minigrpo.runtime.files import free_bytes, remove_tree, size_text, sync, sync_tree, write_whole
 from minigrpo.runtime.run_folder import last_step
 from minigrpo.runtime.workers import WORKERS
 
@@ -121,7 +130,7 @@ def make_manifest(step: int, arrays: dict[str, jax.Array], host: dict[str, Any],
     return content | {"seal": seal(content)}
 
 
-def read_manifest(step: Path) -> dict[str, Any]:
+def read_manifest(step: Place) -> dict[str, Any]:
     """Return a checkpoint's manifest; Unusable when it is missing or damaged, UsageError when a newer minigrpo's."""
     try:
         content: dict[str, Any] = json.loads((step / MANIFEST).read_text(encoding="utf-8"))
@@ -156,15 +165,15 @@ def check_digests(manifest: dict[str, Any], arrays: dict[str, jax.Array]) -> Non
             raise Unusable(f"{name} is damaged: its digest is not the one it was saved with")
 
 
-def read_arrays(step: Path, named: dict[str, Any]) -> dict[str, jax.Array]:
+def read_arrays(step: Place, named: dict[str, Any]) -> dict[str, jax.Array]:
     """Return the arrays named, which may be some of a checkpoint's, laid out as in `named`, without checking them."""
     restore_args = ocp.checkpoint_utils.construct_restore_args(named)
     arguments = ocp.args.PyTreeRestore(item=named, partial_restore=True, restore_args=restore_args)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return dict(checkpointer.restore((step / "default").absolute(), args=arguments))
+        return dict(checkpointer.restore(absolute(step / "default"), args=arguments))
 
 
-def read_checked(step: Path, named: dict[str, Any], manifest: dict[str, Any]) -> dict[str, jax.Array]:
+def read_checked(step: Place, named: dict[str, Any], manifest: dict[str, Any]) -> dict[str, jax.Array]:
     """Return the arrays named, in the dtypes and layouts of `named`; Unusable when any is torn or damaged."""
     as_saved = {
         name: jax.ShapeDtypeStruct(array.shape, manifest["arrays"][name][1], sharding=array.sharding)
@@ -206,7 +215,7 @@ class Best:
     value: float
 
 
-def set_aside(step: Path) -> None:
+def set_aside(step: Place) -> None:
     """Move a checkpoint's folder out of the way, under a name that is free, so that saving goes on at its step."""
     wanted = step.parent.parent / f"unusable-checkpoint-{step.name}"
     names = [wanted, *(wanted.with_name(f"{wanted.name}-{number}") for number in range(2, 1000))]
@@ -216,10 +225,20 @@ def set_aside(step: Path) -> None:
 class Checkpoints:
     """The checkpoints of one run folder, by number of finished steps."""
 
-    def __init__(self, folder: Path, keep: int, *, save_steps: int = 0, save_minutes: float = 0.0, keep_best: str = ""):
-        """Open RUN/checkpoints; nothing is deleted before `restore` or the first `save`."""
+    def __init__(
+        self,
+        folder: Path | RunHome,
+        keep: int,
+        *,
+        save_steps: int = 0,
+        save_minutes: float = 0.0,
+        keep_best: str = "",
+    ):
+        """Open RUN/checkpoints, or those of a run's home; nothing is deleted before `restore` or the first `save`."""
         silence_orbax()
-        self.folder, self.keep, self.save_steps, self.save_minutes = folder, keep, save_steps, save_minutes
+        self.home = folder if isinstance(folder, RunHome) else RunHome(folder.parent)
+        self.folder: Place = self.home.checkpoints if isinstance(folder, RunHome) else folder
+        self.keep, self.save_steps, self.save_minutes = keep, save_steps, save_minutes
         self.metric = keep_best.removeprefix("-")
         self.sign = -1 if keep_best.startswith("-") else 1
         self.best: Best | None = None
@@ -239,7 +258,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Return the numbers of the folders that may be checkpoints, ascending."""
         folders = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted(int(path.name) for path in folders if path.is_dir() and path.name.isdecimal())
+        return sorted(int(path.name) for path in folders if is_checkpoint(path))
 
     # Saving
 
@@ -284,26 +303,29 @@ class Checkpoints:
                 set_aside(path)
             manifest = make_manifest(step, arrays, host or {}, self.best)
             items = ocp.args.Composite(default=ocp.args.StandardSave(arrays), manifest=ocp.args.JsonSave(manifest))
-            self.checkpointer.save(path.absolute(), args=items)
+            self.checkpointer.save(absolute(path), args=items)
         except Exception as error:  # orbax wraps what the system raises in many ways
-            raise disk_error(path, error, self.needed) from error
+            raise write_error(path, error, self.needed) from error
         self.saved_at = time.monotonic()
         self.finisher = threading.Thread(target=self.finish, args=(step,), name=f"checkpoint {step}", daemon=True)
         self.finisher.start()
 
     def sync_data(self) -> None:
-        """Bring a checkpoint to the disk itself before it gets its name; orbax calls this in its own thread."""
-        if WORKERS.writes:
+        """Bring the logs up to a checkpoint, and itself, to the disk before it gets its name; in orbax's own thread."""
+        self.home.flush()
+        if WORKERS.writes and not in_bucket(self.folder):
             for folder in self.folder.glob(f"*{TEMPORARY}*"):
-                sync_tree(folder)
+                sync_tree(Path(folder))
 
     def finish(self, step: int) -> None:
         """Wait for a save under way, then note it and delete older ones; runs in a thread of its own."""
         try:
             self.checkpointer.wait_until_finished()
             if WORKERS.writes:
-                sync(self.folder)
-                write_whole(self.folder.parent / MARKER, f"{step}\n")
+                if not in_bucket(self.folder):
+                    sync(Path(self.folder))
+                write_whole(self.home.folder / MARKER, f"{step}\n")
+                self.home.saved(step)
             self.committed.add(step)
             self.newest = step
             self.prune()
@@ -316,13 +338,14 @@ class Checkpoints:
         for step in sorted(self.committed - protected):
             self.committed.discard(step)
             if WORKERS.writes and (self.folder / str(step)).exists():
-                remove_tree(self.folder / str(step))
+                remove_checkpoint(self.folder / str(step))
+                self.home.removed(step)
 
     def raise_failure(self) -> None:
         """Raise an error of the save in the background as a UsageError."""
         if self.failure:
             failure, self.failure = self.failure, None
-            raise disk_error(self.folder, failure, self.needed) from failure
+            raise write_error(self.folder, failure, self.needed) from failure
 
     def wait(self) -> None:
         """Wait until the save under way is on the disk itself; UsageError when it cannot be written."""
@@ -341,7 +364,7 @@ class Checkpoints:
     def space(self, state: Any) -> str:
         """Return a line on the space that the run's checkpoints need, and whether there is enough."""
         each, kept = state_bytes(state), self.keep + 1 + bool(self.metric)
-        free = free_bytes(self.folder)
+        free = None if in_bucket(self.folder) else free_bytes(Path(self.folder))
         line = f"checkpoints: up to {size_text(each)} each, {kept} at once"
         if free is None:
             return line
@@ -360,7 +383,7 @@ class Checkpoints:
         if not candidates:
             self.check_none_is_lost()
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), flatten(like))
-        failed: dict[Path, str] = {}
+        failed: dict[Place, str] = {}
         for step in reversed(candidates):
             found = self.attempt(step, shapes, failed)
             if found:
@@ -376,7 +399,7 @@ class Checkpoints:
         self.take(0, {"best": None}, failed)
         return 0, like, {}
 
-    def attempt(self, step: int, shapes: dict[str, Any], failed: dict[Path, str]) -> Found | None:
+    def attempt(self, step: int, shapes: dict[str, Any], failed: dict[Place, str]) -> Found | None:
         """Return a checkpoint's arrays and manifest, or None and why in `failed`; UsageError for another model's."""
         folder = self.folder / str(step)
         found, reason = None, "unusable in another process"
@@ -393,14 +416,15 @@ class Checkpoints:
         sys.stderr.write(f"checkpoint {folder} is not usable, trying the one before: {reason}\n")
         return None
 
-    def take(self, step: int, manifest: dict[str, Any], failed: dict[Path, str]) -> None:
+    def take(self, step: int, manifest: dict[str, Any], failed: dict[Place, str]) -> None:
         """Adopt a checkpoint: set damaged ones aside, and delete half-written and surplus ones that a crash left."""
         if WORKERS.writes:
             for folder in failed:
                 set_aside(folder)
             for pattern in (f"*{TEMPORARY}*", "*.deleted"):
                 for left in self.folder.glob(pattern):
-                    remove_tree(left)
+                    remove_tree(Path(left))
+            self.remove_unfinished()
         WORKERS.gather("damaged checkpoints are set aside")
         self.committed, self.newest = set(self.steps()), step
         best = manifest["best"]
@@ -408,9 +432,15 @@ class Checkpoints:
             self.best = Best(**best)
         self.prune()
 
+    def remove_unfinished(self) -> None:
+        """Delete what a crash left in a bucket of checkpoints that were being written or deleted."""
+        places = self.folder.iterdir() if in_bucket(self.folder) and self.folder.is_dir() else ()
+        for place in [place for place in places if place.name.isdecimal() and not is_checkpoint(place)]:
+            remove_checkpoint(place)
+
     def check_none_is_lost(self) -> None:
         """Raise UsageError when the logs say that there were checkpoints, so that a run's logs are not emptied."""
-        run = self.folder.parent
+        run = self.home.folder
         logged, newest = last_step(run / "metrics.jsonl"), read_marker(run)
         if newest > 0 or logged > 2 * self.save_steps > 0:
             saved = f"{run / MARKER} names checkpoint {newest}" if newest else f"{run}/metrics.jsonl has {logged} steps"

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from minigrpo.config import RunOptions, Settings, UsageError
+from minigrpo.remote import local_copy
+from minigrpo.runtime.bucket import BucketHome, RunHome, open_home
 from minigrpo.runtime.checkpoint import Checkpoints, check_same_run, read_run_settings
 from minigrpo.runtime.files import write_whole
 from minigrpo.runtime.progress import Progress
@@ -57,13 +59,20 @@ class Stopped(Exception):
 # The folder
 
 
-def with_run_settings(settings: Settings) -> Settings:
+def choose_home(options: RunOptions) -> contextlib.AbstractContextManager[RunHome]:
+    """Return the home of the run, new or to be resumed, in a folder or a bucket, as worker 0 names it."""
+    new = options.output_dir == "auto" and not options.resume
+    named = WORKERS.first(lambda: time.strftime("runs/%Y%m%d-%H%M%S") if new else options.output_dir)
+    return open_home(named, options.resume)
+
+
+def with_run_settings(settings: Settings, home: RunHome | None = None) -> Settings:
     """Return settings with a resumed run's own values for every flag that was not given."""
     if not settings.run.resume:
         return settings
     if settings.run.output_dir == "auto":
         raise UsageError("--resume: name the run to continue with --output_dir")
-    saved = read_run_settings(Path(settings.run.output_dir))
+    saved = read_run_settings(home.folder if home else local_copy("output_dir", settings.run.output_dir))
     check_same_command(settings, saved)
     saved = {name: value for name, value in saved.items() if name not in ("resume", "output_dir")}
     try:
@@ -84,22 +93,19 @@ def check_same_command(settings: Settings, saved: dict[str, Any]) -> None:
         )
 
 
-def choose_folder(settings: Settings) -> Path:
-    """Return the run folder, new or to be resumed, as worker 0 chooses it; UsageError for one that cannot be used."""
-    return Path(WORKERS.first(lambda: str(own_folder(settings))))
+def check_home(settings: Settings, home: RunHome) -> None:
+    """Raise UsageError rather than mix two runs, or begin one that could not be written. Creates nothing."""
+    WORKERS.first(lambda: check_own(settings, home))
 
 
-def own_folder(settings: Settings) -> Path:
-    """Choose the run folder; UsageError rather than a mix of two runs. Creates nothing."""
-    options = settings.run
-    folder = Path(time.strftime("runs/%Y%m%d-%H%M%S") if options.output_dir == "auto" else options.output_dir)
-    if options.resume:
-        for note in check_same_run(folder, settings.as_dict()):
+def check_own(settings: Settings, home: RunHome) -> None:
+    """Check the run folder as this worker sees it."""
+    if settings.run.resume:
+        for note in check_same_run(home.folder, settings.as_dict()):
             sys.stderr.write(f"{note}\n")
     else:
-        check_empty(folder)
-    check_writable(folder)
-    return folder
+        check_empty(home.folder)
+    check_writable(home.folder)
 
 
 def check_shared(folder: Path) -> None:
@@ -136,9 +142,9 @@ def sees(path: Path, token: str) -> bool:
     return False
 
 
-def resume_command(folder: Path) -> str:
+def resume_command(home: RunHome) -> str:
     """Return the flags that continue a run."""
-    return f"--resume --output_dir={folder}"
+    return f"--resume --output_dir={home.name}"
 
 
 # The run
@@ -152,6 +158,7 @@ class Session:
     checkpoints: Checkpoints
     first: Position
     options: RunOptions
+    home: RunHome
 
     @property
     def progress(self) -> Progress:
@@ -213,16 +220,16 @@ class Session:
         `export` writes the last state's model and the report, and returns the report's path. `programs` are the names
         of the run's device programs, and how often each may be compiled.
         """
-        folder = self.log.folder
-        with STOP.graceful(self.options.grace_seconds, f"continue with {resume_command(folder)}", (self.log.close,)):
+        home, closers = self.home, (self.log.close, self.home.flush)
+        with STOP.graceful(self.options.grace_seconds, f"continue with {resume_command(home)}", closers):
             try:
                 at, state = loop()
             except Stopped as stopped:
                 return self.stop(stopped)
-            page = self.finish(at, state, export)
+            page = f"{home.name}/{self.finish(at, state, export).name}"
             best = f"; the best by --keep_best is step {self.checkpoints.best.step}" if self.checkpoints.best else ""
             self.log.say(compiled(self.progress.programs, programs))
-            self.log.say(f"done: {at.step} steps; model in {folder / 'final'}, report in {page}{best}")
+            self.log.say(f"done: {at.step} steps; model in {home.name}/final, report in {page}{best}")
         return 0
 
     def finish(self, at: Position, state: Any, export: Callable[[Any], Path]) -> Path:
@@ -234,6 +241,7 @@ class Session:
             self.log.close()
             self.progress.phase("export")
             page = export(state)
+            self.home.flush()
         return page
 
     def stop(self, stopped: Stopped) -> int:
@@ -241,7 +249,7 @@ class Session:
         STOP.finishing()
         self.checkpoints.wait()
         self.log.close()
-        self.log.say(f"stopped after step {stopped.step}; continue with {resume_command(self.log.folder)}")
+        self.log.say(f"stopped after step {stopped.step}; continue with {resume_command(self.home)}")
         return EXIT_STOPPED
 
 
@@ -257,10 +265,10 @@ def compiled(counts: dict[str, int], programs: dict[str, int]) -> str:
     return "compiled: " + ", ".join(f"{name} {count}" for name, count in own.items()) + more
 
 
-def open_checkpoints(folder: Path, options: RunOptions) -> Checkpoints:
+def open_checkpoints(home: RunHome, options: RunOptions) -> Checkpoints:
     """Open the checkpoints of a run folder as the flags say."""
     return Checkpoints(
-        folder / "checkpoints",
+        home,
         options.save_total_limit,
         save_steps=options.save_steps,
         save_minutes=options.save_minutes,
@@ -275,7 +283,7 @@ def restore(checkpoints: Checkpoints, state: Any) -> tuple[Position, Any]:
 
 
 def open_session(
-    folder: Path,
+    home: RunHome,
     settings: Settings,
     total_steps: int,
     state: Any,
@@ -286,13 +294,15 @@ def open_session(
 
     `openers` are the sinks that --report_to names, where `find_sinks` has found them before.
     """
-    options = settings.run
+    options, folder = settings.run, home.folder
     WORKERS.first(lambda: make_folder(folder))
-    check_shared(folder)
+    if not isinstance(home, BucketHome):
+        check_shared(folder)
     progress.open_log(folder)
     if WORKERS.writes:
         save_settings(folder, settings)
-    checkpoints = open_checkpoints(folder, options)
+    home.flush()
+    checkpoints = open_checkpoints(home, options)
     progress.say(checkpoints.space(state))
     first, state = restore(checkpoints, state) if options.resume else (Position(), state)
     openers = find_sinks(options) if openers is None else openers
@@ -301,4 +311,4 @@ def open_session(
     log = RunFolder(folder, total_steps, sinks, WORKERS.writes, first.step, progress, options.logging_steps)
     if options.resume:
         log.say(f"resumed after step {first.step}")
-    return Session(log, checkpoints, first, options), state
+    return Session(log, checkpoints, first, options, home), state
