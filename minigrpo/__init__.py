@@ -10,8 +10,7 @@ if sys.argv[:1] == ["-m"] and any(word.startswith("minigrpo.") for word in sys.o
 from pathlib import Path
 
 from minigrpo.runtime.signals import STOP, started_as_command
-
-__version__ = "0.2.0"
+from minigrpo.version import __version__ as __version__
 
 if not Path(__file__).with_name("kernels").is_dir():  # a checkout, in which kernels/ is beside the package
     __path__.append(str(Path(__file__).parent.parent))

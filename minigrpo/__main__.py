@@ -2,8 +2,8 @@
 
 import sys
 
-from minigrpo import __version__
 from minigrpo.commands import COMMANDS
+from minigrpo.version import __version__
 
 if __name__ == "__main__":
     if "--version" in sys.argv[1:]:

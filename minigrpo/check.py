@@ -23,7 +23,6 @@ import huggingface_hub
 import jax
 import numpy as np
 
-from minigrpo import __version__
 from minigrpo import plan as planner
 from minigrpo.build import Build, build
 from minigrpo.command_line import run_named
@@ -50,6 +49,7 @@ from minigrpo.train import (
     load_prompts,
     sampling_spec,
 )
+from minigrpo.version import __version__
 
 SECTIONS = COMMANDS["check"].sections
 

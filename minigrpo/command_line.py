@@ -14,7 +14,6 @@ from typing import Any
 
 from absl import flags
 
-from minigrpo import __version__
 from minigrpo.commands import COMMANDS
 from minigrpo.config import (
     ALL_SETTINGS,
@@ -34,6 +33,7 @@ from minigrpo.config import (
 )
 from minigrpo.config_files import ConfigFile, read_config, shipped_recipes
 from minigrpo.other_names import other_name, similar, written
+from minigrpo.version import __version__
 
 LEFT_BEHIND = 5.0
 """Seconds that threads left behind by other code, which Python waits for at its end, may go on."""

@@ -13,11 +13,11 @@ import jinja2
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from minigrpo import __version__
 from minigrpo.config import HUB_REPOSITORY, RunOptions, Settings, UsageError, read_json
 from minigrpo.data.files import GSM8K, is_file
 from minigrpo.reporting.significance import interval
 from minigrpo.runtime.run_folder import read_steps
+from minigrpo.version import __version__
 
 TEMPLATE = Path(__file__).parent / "builtin" / "card.md.jinja"
 

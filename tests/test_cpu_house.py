@@ -14,6 +14,7 @@ from conftest import ROOT
 from minigrpo import check, compare, config, evaluate, generate, plan, report, sft, train
 
 LEVELS = [
+    {"version"},
     {"config", "commands", "other_names", "door"},
     {"config_files"},
     {"command_line", "__main__"},
