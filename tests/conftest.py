@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -51,9 +52,22 @@ SLOW = {
 """Files whose tests compile device programs; `-m "not slow"` leaves them out."""
 
 
+SOAK = {
+    "test_cpu_bucket": "killed_and|python_door|bucket_holds|a_part_of|checkpoint_in_a_|generate_ans|a_report_of",
+    "test_cpu_faults": "a_short_table",
+    "test_cpu_recipes": "a_recipe_trains",
+    "test_cpu_report": "a_run_of_any_length",
+    "test_cpu_workers": "a_worker_that_ends|a_random_reward|hangs",
+}
+"""Tests that run for minutes and repeat, as whole runs, what smaller tests assert; `-m soak` runs them alone."""
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.stem in SLOW:
+        soak = item.path.stem in SOAK and re.search(SOAK[item.path.stem], item.name)
+        if soak:
+            item.add_marker(pytest.mark.soak)
+        if soak or item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
 
 
