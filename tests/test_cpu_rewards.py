@@ -87,9 +87,9 @@ def test_ten_thousand_hostile_completions_cost_under_a_millisecond_each():
     for function in (rewards.correctness, rewards.strict_format, rewards.tag_count):
         assert np.isfinite(function(completions=texts[:1000], answer=["42"] * 1000)).all()
     for text in texts:
-        started = time.perf_counter()
+        started = time.process_time()
         assert np.isfinite(rewards.answer(completions=[text], answer=["42"])).all()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     assert np.median(seconds) < 1e-3
 
 

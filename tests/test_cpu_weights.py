@@ -110,7 +110,7 @@ def test_a_failed_export_leaves_the_previous_one(folder, tiny_config, tiny_param
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(weights, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UsageError, match="No space"):
         export(folder, BUILTIN, init_params(tiny_config, jax.random.key(9)), tiny_config, (1,), np.float32)
     assert (folder / "model.safetensors").read_bytes() == before
 
