@@ -253,7 +253,7 @@ def build(settings: Settings, mesh_flag: str, recipes: Recipes = MappingProxyTyp
     config = read_config(source.folder / "config.json")
     int8 = settings.model.quantize == "int8"
     config = dataclasses.replace(config, lora=choose_lora(settings, source), int8=int8)
-    if config.lora and config.lora.dropout:
+    if config.lora and config.lora.dropout and settings.as_dict().get("share_prompts") != "true":
         settings = settings.with_defaults({"packing": False})  # which has a key per row
     check_divisible(config.sizes, mesh)
     limits = settings.sft if "sft" in settings.sections else settings.rollout

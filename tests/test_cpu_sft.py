@@ -187,7 +187,7 @@ BAD = {
     "accumulation": (("--gradient_accumulation_steps=0",), "--gradient_accumulation_steps=0: must be auto or"),
     "too long": (("--max_completion_length=1",), "--max_completion_length=1: every completion of .* is longer"),
     "resume what": (("--resume",), "--resume: name the run to continue with --output_dir"),
-    "gone flag": (("--log_steps=1",), "Unknown command line flag 'log_steps'"),
+    "gone flag": (("--log_steps=1",), "--log_steps: no such flag; did you mean --logging_steps?"),
 }
 
 
