@@ -448,3 +448,12 @@ def test_collectives_that_leave_a_slice_are_counted_apart():
     assert {kind: traffic.runs for kind, traffic in hlo.collectives(GROUPS).items()} == {
         "all-reduce": 3, "all-gather": 2, "collective-permute": 1,
     }  # fmt: skip
+
+
+def test_flags_of_workers_are_not_ignored_where_jax_has_started():
+    import dataclasses
+
+    settings = Settings(sections=("cluster",), explicit=frozenset({"num_processes"}))
+    settings = dataclasses.replace(settings, cluster=ClusterOptions(num_processes=2))
+    with pytest.raises(UsageError, match="--num_processes: jax has started"), workers.joined(settings):
+        pass

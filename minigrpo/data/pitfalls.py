@@ -296,7 +296,7 @@ def group_findings(subject: Subject) -> list[Finding]:
         found.append(f"--top_p={rollout.top_p:g}")
     if rollout.min_p > 0.7:
         found.append(f"--min_p={rollout.min_p:g}")
-    text = "nearly greedy: completions of a group will be alike, and teach nothing"
+    text = "nearly greedy: completions of a group will be nearly equal, and teach nothing"
     return [Finding("sampling", WARN, f"{flag} is {text}", "sample with --temperature=0.9 or so") for flag in found]
 
 
@@ -311,7 +311,9 @@ def recorded_groups(subject: Subject) -> list[Finding]:
     share = float(np.mean([len(set(own)) == 1 for own in several]))
     text = f"{share:.0%} of prompts have responses that all score the same, which teach nothing"
     status = FAIL if share == 1 else WARN if share > 0.8 else OK
-    return [Finding("scores", status, text, "" if status == OK else "score them apart, or take other responses")]
+    return [
+        Finding("scores", status, text, "" if status == OK else "give them different scores, or take other responses")
+    ]
 
 
 def rate_findings(subject: Subject) -> list[Finding]:

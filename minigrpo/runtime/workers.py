@@ -305,6 +305,8 @@ class Workers:
 WORKERS = Workers()
 """Of this process."""
 
+CLUSTER_FLAGS = {"coordinator_address", "num_processes", "process_id"}
+
 
 def own_facts(settings: Settings) -> dict[str, Any]:
     """Return what must be equal on every worker before anything starts: versions, this program and its flags."""
@@ -334,11 +336,19 @@ def program_digest() -> str:
 @contextlib.contextmanager
 def joined(settings: Settings) -> Iterator[None]:
     """Run a command as one of several workers, if there are several, and end as all of them do."""
-    place = None if xla_bridge.backends_are_initialized() else find_place(settings.cluster)
+    started = xla_bridge.backends_are_initialized()
+    if started and (given := settings.explicit & CLUSTER_FLAGS):
+        raise UsageError(
+            f"--{min(given)}: jax has started in this process; several workers need a new one for each run"
+        )
+    place = None if started else find_place(settings.cluster)
     if place:
         WORKERS.join(place, own_facts(settings), settings.cluster.start_timeout)
     try:
-        with contextlib.redirect_stdout(open(os.devnull, "w")) if WORKERS.index else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if WORKERS.index:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield
     except Exception as error:
         WORKERS.fail(error)
