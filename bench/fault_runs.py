@@ -23,7 +23,8 @@ from typing import Any
 from fault_cases import REWARD
 
 from minigrpo import sft, train
-from minigrpo.config import UsageError, parse_flags
+from minigrpo.command_line import parse_flags
+from minigrpo.config import UsageError
 from minigrpo.runtime.run_folder import TIMINGS, last_step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -36,7 +36,8 @@ import jax.numpy as jnp
 from fault_cases import DISK, FULL_PLACES, HERE, OWN_PROCESS, REWARD, STRUCTURE, refuse
 from fault_runs import STEPS, Job, Lab, Outcome, Process, run_here
 
-from minigrpo.config import Options, Settings, UsageError, option, run_command
+from minigrpo.command_line import run_command
+from minigrpo.config import Options, Settings, UsageError, option
 from minigrpo.runtime.checkpoint import MANIFEST, Checkpoints, read_manifest, read_marker
 from minigrpo.runtime.run_folder import last_step
 from minigrpo.runtime.signals import EXIT_STOPPED

@@ -85,14 +85,15 @@ def as_reward(reward: RewardLike) -> str:
 
 
 class StepCallback:
-    """A sink that calls a function after every step."""
+    """A sink that calls a function with the metrics of training; evaluations have none of them."""
 
     def __init__(self, on_step: OnStep):
         self.on_step = on_step
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Call the function."""
-        self.on_step(step, metrics)
+        if not all(name.startswith("eval/") for name in metrics):
+            self.on_step(step, metrics)
 
     def close(self) -> None:
         """Do nothing: the function holds nothing open."""
@@ -156,7 +157,8 @@ def train(
     """Train a model with GRPO -> the run; UsageError in one line for bad input.
 
     `flags` are those of `python -m minigrpo.train`: model, max_steps, mesh=(4, 2) ... `on_step(step, metrics)` is
-    called after every step. Call it again with resume=True and the run's output_dir to go on.
+    called after every step, or with the means of every `logging_steps`. Call it again with resume=True and the run's
+    output_dir to go on.
     """
     from minigrpo import train as command
     from minigrpo.runtime.progress import Progress

@@ -248,8 +248,8 @@ MISTAKES = {
     # limits, sampling, machine
     "a limit shorter than the answers": ("--max_completion_length=32", "lengths", "raise it to"),
     "no room for thinking": (["--enable_thinking", "--max_completion_length=500", THOUGHT, QWEN3], "thinking", ""),
-    "nearly greedy sampling": ("--temperature=0.01", "sampling", "alike"),
-    "one token to choose from": ("--top_k=1", "sampling", "alike"),
+    "nearly greedy sampling": ("--temperature=0.01", "sampling", "nearly equal"),
+    "one token to choose from": ("--top_k=1", "sampling", "nearly equal"),
     "a learning rate of the wrong size": ("--learning_rate=0.05", "learning rate", "far above"),
     "a greedy policy": ("--temperature=0", "settings", "--temperature=0"),
     "a folder that holds a run": ("--output_dir=model", "disk", "not empty"),

@@ -15,7 +15,7 @@ PROGRAM = """
 import os, select, signal, sys
 
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-run, left, text = int(sys.argv[1]), None, b""
+run, left, text, stopped = int(sys.argv[1]), None, b"", False
 
 def is_stopped():
     try:
@@ -31,15 +31,17 @@ while left is None or left > 0:
             sys.exit()
         seconds, _, text = said.rstrip(b"\\n").rpartition(b"\\n")[2].partition(b" ")
         left = float(seconds) or None
-    elif not is_stopped():
-        left -= min(left, 1.0)
+    else:
+        before, stopped = stopped, is_stopped()
+        if not before and not stopped:
+            left -= min(left, 1.0)
 if os.getppid() == run:
     os.write(2, text + b"\\n")
     os.kill(run, signal.SIGKILL)
 """
 """Reads lines "SECONDS TEXT" from its parent. Without another one in time it says TEXT and kills; 0 waits for ever.
 
-Seconds in which the parent is stopped, as by Ctrl-Z, do not count.
+Seconds in which the parent is stopped, as by Ctrl-Z, or just went on do not count.
 """
 
 
