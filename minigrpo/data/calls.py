@@ -191,9 +191,16 @@ def in_thread(work: Callable[[], Any], seconds: float = math.inf) -> Any:
 
 @contextlib.contextmanager
 def interrupted_after(seconds: float) -> Iterator[None]:
-    """Raise Overtime in the main thread after some seconds: a thread ends sleeps, a timer regular expressions."""
+    """Raise Overtime in the main thread after some seconds: a thread ends sleeps, a timer regular expressions.
+
+    They start anew when the process was stopped, as by Ctrl-Z, and goes on.
+    """
     done = threading.Event()
     main, end = threading.main_thread().ident or 0, time.monotonic() + seconds
+
+    def restart(number: int, frame: FrameType | None) -> None:
+        nonlocal end
+        end = time.monotonic() + seconds
 
     def stop(number: int, frame: FrameType | None) -> None:
         if not done.is_set() and time.monotonic() >= end:
@@ -203,7 +210,8 @@ def interrupted_after(seconds: float) -> Iterator[None]:
         while not done.wait(max(0.1, end - time.monotonic())):  # again, should the function have swallowed it
             signal.pthread_kill(main, signal.SIGURG)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGURG, signal.SIGVTALRM)}
+    handlers = {signal.SIGCONT: restart, signal.SIGURG: stop, signal.SIGVTALRM: stop}  # they run in this order
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     signal.setitimer(signal.ITIMER_VIRTUAL, min(seconds, 0.5) or 0.01, 0.5)
     threading.Thread(target=watch, daemon=True, name="reward timeout").start()
     try:
