@@ -119,6 +119,8 @@ OTHER_NAMES = {
     "logging_dir": "use --output_dir; TensorBoard's files are in its tensorboard folder",
     "checkpoint_dir": "use --output_dir; checkpoints are in its checkpoints folder",
     "resume_from_checkpoint": SAVED,
+    "init_from": "use --model=RUN, which starts from another run's weights",
+    "init_from_checkpoint": "use --model=RUN, which starts from another run's weights",
     "overwrite_output_dir": "name a new --output_dir; a run is never written over",
     "hub_model_id": "use --push_to_hub=OWNER/NAME",
     "hub_private_repo": "use --hub_private",

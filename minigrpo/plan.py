@@ -7,6 +7,7 @@ times are only what counted bytes and FLOPs imply. Nothing is measured. The exit
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -79,6 +80,8 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
 
     Programs for them cannot be read back from jax's cache of compiled ones, so that is off from here on.
     """
+    if not importlib.util.find_spec("libtpu"):
+        raise UsageError(f"--topology={name}: needs the TPU compiler; pip install libtpu")
     jax.config.update("jax_enable_compilation_cache", False)
     os.environ |= NO_TPU
     options: dict[str, Any] = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}

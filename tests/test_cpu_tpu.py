@@ -1,5 +1,6 @@
 """What is meant for TPU, compiled by the real TPU compiler: the kernel, and a run's programs through the plan."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from minigrpo import plan
+from minigrpo.config import UsageError
 from minigrpo.planning import hlo
 
 CONFIG = {
@@ -131,6 +133,12 @@ def test_a_plan_that_cannot_be_is_one_line(flags, message):
     result = run("-m", "minigrpo.plan", *flags)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and "Traceback" not in result.stderr and message in lines[-1]
+
+
+def test_a_plan_without_the_tpu_compiler_is_one_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="^--topology=v6e:2x4: needs the TPU compiler; pip install libtpu$"):
+        plan.topology_devices("v6e:2x4")
 
 
 CARD = ("-m", "minigrpo.plan", "--model=Qwen/Qwen3-1.7B")
