@@ -55,6 +55,7 @@ SLOW = {
 SOAK = {
     "test_cpu_bucket": "killed_and|python_door|bucket_holds|a_part_of|checkpoint_in_a_|generate_ans|a_report_of",
     "test_cpu_faults": "a_short_table",
+    "test_cpu_pods": "",
     "test_cpu_recipes": "a_recipe_trains",
     "test_cpu_report": "a_run_of_any_length",
     "test_cpu_workers": "a_worker_that_ends|a_random_reward|hangs",

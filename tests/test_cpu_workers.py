@@ -1,17 +1,27 @@
 """Several processes: joining, agreeing on host values, ending together; runs of two workers equal runs of one."""
 
-import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
-import numpy as np
 import pytest
 from conftest import ROOT
+from pod_runs import (
+    SMALL,
+    alone,
+    codes,
+    command,
+    errors,
+    files_of,
+    launch,
+    rows,
+    same_metrics,
+    same_weights,
+    start,
+    wait_for_step,
+)
 
 from minigrpo.config import ClusterOptions, Settings, UsageError
 from minigrpo.runtime import links, workers
@@ -234,75 +244,12 @@ def test_messages_are_data_only(port):
 
 # Whole runs
 
-SMALL = ("--mesh=4,1", "--max_steps=3", "--batch_size=4", "--num_generations=4", "--max_completion_length=32",
-         "--save_steps=1", "--report_to=none")  # fmt: skip
-
-
-def command(module, *flags):
-    return [sys.executable, "-m", f"minigrpo.{module}", *flags]
-
-
-def environment(folder):
-    own = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
-    return os.environ | own | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "TF_CPP_MIN_LOG_LEVEL": "3"}
-
-
-def launch(folder, i, count, port, arguments, cwd=None):
-    """Start worker i; what it prints is in worker-I.stdout and worker-I.stderr. It knows its number as WORKER too."""
-    where = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
-    with open(folder / f"worker-{i}.stdout", "w") as out, open(folder / f"worker-{i}.stderr", "w") as err:
-        env = environment(folder) | {"WORKER": str(i)}
-        return subprocess.Popen([*arguments, *where], stdout=out, stderr=err, env=env, cwd=cwd or folder)
-
-
-def start(folder, count, module, *flags, own=lambda i: ()):
-    """Start all workers of a command."""
-    port = links.free_port()
-    return [launch(folder, i, count, port, [*command(module, *flags), *own(i)]) for i in range(count)]
-
-
-def codes(processes, seconds=420):
-    deadline = time.monotonic() + seconds
-    return [process.wait(max(1, deadline - time.monotonic())) for process in processes]
-
-
-def errors(folder, i):
-    lines = (folder / f"worker-{i}.stderr").read_text().splitlines()
-    return [line for line in lines if "Gloo" not in line]
-
-
-def rows(path):
-    timings = ("time/", "step_time", "tokens_per_second", "rollout/tokens", "device/")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith(timings)} for row in lines]
-
-
-def same_metrics(one, two):
-    for first, second in zip(rows(one / "metrics.jsonl"), rows(two / "metrics.jsonl"), strict=True):
-        assert first.keys() == second.keys()
-        for name, value in first.items():
-            if name.startswith(("reward", "completions/")):
-                assert second[name] == value, name
-            elif not name.startswith("sampling/"):  # differences of float32 log-probs: noise over noise
-                assert second[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
-    assert rows(one / "completions.jsonl") == rows(two / "completions.jsonl")
-
-
-def weights_of(folder):
-    import ml_dtypes  # noqa: F401  NumPy's bfloat16
-    from safetensors.numpy import load_file
-
-    return {name: value.astype(np.float32) for name, value in load_file(folder / "model.safetensors").items()}
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The same run by one process and by two workers."""
     folder = tmp_path_factory.mktemp("workers")
-    subprocess.run(
-        command("train", *SMALL, f"--output_dir={folder}/one"), env=environment(folder), cwd=folder, check=True,
-        capture_output=True,
-    )  # fmt: skip
+    alone(folder, "train", *SMALL, f"--output_dir={folder}/one")
     pair = start(folder, 2, "train", *SMALL, f"--output_dir={folder}/two")
     assert codes(pair) == [0, 0], errors(folder, 0)[-3:] + errors(folder, 1)[-3:]
     return folder
@@ -311,17 +258,14 @@ def runs(tmp_path_factory):
 @pytest.mark.slow
 def test_two_workers_train_as_one_process_does(runs):
     same_metrics(runs / "one", runs / "two")
-    one, two = weights_of(runs / "one/final"), weights_of(runs / "two/final")
-    assert one.keys() == two.keys()
-    assert all(np.abs(one[name] - two[name]).max() <= 1e-6 + 2**-8 * np.abs(one[name]).max() for name in one)
+    same_weights(runs / "one/final", runs / "two/final")
 
 
 @pytest.mark.slow
 def test_only_worker_0_speaks_and_every_file_is_written_once(runs):
     assert errors(runs, 1) == [] and "step 3/3" in (runs / "worker-0.stderr").read_text()
-    alone = {path.relative_to(runs / "one") for path in (runs / "one").rglob("*") if "checkpoints" not in path.parts}
-    both = {path.relative_to(runs / "two") for path in (runs / "two").rglob("*") if "checkpoints" not in path.parts}
-    assert {str(path) for path in both - alone} == {"train.worker-1.log"} and not alone - both
+    one, both = files_of(runs / "one"), files_of(runs / "two")
+    assert both - one == {"train.worker-1.log"} and not one - both
     assert "compiled" in (runs / "two/train.worker-1.log").read_text()
 
 
@@ -367,16 +311,6 @@ def test_a_reward_that_fails_on_one_worker_ends_all_in_one_line(runs, tmp_path, 
         assert "Traceback" not in "\n".join(errors(tmp_path, i))
 
 
-def wait_for_step(folder, step, processes):
-    for _ in range(2400):
-        path = folder / "newest_checkpoint.txt"
-        if path.exists() and int(path.read_text()) >= step:
-            return
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.1)
-    raise AssertionError("no checkpoint came")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("victim", "number"), [
     (0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGTERM), (1, signal.SIGTERM),
@@ -390,16 +324,9 @@ def test_a_worker_that_ends_ends_the_others_and_the_run_goes_on_with_one_process
     ended = codes(pair, 60)
     assert ended[1 - victim] == 75 and ended[victim] == (-9 if number == signal.SIGKILL else 75)
     assert "Traceback" not in "\n".join(errors(tmp_path, 0) + errors(tmp_path, 1))
-    subprocess.run(
-        command("train", "--resume", f"--output_dir={tmp_path}/run"), env=environment(tmp_path), cwd=tmp_path,
-        check=True, capture_output=True,
-    )  # fmt: skip
-    whole = tmp_path / "whole"
-    subprocess.run(
-        command("train", *long[:-1], f"--output_dir={whole}"), env=environment(tmp_path), cwd=tmp_path, check=True,
-        capture_output=True,
-    )  # fmt: skip
-    same_metrics(whole, tmp_path / "run")
+    alone(tmp_path, "train", "--resume", f"--output_dir={tmp_path}/run")
+    alone(tmp_path, "train", *long[:-1], f"--output_dir={tmp_path}/whole")
+    same_metrics(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.slow
