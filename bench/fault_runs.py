@@ -134,8 +134,9 @@ def once_built(job: Job) -> Iterator[None]:
             UPDATES[job.flags] = make(*given, **more)
         return UPDATES[job.flags]
 
+    page = "describe_run" if job.command is train else "write_report"
     patch = functools.partial(unittest.mock.patch.object, job.command)
-    with patch(name, remembered), patch("write_report", lambda run: run / "report.html", create=True):
+    with patch(name, remembered), patch(page, lambda run, *rest: f"{run}/report.html"):
         yield
 
 
