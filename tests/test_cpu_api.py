@@ -90,25 +90,45 @@ def test_importing_the_package_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.slow
-def test_the_notebook_runs_as_it_stands(tmp_path):
-    """Two runs in one process, with an own reward, own rows, a callback, answers and an evaluation."""
-    cells = json.loads((ROOT / "minigrpo/docs/quickstart.ipynb").read_text())["cells"]
-    program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    more = """
-small = {"model": "builtin:tiny", "batch_size": 8, "num_generations": 4}
-again = minigrpo.train(rewards=[brevity], max_steps=1, dataset=rows, output_dir="again", **small)
-assert len(run.metrics) == 4 == len(rewards) and len(again.metrics) == 1 and again.folder != run.folder
-assert set(run.metrics[0]) >= {"rewards/correctness/mean", "rewards/brevity/mean"}
-assert [row["step"] for row in run.evaluations] == [0, 4]
-assert run.save("copy").joinpath("config.json").exists()
-more = minigrpo.train(resume=True, output_dir=again.folder, max_steps=2, rewards=[brevity])
-assert [row["step"] for row in more.metrics] == [1, 2]
-"""
-    (tmp_path / "notebook.py").write_text(program + more)
+def run_program(folder, program):
+    (folder / "notebook.py").write_text(program)
     done = subprocess.run(
-        [sys.executable, "notebook.py"], capture_output=True, text=True, cwd=tmp_path,
+        [sys.executable, "notebook.py"], capture_output=True, text=True, cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "report.html" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_as_it_stands(tmp_path):
+    """With an own reward, own rows, a callback, answers and an evaluation."""
+    cells = json.loads((ROOT / "minigrpo/docs/quickstart.ipynb").read_text())["cells"]
+    program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    more = """
+assert len(run.metrics) == 4 == len(rewards)
+assert set(run.metrics[0]) >= {"rewards/correctness/mean", "rewards/brevity/mean"}
+assert [row["step"] for row in run.evaluations] == [0, 4]
+assert run.save("copy").joinpath("config.json").exists()
+"""
+    assert "report.html" in run_program(tmp_path, program + more)
+
+
+def test_several_runs_in_one_process(tmp_path):
+    """The second is another run, the third goes on with it."""
+    program = """
+import minigrpo
+
+def brevity(completions, **kwargs):
+    return [-len(text) / 200 for text in completions]
+
+rows = [{"prompt": f"What is {a} + {a}?", "answer": str(a + a)} for a in range(2, 18)]
+small = {"model": "builtin:tiny", "batch_size": 8, "num_generations": 4, "dataset": rows, "rewards": [brevity]}
+first = minigrpo.train(max_steps=1, **small)
+second = minigrpo.train(max_steps=1, output_dir="second", seed=1, **small)
+assert len(first.metrics) == len(second.metrics) == 1 and first.folder != second.folder
+assert first.metrics[0]["reward"] != second.metrics[0]["reward"]
+more = minigrpo.train(resume=True, output_dir=second.folder, max_steps=2, rewards=[brevity])
+assert [row["step"] for row in more.metrics] == [1, 2]
+"""
+    run_program(tmp_path, program)

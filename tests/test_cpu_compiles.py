@@ -35,11 +35,11 @@ def scored_file(folder):
     return f"--dataset={folder}/scored.jsonl"
 
 
+EVALUATED = ["--max_steps=8", "--eval_steps=4", "--eval_size=150"]
 CASES = {
     "one device": (["--mesh=1,1", "--max_steps=60"], 1),
     "mesh": (["--mesh=4,2", "--max_steps=12", "--beta=0.1", "--num_iterations=2", "--num_minibatches=2"], 1),
-    "evaluation": (["--mesh=2,1", "--max_steps=6", "--eval_steps=3", "--eval_size=150"], 2),
-    "adapters": (["--mesh=2,1", "--max_steps=12", "--lora_rank=4", "--lora_dropout=0.1", "--beta=0.1"], 1),
+    "adapters, evaluated": (["--mesh=2,1", "--lora_rank=4", "--lora_dropout=0.1", "--beta=0.1", *EVALUATED], 2),
     "offline": (["--mesh=2,1", "--max_steps=12", "--offline", "--beta=0.1", "--learning_rate=1e-3"], 0),
 }
 

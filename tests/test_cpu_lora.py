@@ -97,7 +97,7 @@ def test_dropout_depends_on_the_update_and_the_sequence_alone(adapted):
         return jax.tree.map(np.asarray, new.params), float(metrics["entropy"])
 
     first, entropy = one((1, 1))
-    for mesh, rows in (((1, 1), 3), ((2, 1), 2), ((4, 2), 1)):
+    for mesh, rows in (((1, 1), 3), ((4, 2), 1)):
         again, same = one(mesh, rows)
         assert_close(again, first, 1e-4)
         assert same == pytest.approx(entropy, rel=1e-5)

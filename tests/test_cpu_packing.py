@@ -133,7 +133,7 @@ def spec_of_kind(kind, devices, rows, group):
 
 
 @pytest.mark.parametrize(("devices", "rows", "group"), LAYOUTS)
-@pytest.mark.parametrize("count", [16, 48, 96])
+@pytest.mark.parametrize("count", [16, 48])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_sequence_is_packed_once(devices, rows, group, count, kind):
     for seed in range(4):
@@ -155,7 +155,7 @@ HARD = {
 
 
 @pytest.mark.parametrize("lengths", HARD)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["packed", "shared", "pairs"])
 def test_no_lengths_exceed_what_the_arrays_hold(lengths, kind):
     """And whatever they are, the arrays' shapes are the same."""
     for devices, rows, group in LAYOUTS:

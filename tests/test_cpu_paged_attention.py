@@ -94,14 +94,14 @@ def check(attend, heads, kv_heads, dim, page_size, dtype, extra=()):
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 128), (14, 2, 64), (12, 2, 128)])
-@pytest.mark.parametrize("page_size", [8, 16, 24, 64, 128])
+@pytest.mark.parametrize("page_size", [8, 24, 128])
 def test_xla_equals_oracle(dtype, heads, kv_heads, dim, page_size):
     check(attend_here, heads, kv_heads, dim, page_size, dtype, extra=(131,))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 32), (4, 2, 16), (6, 2, 20)])
-@pytest.mark.parametrize("page_size", [4, 8, 16, 24, 32, 64, 128])
+@pytest.mark.parametrize("page_size", [4, 24, 64])
 def test_small_heads_on_the_cpu_equal_oracle(dtype, heads, kv_heads, dim, page_size):
     check(attend_here, heads, kv_heads, dim, page_size, dtype, extra=(131,))
 
@@ -225,8 +225,8 @@ def test_a_tpu_page_holds_token_rows_of_key_and_value_pairs():
 
 
 @pytest.mark.parametrize("path", [cpu, gpu, tpu, xla])
-@pytest.mark.parametrize("page_size", [8, 24, 128])
-@pytest.mark.parametrize("dim", [4, 20, 32])
+@pytest.mark.parametrize("page_size", [8, 24])
+@pytest.mark.parametrize("dim", [4, 20])
 def test_appending_tokens_and_filling_pages_are_the_same(path, page_size, dim):
     """And neither writes anything where there is no page, or in another layer."""
     rng = np.random.default_rng(0)
