@@ -1,6 +1,7 @@
 """Advantages, losses and the update against formulas written out in float64, over meshes and accumulation."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ from minigrpo.grpo import losses
 from minigrpo.grpo.advantages import group_advantages, normalised_separately
 from minigrpo.grpo.batch import Batch, PackingSpec, pack, pad_batch, put_batch
 from minigrpo.grpo.optimizer import apply_gradients, decayed, init_state, learning_rate, make_optimizer
-from minigrpo.grpo.update import gradients, update
+from minigrpo.grpo.update import batch_logprobs, gradients, update
 from minigrpo.kernels.backend import backend_for
-from minigrpo.model.qwen import abstract_params
+from minigrpo.model.qwen import ComputeSpec, abstract_params
 from minigrpo.planning.memory import saved_bytes
 from minigrpo.planning.run_spec import RunSpec
 
@@ -432,3 +433,19 @@ def test_batches_of_fewer_prompts_are_filled_with_empty_completions():
     prompts, padded = pad_batch([[1, 2, 3]], Batch(*fields), 3)
     assert prompts == [[1, 2, 3], [0], [0]] and padded.completion_lengths.tolist() == [2, 1, 0, 0, 0, 0]
     assert padded.completions.tolist() == [[7, 8], [9, 0], *[[0, 0]] * 4] and padded.old_logprobs is None
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "cispo"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_dtype_of_a_gradient_is_promoted_by_chance(tiny_config, tiny_params, loss_type, dtype):
+    level = "token" if loss_type == "cispo" else "sequence"
+    loss = LossOptions(
+        loss_type=loss_type, beta=0.1, importance_sampling_level=level, rollout_correction=level, epsilon_high=5.0
+    )
+    mesh = mesh_of(2, 1)
+    spec = make_update_spec(tiny_config, mesh, loss=loss)
+    spec = dataclasses.replace(spec, compute=ComputeSpec(jnp.dtype(dtype), mesh))
+    packed = place_batch(mesh, host_batch(old=True, ref=True), sequences_per_row=2)
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(functools.partial(gradients, spec), place(tiny_params, mesh), jnp.int32(0), packed, {})
+        jax.eval_shape(functools.partial(batch_logprobs, spec), place(tiny_params, mesh), packed)

@@ -1,6 +1,7 @@
 """Adapters beside peft, both ways; merging, dropout, int8, and what LoRA training keeps."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -13,12 +14,12 @@ from test_cpu_grpo import assert_close, host_batch, place_batch
 from minigrpo.config import LoraOptions, RolloutOptions, UsageError
 from minigrpo.grpo.batch import Batch, micro_batch, restore_order
 from minigrpo.grpo.optimizer import init_state
-from minigrpo.grpo.update import batch_logprobs, score, update, weigh_tokens
+from minigrpo.grpo.update import batch_logprobs, gradients, score, update, weigh_tokens
 from minigrpo.model import lora
 from minigrpo.model.hub import find_source
 from minigrpo.model.hub_config import parse_config, read_config
 from minigrpo.model.params import Lora, is_adapter, join, merge_adapters, select, split_trainable
-from minigrpo.model.qwen import abstract_params, quantize, random_adapters
+from minigrpo.model.qwen import ComputeSpec, abstract_params, quantize, random_adapters
 from minigrpo.model.weights import load_params
 
 RANK4 = Lora(rank=4, alpha=6.0, dropout=0.0, targets=("q", "v", "o", "gate", "down"))
@@ -478,3 +479,15 @@ def test_peft_and_transformers_load_the_folder_alone(hub, saved, tmp_path, monke
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_no_dtype_of_int8_and_adapters_with_dropout_is_promoted_by_chance(builtin):
+    config, params = builtin
+    config = dataclasses.replace(config, int8=True, lora=dataclasses.replace(RANK4, dropout=0.5))
+    mesh = mesh_of(1, 1)
+    spec = dataclasses.replace(make_update_spec(config, mesh, dropout_seed=3), compute=ComputeSpec(jnp.bfloat16, mesh))
+    with jax.numpy_dtype_promotion("strict"):
+        weights = jax.eval_shape(lambda: join(quantize(config, params, mesh), random_adapters(config, mesh, 0)))
+        trained, frozen = split_trainable(config, weights)
+        packed = place_batch(mesh, host_batch(old=True))
+        jax.eval_shape(functools.partial(gradients, spec), trained, jnp.int32(0), packed, frozen)

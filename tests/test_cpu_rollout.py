@@ -1,6 +1,7 @@
 """Rollouts: independence of every scheduling choice, agreement with the trainer, stop tokens, small pools."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from minigrpo.grpo.batch import Batch, PackingSpec, pack, put_batch, restore_ord
 from minigrpo.grpo.update import batch_logprobs
 from minigrpo.kernels.backend import FusedProjections, backend_for
 from minigrpo.rollout import generator as generator_module
-from minigrpo.rollout.generator import Start, batch_sizes, deal_prompts
+from minigrpo.rollout.generator import Start, batch_sizes, deal_prompts, decode_weights, run_mesh
 
 REAL = 250
 STOPS = (5, 9)
@@ -298,3 +299,15 @@ def test_the_batch_shrinks_in_the_tail():
     assert batch_sizes(64, 4) == [64, 16, 4] and batch_sizes(3, 4) == [3] and batch_sizes(10, 4) == [10, 4]
     assert batch_sizes(8, 4) == [8] and batch_sizes(32, 4) == [32, 8] and batch_sizes(18, 4) == [18, 5]
     assert batch_sizes(64, 64) == [64] and batch_sizes(200, 64) == [200, 64]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("changes", [{}, {"top_k": 7, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1}])
+def test_no_dtype_of_a_rollout_is_promoted_by_chance(tiny_config, tiny_params, dtype, changes):
+    options = dataclasses.replace(OPTIONS, **changes)
+    spec = make_generator(tiny_config, options, (2, 1), STOPS, dtype=dtype).spec
+    batch, rows, group = deal_prompts(spec, some_prompts(), list(range(6)), 4)
+    start = generator_module.no_start(spec, len(batch.lengths) * group)
+    with jax.numpy_dtype_promotion("strict"):
+        weights = jax.eval_shape(functools.partial(decode_weights, spec.layout), tiny_params)
+        jax.eval_shape(functools.partial(run_mesh, spec), weights, batch, rows, start, np.zeros(2, np.int32))

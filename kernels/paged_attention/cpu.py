@@ -89,7 +89,8 @@ def score(
     """Compute q k^T with the keys of the rows, tokens in the last dim. Traced once for all layers."""
 
     def term(h: int) -> Array:
-        return q[:, None, :, h, None, None] * keys[:, :, :, h].at[rows].get(mode="promise_in_bounds")
+        key = keys[:, :, :, h].at[rows].get(mode="promise_in_bounds")
+        return q[:, None, :, h, None, None] * key.astype(q.dtype)
 
     return summed(q.shape[2], term)
 
@@ -122,7 +123,7 @@ def weigh(
     def term(t: int) -> Array:
         weight = weights[:, :, :, None, :, t, None]
         value = values[:, :, :, :, t % tokens].at[rows[..., t // tokens]].get(mode="promise_in_bounds")
-        return jnp.where(weight != 0, weight * value, 0)
+        return jnp.where(weight != 0, weight * value.astype(weight.dtype), 0)
 
     return summed(weights.shape[4], term)
 

@@ -20,7 +20,7 @@ from minigrpo.grpo.batch import Batch
 
 def weights_grpo(mask: Float[Array, "B C"], rows: Int[Array, ""]) -> Float[Array, "B C"]:
     """Average over a completion's tokens, then over `rows` completions (arXiv:2402.03300, eq. 3)."""
-    return mask / jnp.maximum(mask.sum(axis=1, keepdims=True), 1) / jnp.maximum(rows, 1)
+    return mask / jnp.maximum(mask.sum(axis=1, keepdims=True), 1) / jnp.maximum(rows, 1).astype(mask.dtype)
 
 
 def weights_bnpo(mask: Float[Array, "B C"], rows: Int[Array, ""]) -> Float[Array, "B C"]:
@@ -30,7 +30,7 @@ def weights_bnpo(mask: Float[Array, "B C"], rows: Int[Array, ""]) -> Float[Array
 
 def weights_dr_grpo(mask: Float[Array, "B C"], rows: Int[Array, ""], max_tokens: int) -> Float[Array, "B C"]:
     """Divide the sum over tokens by completions times the length limit, length having no weight (arXiv:2503.20783)."""
-    return mask / (jnp.maximum(rows, 1) * max_tokens)
+    return mask / (jnp.maximum(rows, 1) * max_tokens).astype(mask.dtype)
 
 
 def token_weights(
@@ -171,7 +171,7 @@ def policy_loss(
         "clip_ratio/region_mean": low_clipped | high_clipped,
         "sampling/sampling_logp_difference/mean": jnp.abs(mismatch),
     }
-    sums = jnp.where(mask, jnp.stack(list(per_token.values())), 0).sum(axis=(1, 2))
+    sums = jnp.where(mask, jnp.stack([value.astype(jnp.float32) for value in per_token.values()]), 0).sum(axis=(1, 2))
     largest = {"sampling/sampling_logp_difference/max": jnp.abs(mismatch).max()}
     share = (jnp.where(mask, loss, 0) * weights).sum()
     return share, {"sums": dict(zip(per_token, sums, strict=True)), "largest": largest}

@@ -133,7 +133,7 @@ def gradients(
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (loss, sums, grads), largest = jax.lax.fori_loop(0, packed.micro_batches, accumulate, zeros)
     tokens = jnp.maximum(packed.batch.completion_lengths.sum(), 1)
-    means = {name: value / tokens for name, value in sums.items()}
+    means = {name: value / tokens.astype(value.dtype) for name, value in sums.items()}
     return loss, like_params(spec.head.mesh, grads), means | largest
 
 

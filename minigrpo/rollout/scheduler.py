@@ -134,16 +134,16 @@ def known_tokens(spec: PageSpec, prompts: PromptBatch, state: State) -> Int[Arra
 def expected_length(spec: PageSpec, state: State) -> Float[Array, ""]:
     """Estimate a completion's length by those that have ended, weighed with a first guess."""
     done = state.status == DONE
-    guess = FIRST_GUESS * spec.max_tokens
-    return (jnp.where(done, state.lengths, 0).sum() + guess) / (done.sum() + 1)
+    known, count = jnp.where(done, state.lengths, 0).sum(), done.sum() + 1
+    return (known.astype(jnp.float32) + FIRST_GUESS * spec.max_tokens) / count.astype(jnp.float32)
 
 
 def reserved_pages(spec: PageSpec, prompts: PromptBatch, state: State) -> Int[Array, ""]:
     """Return the pages by which running completions are expected to grow."""
     completion = jnp.minimum(state.slots.completion, state.status.shape[0] - 1)
     length = state.lengths[completion]
-    final = jnp.clip(jnp.maximum(expected_length(spec, state), 1.25 * length), length + 1, spec.max_tokens)
-    tokens = prompts.lengths[completion // spec.group] + final.astype(jnp.int32)
+    likely = jnp.maximum(expected_length(spec, state), 1.25 * length.astype(jnp.float32)).astype(jnp.int32)
+    tokens = prompts.lengths[completion // spec.group] + jnp.clip(likely, length + 1, spec.max_tokens)
     growth = spec.pages(tokens) - spec.pages(state.slots.cached)
     return jnp.where(running(state), jnp.maximum(growth, 1), 0).sum()
 
@@ -167,7 +167,7 @@ def can_admit(spec: PageSpec, prompts: PromptBatch, state: State) -> Bool[Array,
     def has_room() -> Array:
         index = next_waiting(state)
         own = wanted_entries(spec, prompts, state, index).sum()
-        remaining = jnp.maximum(expected_length(spec, state) - state.lengths[index], 1).astype(jnp.int32)
+        remaining = jnp.maximum(expected_length(spec, state).astype(jnp.int32) - state.lengths[index], 1)
         needed = own + spec.pages(remaining) + reserved_pages(spec, prompts, state)
         return (state.pool.top >= needed) | ~active.any()
 
