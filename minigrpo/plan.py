@@ -610,7 +610,7 @@ def plan(settings: Settings, tell: Tell = untold) -> dict[str, Any]:
     if not chip.tflops:
         sys.stderr.write(GPU_NOTE)
     fitting, largest = found["fits"], found["largest_batch"]
-    said = f"it fits; about {largest} prompts a step would at most" if fitting else "it does not fit"
+    said = f"it fits; the largest batch that would is about {largest:,} prompts" if fitting else "it does not fit"
     tell("looking for a change that fits")
     suggestion = "" if fitting else advice(settings, chip, set(found["too_large"]))
     sys.stderr.write(f"{said}{'; ' if suggestion else ''}{suggestion}\n")
