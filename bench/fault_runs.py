@@ -106,8 +106,14 @@ def results(run: pathlib.Path) -> dict[str, Any]:
     }
     for path in (*run.glob("[ce]*.jsonl"), *run.glob("*/*.safetensors")):
         found[str(path.relative_to(run))] = hashlib.sha256(path.read_bytes()).hexdigest()
-    found["files"] = {str(path.relative_to(run)) for path in run.rglob("*") if "default" not in path.parts}
+    found["files"] = {str(path.relative_to(run)) for path in run.rglob("*") if not is_passing(path.relative_to(run))}
     return found
+
+
+def is_passing(path: pathlib.Path) -> bool:
+    """Tell if a file is orbax's own, or of a checkpoint before the last: one made at a signal takes its place."""
+    older = path.parts[0] == "checkpoints" and len(path.parts) > 1 and path.parts[1] != str(STEPS)
+    return older or "default" in path.parts
 
 
 def difference(wanted: dict[str, Any], run: pathlib.Path) -> str:
