@@ -141,7 +141,9 @@ def results(folder: Path, settings: Settings, summary: dict[str, Any]) -> list[s
     if not ends:
         return [*lines, "Accuracy on held-out problems was not measured during the run."]
     told = "; ".join(f"{accuracy(row)} after {row['step']} steps" for row in ends)
-    return [f"Greedy accuracy on {int(ends[-1]['problems'])} held-out problems of {data}: {told}.", *lines]
+    count = settings.run.eval_num_generations
+    kind = "Greedy accuracy" if count == 1 else f"Accuracy, the mean of {count} samples,"
+    return [f"{kind} on {int(ends[-1]['problems'])} held-out problems of {data}: {told}.", *lines]
 
 
 def accuracy(row: dict[str, Any]) -> str:

@@ -331,7 +331,7 @@ def hub_tensors(params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
         dims, sides = layer_dims(name), hub_dims(name)
         order = [dims.index(letter) for letter in "".join(sides)]
         for layer in range(leaf.shape[0]) if "L" in DIMS[name] else [None]:
-            value = fetch(leaf if layer is None else leaf[layer]).astype(dtype)
+            value = fetch(leaf if layer is None else leaf[layer]).astype(dtype, copy=False)
             sizes = dict(zip(dims, value.shape, strict=True))
             shape = [math.prod(sizes[letter] for letter in side) for side in sides]
             yield HUB_NAMES[name].format(layer), np.ascontiguousarray(value.transpose(order).reshape(shape))
