@@ -54,7 +54,7 @@ from minigrpo.planning.memory import abstract_share_bytes
 from minigrpo.planning.run_spec import RunSpec
 from minigrpo.rollout.generator import RolloutSpec, deal_prompts, decode_weights, no_start, rollout_program
 from minigrpo.runtime.chips import CHIPS, GIB, Chip
-from minigrpo.runtime.mesh import SLICE, arrange, by_sequence, check_divisible, replicated
+from minigrpo.runtime.mesh import arrange, by_sequence, check_divisible, replicated
 from minigrpo.runtime.progress import Progress
 
 FAMILIES = Path(__file__).parent / "builtin" / "families.json"
@@ -257,12 +257,10 @@ def make_shapes(spec: RunSpec) -> Shapes:
 def compile_phase(spec: RunSpec, counted: Counted, function: Any, *arguments: Any) -> Phase:
     """Compile a program for the mesh's chips. A program that cannot fit still reports the memory it needs."""
     started = time.perf_counter()
-    slices = spec.mesh.shape.get(SLICE, 1)
-    slice_chips = spec.mesh.size // slices if slices > 1 else 0
     try:
         with jax.sharding.use_abstract_mesh(spec.mesh.abstract_mesh):
             compiled = function.lower(*arguments).compile()
-        used, traffic = hlo.memory_of(compiled), hlo.collectives(compiled.as_text(), counted.turns, slice_chips)
+        used, traffic = hlo.memory_of(compiled), hlo.collectives(compiled.as_text(), counted.turns)
     except jax.errors.JaxRuntimeError as error:
         used, traffic = hlo.Memory(0, hlo.memory_wanted(error), 0, 0), {}
     return Phase(used, counted.resident, traffic, time.perf_counter() - started, counted.flops, counted.moved)

@@ -62,7 +62,7 @@ SOAK = {
     "test_cpu_recipes": "a_recipe_trains",
     "test_cpu_report": "a_run_of_any_length",
     "test_cpu_sft": "adapters_are_trained|stopped",
-    "test_cpu_tpu": r"largest_batch|small_model\[true",
+    "test_cpu_tpu": r"largest_batch|small_model\[true|two_slices",
     "test_cpu_train": "another_loss|torn_checkpoint|final_model_evaluates|checkpoints_are_gone",
     "test_cpu_workers": "a_worker_that_ends|a_random_reward|a_reward_that_fails",
 }

@@ -141,6 +141,17 @@ def test_a_plan_without_the_tpu_compiler_is_one_line(monkeypatch):
         plan.topology_devices("v6e:2x4")
 
 
+def test_two_slices_exchange_gradients_and_no_weights(small_model):
+    flags = (f"--model={small_model}", "--topology=v6e:2x2", "--mesh=2,2", "--slices=2", *SIZES)
+    phases = report_of("-m", "minigrpo.plan", *flags)["phases"]
+    outside = {name: phase["collective_gbytes"] for name, phase in phases.items()}
+    outside = {name: {kind: size for kind, size in own.items() if "DCN" in kind} for name, own in outside.items()}
+    parameters = 2048 * 256 + 2 * (2 * 256 * 128 * 6 + 3 * 256 * 512)
+    assert outside["update"].keys() == {"all-reduce over DCN"}
+    assert outside["update"]["all-reduce over DCN"] * 1e9 >= 2 * parameters / 4  # a share's gradient in bfloat16
+    assert not any(outside[name] for name in ("weights", "reference", "optimizer"))
+
+
 CARD = ("-m", "minigrpo.plan", "--model=Qwen/Qwen3-1.7B")
 
 
@@ -237,13 +248,19 @@ HLO = """HloModule jit_f
 }
 %turn (p: (s32[])) -> (s32[]) {
   %s = (f32[4]{0}, f32[2]{0}) all-reduce(%x, %y), to_apply=%add
+  %d = (bf16[4,128]{1,0:T(8,128)(2,1)}, u32[], token[]) send(%x, %t), channel_id=1, is_host_transfer=true, SENT
+  %e = (bf16[4,128]{1,0:T(8,128)(2,1)}, u32[], token[]) recv(%t), channel_id=1, is_host_transfer=true, SENT
 }
 ENTRY %main (p: f32[4]) -> f32[4] {
   %w = (s32[]) while(%t), condition=%cond, body=%body
   %v = (s32[]) while(%t), condition=%open, body=%turn
   %r = (f32[4]{0}, f32[2]{0}) all-reduce(%x, %y), to_apply=%add, backend_config={"estimated_cycles":"40"}
 }
-"""
+""".replace(
+    "SENT",
+    'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_host_transfer_rendezvous="a.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}',
+)
 
 
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5p:2x2x1", "v5e:2x2", "v6e:2x2"])
@@ -266,7 +283,9 @@ def test_collectives_are_counted_with_their_loops():
     found = hlo.collectives(HLO)
     assert found["all-gather"] == hlo.Traffic(runs=3, bytes=3 * 8 * 128 * 2)
     assert found["all-reduce"] == hlo.Traffic(runs=1, bytes=24, runs_in_open_loops=1, bytes_in_open_loops=24)
-    assert hlo.collectives(HLO, open_turns=5)["all-reduce"] == hlo.Traffic(runs=6, bytes=6 * 24)
+    counted = hlo.collectives(HLO, open_turns=5)
+    assert counted["all-reduce"] == hlo.Traffic(runs=6, bytes=6 * 24)
+    assert counted["all-reduce over DCN"] == hlo.Traffic(runs=5, bytes=5 * 4 * 128 * 2)
 
 
 def test_estimated_cycles_are_summed_over_the_turns_of_loops():

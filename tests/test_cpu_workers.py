@@ -352,31 +352,6 @@ def test_facts_name_what_must_be_equal():
     assert {"Python", "jax", "jaxlib", "--seed"} <= facts.keys() and "--process_id" not in facts
 
 
-# Slices
-
-GROUPS = """ENTRY %main (x: f32[8]) -> f32[8] {
-  %a = f32[8]{0} all-reduce(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
-  %b = f32[8]{0} all-reduce(%x), replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
-  %c = f32[8]{0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}
-  %d = f32[8]{0} all-gather(%x), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
-  %e = f32[8]{0} all-reduce(%x), replica_groups={}, to_apply=%add
-  %f = f32[8]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
-}
-"""
-
-
-def test_collectives_that_leave_a_slice_are_counted_apart():
-    from minigrpo.planning import hlo
-
-    found = hlo.collectives(GROUPS, slice_chips=4)
-    assert {kind: traffic.runs for kind, traffic in found.items()} == {
-        "all-reduce": 1, "all-reduce over DCN": 2, "all-gather": 1, "all-gather over DCN": 1, "collective-permute": 1,
-    }  # fmt: skip
-    assert {kind: traffic.runs for kind, traffic in hlo.collectives(GROUPS).items()} == {
-        "all-reduce": 3, "all-gather": 2, "collective-permute": 1,
-    }  # fmt: skip
-
-
 def test_flags_of_workers_are_not_ignored_where_jax_has_started():
     import dataclasses
 

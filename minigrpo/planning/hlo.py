@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 ITEM_BYTES = {
     **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
     **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
@@ -18,11 +16,9 @@ ITEM_BYTES = {
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 
 COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(", re.MULTILINE)
-COLLECTIVE = re.compile(rf" = (\S.*?) ({KINDS})(-start)?\(([^\n]*)")
-LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}")
-COUNTED = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-OVER_DCN = " over DCN"
-"""Ending of the kinds of collectives that leave a slice by the data-centre network; others stay on the chips' own."""
+COLLECTIVE = re.compile(rf" = (\S.*?) ({KINDS})(-start)?\(")
+SENT = re.compile(r" = \((\S+), u32\[\][^\n]* send\([^\n]*_xla_megascale_transfer_type=\"(\w+)\"")
+"""What leaves a slice: the TPU compiler makes it sends to hosts, which exchange it over the data-centre network."""
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 WHILE = re.compile(r"while\([^\n]*condition=%([\w.\-]+), body=%([\w.\-]+)")
 CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%([\w.\-]+)")
@@ -95,21 +91,6 @@ def result_bytes(shapes: str, started: bool = False) -> int:
     return max(sizes) if started else sum(sizes)
 
 
-def leaves_slice(operands: str, chips: int) -> bool:
-    """Return whether the groups of a collective, in its HLO text, hold chips of two slices of `chips` chips each."""
-    if counted := COUNTED.search(operands):
-        groups, size = int(counted[1]), int(counted[2])
-        members = np.arange(groups * size).reshape([int(dim) for dim in counted[3].split(",")])
-        if counted[4]:
-            members = members.transpose([int(dim) for dim in counted[4].split(",")])
-        rows = members.reshape(groups, size).tolist()
-    elif listed := LISTED.search(operands):
-        rows = [[int(chip) for chip in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-    else:
-        return True  # no groups: all chips
-    return any(len({chip // chips for chip in row}) > 1 for row in rows)
-
-
 def loop_length(condition: str) -> int | None:
     """Return the constant that a while loop's counter is compared with; None when there is no such constant."""
     limit = CONSTANT_LIMIT.search(condition)
@@ -139,24 +120,33 @@ def executed(text: str, open_turns: int | None = None) -> Iterator[tuple[str, in
     yield from walk(next(name for name, start in zip(names, starts, strict=True) if start), 1, False)
 
 
-def collectives(text: str, open_turns: int | None = None, slice_chips: int = 0) -> dict[str, Traffic]:
+def collectives(text: str, open_turns: int | None = None) -> dict[str, Traffic]:
     """Sum the traffic of each kind of collective in the optimised HLO of a program -> {kind: traffic}.
 
     `open_turns` is the number of turns of every loop whose length is decided at run time; without it their traffic is
-    listed separately. Of several slices, of `slice_chips` chips each, kinds that leave a slice end with OVER_DCN.
+    listed separately. Kinds that leave a slice end with " over DCN", the data-centre network.
     """
     found: dict[str, Traffic] = collections.defaultdict(Traffic)
     for body, times, is_open in executed(text, open_turns):
-        for shapes, kind, started, operands in COLLECTIVE.findall(body):
-            if slice_chips and leaves_slice(operands, slice_chips):
-                kind += OVER_DCN
+        inside = [(kind, result_bytes(shapes, bool(started))) for shapes, kind, started in COLLECTIVE.findall(body)]
+        outside = [(over_dcn(kind), result_bytes(shapes)) for shapes, kind in SENT.findall(body)]
+        for kind, size in inside + outside:
             if is_open:
                 found[kind].runs_in_open_loops += 1
-                found[kind].bytes_in_open_loops += result_bytes(shapes, bool(started))
+                found[kind].bytes_in_open_loops += size
             else:
                 found[kind].runs += times
-                found[kind].bytes += times * result_bytes(shapes, bool(started))
+                found[kind].bytes += times * size
     return dict(found)
+
+
+def over_dcn(kind: str) -> str:
+    """Return the name of a kind of collective that leaves a slice.
+
+    >>> over_dcn("ALL_REDUCE")
+    'all-reduce over DCN'
+    """
+    return kind.lower().replace("_", "-") + " over DCN"
 
 
 def estimated_cycles(text: str) -> int:
