@@ -1,5 +1,6 @@
 """The run folder: logs whole after a crash, disk errors in one line, sinks without threads, words while one waits."""
 
+import errno
 import io
 import json
 import os
@@ -298,6 +299,30 @@ def test_a_phase_goes_on_under_another_detail_and_ends_with_a_clean_line(monkeyp
     assert shown.stream.getvalue().endswith(" \r") and shown.status(start + 51) == ""
     shown.phase("loading", "a model")
     assert shown.since > start + 30
+
+
+class Gone(io.StringIO):
+    """A terminal or pipe whose other end has gone."""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_a_run_outlives_its_terminal(tmp_path, monkeypatch):
+    """As after a lost connection, or `2>&1 | head`: what follows is in train.log alone."""
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with Progress() as shown:
+        shown.open_log(tmp_path)
+        shown.phase("rollout")
+        shown.draw(time.monotonic())
+        shown.say("a line")
+        sys.stderr.write("another\n")
+    sys.stderr.write("after the end\n")
+    sys.stderr.close()
+    assert (tmp_path / "train.log").read_text() == "a line\nanother\n"
 
 
 def test_the_time_to_finish_leaves_out_steps_that_compiled():

@@ -138,10 +138,18 @@ class Progress:
             return
         with self.lock:
             self.wipe()
-            self.stream.write(text)
-            self.stream.flush()
+            self.show(text)
             self.record(text)
             self.spoke = time.monotonic()
+
+    def show(self, text: str) -> None:
+        """Write to the stream. Where it is gone, as with a closed connection or pipe, train.log goes on alone."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.live, self.stream = False, open(os.devnull, "w")
+            self.original = self.stream  # for what is written after the end
 
     def record(self, text: str) -> None:
         """Log text; a disk that is full loses these lines, and the metrics' own error says so."""
@@ -228,16 +236,21 @@ class Progress:
             return
         with self.lock:
             self.wipe()
-            width = os.get_terminal_size(self.stream.fileno()).columns - 1
-            self.drawn = line[:width]
-            self.stream.write(self.drawn)
-            self.stream.flush()
+            self.drawn = line[: self.columns() - 1]
+            self.show(self.drawn)
+
+    def columns(self) -> int:
+        """Return the width of the terminal, 80 where it cannot be asked any more."""
+        try:
+            return os.get_terminal_size(self.stream.fileno()).columns
+        except (OSError, ValueError):
+            return 80
 
     def wipe(self) -> None:
         """Take the live line off the terminal."""
         if self.drawn:
-            self.stream.write("\r" + " " * len(self.drawn) + "\r")
-            self.drawn = ""
+            drawn, self.drawn = self.drawn, ""
+            self.show("\r" + " " * len(drawn) + "\r")
 
 
 class Tee:
