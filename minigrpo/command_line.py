@@ -80,7 +80,7 @@ def parse_flags(argv: list[str], sections: tuple[str, ...], kind: type[AnySettin
     check_values_follow(argv, values)
     try:
         rest: list[str] = values(["minigrpo", *argv])[1:]
-    except (flags.Error, OSError, UnicodeDecodeError) as error:
+    except (flags.Error, OSError, ValueError) as error:  # absl's ValueError is of --noNAME=VALUE
         raise UsageError(f"{flag_problem(error, argv, values)} (see --help)") from error
     if rest:
         raise UsageError(f"unexpected argument {rest[0]!r}; flags are written --name=value (see --help)")
@@ -283,13 +283,18 @@ def run_command(
 
 
 def name_arguments(argv: list[str], names: tuple[str, ...]) -> list[str]:
-    """Give arguments that have no name those of the flags in `names`, in order.
+    """Give arguments that have no name, and are no flag's value, those of the flags in `names` that are left, in order.
 
-    >>> name_arguments(["a", "--x=1", "b"], ("run", "other"))
-    ['--run=a', '--x=1', '--other=b']
+    >>> name_arguments(["a", "--x=1", "b"], ("run", "other")), name_arguments(["--run", "a", "b"], ("run", "other"))
+    (['--run=a', '--x=1', '--other=b'], ['--run', 'a', '--other=b'])
     """
-    left = list(names)
-    return [arg if arg.startswith("-") or not left else f"--{left.pop(0)}={arg}" for arg in argv]
+    given = {word.lstrip("-").partition("=")[0] for word in argv if word.startswith("-")}
+    left = [name for name in names if name not in given]
+    named = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        is_value = before.startswith("--") and "=" not in before
+        named.append(word if word.startswith("-") or is_value or not left else f"--{left.pop(0)}={word}")
+    return named
 
 
 def end_late(code: int) -> None:

@@ -42,12 +42,14 @@ def option(
     high: Any = None,
     below: Any = None,
     number: bool = False,
+    needed: bool = False,
 ) -> Any:
     """Return a dataclass field that is also a flag: `low` <= value <= `high`, `above` < value < `below`, or choices.
 
-    `number` says that a text flag may hold a whole number too, which config files write without quotes.
+    `number` says that a text flag may hold a whole number too, which config files write without quotes; `needed`, that
+    it must not be empty.
     """
-    limits = {"choices": choices, "low": low, "above": above, "high": high, "below": below}
+    limits = {"choices": choices, "low": low, "above": above, "high": high, "below": below, "needed": needed}
     return dataclasses.field(default=default, metadata={"help": text, "number": number, **limits})
 
 
@@ -59,6 +61,8 @@ class Options:
         for field in dataclasses.fields(self):
             check_limits(field, getattr(self, field.name))
 
+
+LARGEST_INT = 2**31 - 1
 
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -77,6 +81,10 @@ def check_limits(field: dataclasses.Field[Any], value: Any) -> None:
         return
     check_kind(field, value)
     meta = field.metadata
+    if meta["needed"] and not value:
+        raise UsageError(f"--{field.name}=: must not be empty; leave it out for {field.default}")
+    if field_type(field) is int and abs(value) > LARGEST_INT:
+        raise UsageError(f"--{field.name}={value}: must be at most {LARGEST_INT}")
     if meta["choices"] and value not in meta["choices"]:
         raise UsageError(f"--{field.name}={value}: must be one of {', '.join(map(str, meta['choices']))}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -96,7 +104,9 @@ class ModelOptions(Options):
     """Model"""
 
     model: str = option(
-        "auto", "Hub id, local folder or builtin:tiny; auto is Qwen/Qwen3-1.7B on TPU and GPU, builtin:tiny on CPU"
+        "auto",
+        "Hub id, local folder or builtin:tiny; auto is Qwen/Qwen3-1.7B on TPU and GPU, builtin:tiny on CPU",
+        needed=True,
     )
     base_model: str = option("auto", "model under the adapter that --model names; auto is the one written in it")
     init: str = option(
@@ -139,6 +149,7 @@ class DataOptions(Options):
         "auto",
         "gsm8k, builtin:arithmetic, a Hub id, a folder of one, a save_to_disk folder, or a .jsonl, .json, .csv, .tsv, "
         ".parquet or .arrow file, compressed or not; auto follows the model (builtin:tiny: arithmetic)",
+        needed=True,
     )
     dataset_config: str = option("auto", "config of a Hub dataset or folder, such as main; auto is its only one")
     dataset_split: str = option(
@@ -355,7 +366,7 @@ class TrainingOptions(Options):
         True, "short sequences share rows in the update, changing no number; not with --lora_dropout"
     )
     max_steps: int = option(0, "steps to train; 0 means --num_epochs over the data", low=0)
-    num_epochs: float = option(1.0, "passes over the data when --max_steps is 0", above=0.0)
+    num_epochs: float = option(1.0, "passes over the data when --max_steps is 0", above=0.0, high=1e6)
     seed: int = option(0, "seed of shuffling, sampling and random weights", low=0, high=LARGEST_SEED)
 
 
@@ -393,7 +404,7 @@ class RunOptions(Options):
         "auto",
         "FSDP,TP mesh; auto is every device as fsdp, and 1,1 on CPU",
     )
-    output_dir: str = option("auto", "run folder; auto is runs/ and the time")
+    output_dir: str = option("auto", "run folder; auto is runs/ and the time", needed=True)
     resume: bool = option(False, "continue the run in --output_dir from its newest complete checkpoint")
     save_steps: int = option(50, "steps between checkpoints; 0 keeps only the final one", low=0)
     save_minutes: float = option(10.0, "minutes after which a checkpoint is made between them; 0 for never", low=0.0)
@@ -456,6 +467,13 @@ class RunOptions(Options):
             raise UsageError("--hub_private: nothing is uploaded; name a repository with --push_to_hub=OWNER/NAME")
         if self.push_to_hub and not HUB_REPOSITORY.fullmatch(self.push_to_hub):
             raise UsageError(f"--push_to_hub={self.push_to_hub}: must be OWNER/NAME, as on the Hub")
+        if self.wandb_project is not None and "wandb" not in self.sinks:
+            raise UsageError(f"--wandb_project={self.wandb_project}: means nothing without --report_to=wandb")
+        if self.keep_best.removeprefix("-") in ("accuracy", "margin"):
+            raise UsageError(
+                f"--keep_best={self.keep_best}: what is measured on held-out rows begins with eval/; write "
+                f"--keep_best=eval/{self.keep_best.removeprefix('-')}"
+            )
         if self.keep_best.startswith(("eval/", "-eval/")) and not self.eval_steps:
             raise UsageError(f"--keep_best={self.keep_best}: nothing is evaluated; set --eval_steps")
 
@@ -573,7 +591,7 @@ class CompareOptions(Options):
 class TinyOptions(Options):
     """Tiny model"""
 
-    output_dir: str = option("runs/tiny", "folder to write")
+    output_dir: str = option("runs/tiny", "folder to write", needed=True)
     vocab_size: int = option(512, "tokens, special ones included", low=300)
     hidden_size: int = option(128, "embedding size", low=8)
     num_hidden_layers: int = option(4, "layers", low=1)

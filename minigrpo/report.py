@@ -15,6 +15,7 @@ from minigrpo.reporting.page import render
 from minigrpo.reporting.significance import interval
 from minigrpo.reporting.verdict import Verdict, best_step, held_out_change, judge, training_change
 from minigrpo.runtime.bucket import open_home
+from minigrpo.runtime.files import write_whole, writing
 from minigrpo.runtime.progress import clock_text
 
 SECTIONS = COMMANDS["report"].sections
@@ -81,14 +82,15 @@ def write_report(folder: Path) -> Path:
     verdict = judge(history)
     summary = summarize(history, verdict)
     drawn = pictures(history)
-    (folder / "report").mkdir(exist_ok=True)
-    for name, (png, _) in drawn.items():
-        (folder / "report" / f"{name}.png").write_bytes(png)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    with writing(folder / "report"):
+        (folder / "report").mkdir(exist_ok=True)
+        for name, (png, _) in drawn.items():
+            (folder / "report" / f"{name}.png").write_bytes(png)
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     images = {name: svg for name, (_, svg) in drawn.items()}
     page = folder / "report.html"
     text = render(history, summary, verdict, images, notes_of(history))
-    page.write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_whole(page, text)
     return page
 
 

@@ -21,6 +21,7 @@ from minigrpo.config import RolloutOptions, Settings, SftOptions, UsageError
 from minigrpo.data.datasets import (
     PromptSet,
     batch_numbers,
+    check_evaluated,
     held_out_options,
     load_completions,
     naming_eval_flags,
@@ -216,6 +217,7 @@ def check_settings(built: Build) -> None:
         raise UsageError("--offline: means nothing here; python -m minigrpo.train trains on scored responses")
     check_quantize(built.spec.config)
     check_lora(built.settings, built.spec.config)
+    check_evaluated(built.settings)
     if built.settings.run.push_to_hub:
         raise UsageError("--push_to_hub: is minigrpo.train's; upload RUN/final with `hf upload OWNER/NAME RUN/final`")
 

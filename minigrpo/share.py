@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from minigrpo.config import HUB_REPOSITORY, RunOptions, Settings, UsageError, read_json
 from minigrpo.data.files import GSM8K, is_file
 from minigrpo.reporting.significance import interval
+from minigrpo.runtime.files import write_whole, writing
 from minigrpo.runtime.run_folder import read_steps
 from minigrpo.version import __version__
 
@@ -41,13 +42,14 @@ def write_card(folder: Path, settings: Settings, base: str) -> Path:
     """
     final = folder / "final"
     shown = {f"{name}.png": caption for name, caption in PICTURES.items() if (folder / f"report/{name}.png").exists()}
-    for file in shown:
-        shutil.copyfile(folder / "report" / file, final / file)
+    with writing(final):
+        for file in shown:
+            shutil.copyfile(folder / "report" / file, final / file)
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         card_fields(folder, settings, base), pictures=shown
     )
-    (final / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_whole(final / "README.md", text)
     return final / "README.md"
 
 

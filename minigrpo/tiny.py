@@ -11,9 +11,10 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from minigrpo.command_line import run_named
-from minigrpo.config import Settings, TinyOptions
+from minigrpo.config import Settings, TinyOptions, UsageError
 from minigrpo.data import arithmetic
 from minigrpo.data.chat import CHATML
+from minigrpo.runtime.files import write_whole, writing
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PIECES = r"\p{N}| ?\p{L}+|[^\p{L}\p{N}\s]+|\s+"
@@ -63,11 +64,12 @@ def main(settings: Settings) -> int:
     """Write a tiny model with random weights to --output_dir; return the exit code."""
     options = settings.tiny
     folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(f"--output_dir={folder}: is not an empty folder; name a new one")
     tokenizer = train_tokenizer(options.vocab_size)
-    tokenizer.save(str(folder / "tokenizer.json"))
     ends = [tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>")]
-    files = {
+    files: dict[str, Any] = {
+        "tokenizer.json": json.loads(tokenizer.to_str()),
         "config.json": model_config(options),
         "generation_config.json": {"eos_token_id": ends},
         "tokenizer_config.json": {
@@ -77,8 +79,10 @@ def main(settings: Settings) -> int:
             "chat_template": CHATML,
         },
     }
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        write_whole(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     sys.stderr.write(f"{folder}: {tokenizer.get_vocab_size()} tokens, no weights yet\n")
     return 0
 

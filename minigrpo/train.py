@@ -31,6 +31,7 @@ from minigrpo.data.calls import Reward, TrainerState
 from minigrpo.data.datasets import (
     XML_REWARDS,
     PromptSet,
+    check_evaluated,
     held_out_options,
     load_dataset,
     naming_eval_flags,
@@ -371,6 +372,7 @@ def check_settings(built: Build) -> None:
     check_loss(built.settings)
     check_quantize(built.spec.config)
     check_lora(built.settings, built.spec.config)
+    check_evaluated(built.settings)
 
 
 def sampling_spec(

@@ -1,5 +1,6 @@
 """Several processes: joining, agreeing on host values, ending together; runs of two workers equal runs of one."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -100,14 +101,14 @@ def port():
 class Gang:
     """Workers in threads of this process, each with its own links; nothing of jax is started."""
 
-    def __init__(self, port, facts, timeout=20.0, absent=(), numbers=None):
+    def __init__(self, port, facts, timeout=20.0, absent=(), numbers=None, counts=None):
         self.ended, self.errors, self.started = {}, {}, time.monotonic()
         self.all = [Workers() for _ in facts]
         for worker in self.all:
             worker.serve = lambda: 1
             worker.exit = lambda code, worker=worker: self.stop(worker, code)
         self.threads = [
-            threading.Thread(target=self.join, args=(i, port, facts, timeout, numbers or [0, 1, 2]), daemon=True)
+            threading.Thread(target=self.join, args=(i, port, facts, timeout, numbers or [0, 1, 2], counts), daemon=True)
             for i in range(len(facts)) if i not in absent
         ]  # fmt: skip
         for thread in self.threads:
@@ -115,9 +116,9 @@ class Gang:
         for thread in self.threads:
             thread.join(timeout + 10)
 
-    def join(self, i, port, facts, timeout, numbers):
+    def join(self, i, port, facts, timeout, numbers, counts):
         worker = self.all[i]
-        worker.index, worker.count = numbers[i], len(facts)
+        worker.index, worker.count = numbers[i], counts[i] if counts else len(facts)
         deadline = time.monotonic() + timeout
         try:
             (worker.meet if worker.index else worker.welcome)("127.0.0.1", port, facts[i], deadline, timeout)
@@ -200,7 +201,8 @@ def test_a_taken_port_is_named(port):
 
 def test_noise_on_the_port_is_not_a_worker(port):
     def knock():
-        for content in (b"GET / HTTP/1.1\r\n\r\n", b"", b"\x00\x00\x00\x02hi"):
+        frames = b"\x00\x00\x00\x03[1]", b'\x00\x00\x00\x10{"kind":"hello"}', b"\x00\x00\x00\x02hi"
+        for content in (b"GET / HTTP/1.1\r\n\r\n", b"", *frames):
             for _ in range(50):
                 try:
                     with socket.create_connection(("127.0.0.1", port), timeout=1) as visitor:
@@ -211,6 +213,27 @@ def test_noise_on_the_port_is_not_a_worker(port):
 
     threading.Thread(target=knock, daemon=True).start()
     assert not Gang(port, [{}, {}]).errors
+
+
+def test_a_stranger_that_stays_holds_nobody_up(port):
+    visitors = []
+
+    def stay():
+        while not visitors:
+            with contextlib.suppress(OSError):
+                visitors.append(socket.create_connection(("127.0.0.1", port), timeout=1))
+        visitors[0].sendall(b"GET / HTTP/1.1")  # the beginning of a long frame
+
+    threading.Thread(target=stay, daemon=True).start()
+    gang = Gang(port, [{}, {}, {}], timeout=12.0, absent=(2,))
+    visitors[0].close()
+    assert "worker 2 did not come" in gang.errors[0] and time.monotonic() - gang.started < 18
+
+
+def test_workers_of_unequal_number_are_told_so(port):
+    gang = Gang(port, [{}, {}], timeout=5.0, counts=[2, 3])
+    said = "worker 1 has --num_processes=3 and worker 0 2; make them equal"
+    assert gang.errors == {0: said, 1: said}
 
 
 def test_an_error_on_one_worker_ends_all_in_its_words(port, capfd):
@@ -358,4 +381,10 @@ def test_flags_of_workers_are_not_ignored_where_jax_has_started():
     settings = Settings(sections=("cluster",), explicit=frozenset({"num_processes"}))
     settings = dataclasses.replace(settings, cluster=ClusterOptions(num_processes=2))
     with pytest.raises(UsageError, match="--num_processes: jax has started"), workers.joined(settings):
+        pass
+
+
+def test_a_second_run_of_several_workers_in_one_process_is_refused(monkeypatch):
+    monkeypatch.setattr(workers.WORKERS, "count", 2)
+    with pytest.raises(UsageError, match="several workers: jax has started"), workers.joined(Settings()):
         pass

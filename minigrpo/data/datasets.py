@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 import minigrpo.data.arithmetic as arithmetic
-from minigrpo.config import DataOptions, RunOptions, UsageError
+from minigrpo.config import DataOptions, RunOptions, Settings, UsageError
 from minigrpo.data.chat import Tokenizer, warn_of_templated
 from minigrpo.data.columns import Prompt, Reader, answer_reader, chat, completion_readers, prompt_reader, refuse_unused
 from minigrpo.data.files import JSON_FILES, TABLES, is_file, read_file, read_rows, refuse_choice, suffix
@@ -53,6 +53,15 @@ class Dataset:
     reward: str = XML_REWARDS
 
 
+def check_evaluated(settings: Settings) -> None:
+    """Raise UsageError for flags of held-out rows where no --eval_steps reads them."""
+    named = ("eval_config", "eval_dataset", "eval_num_generations", "eval_size", "eval_split")
+    defaults = RunOptions()
+    given = [name for name in named if getattr(settings.run, name) != getattr(defaults, name)]
+    if given and not settings.run.eval_steps and not settings.run.resume:
+        raise UsageError(f"--{given[0]}={getattr(settings.run, given[0])}: nothing is evaluated; set --eval_steps")
+
+
 def load_dataset(options: DataOptions, split: str, answer_required: bool = True) -> Dataset:
     """Read the "train" or "test" rows that --dataset names; a file has the same rows for both.
 
@@ -74,6 +83,10 @@ def load_dataset(options: DataOptions, split: str, answer_required: bool = True)
 def named_rows(options: DataOptions, split: str) -> Rows:
     """Read the rows of a file, folder or Hub dataset as they are."""
     name = options.dataset
+    if name == "builtin:arithmetic":
+        raise UsageError(
+            f"--dataset={name}: has no responses on file; name a file that has them, or leave --offline out"
+        )
     if name.startswith("builtin:"):
         raise UsageError(f"--dataset={name}: no such built-in dataset; there is builtin:arithmetic")
     return read_rows(name, options.dataset_config, options.dataset_split, split)

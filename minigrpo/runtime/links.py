@@ -4,8 +4,12 @@ Messages are JSON objects, so that nothing that arrives is ever executed. A work
 which the others notice at once; one whose machine is lost, within about 25 s by TCP's own probes.
 """
 
+import contextlib
+import functools
 import json
+import os
 import socket
+import threading
 import time
 from multiprocessing.connection import Connection
 from typing import Any
@@ -72,12 +76,36 @@ def accept(server: socket.socket, deadline: float) -> tuple[Connection, Message]
             link = as_link(server.accept()[0])
         except TimeoutError:
             return None
-        if link.poll(min(left, 5.0)):
-            message = receive(link)
-            if message and message.get("kind") == "hello":
-                return link, message
+        message = greeting(link, min(left, 5.0))
+        if message is not None:
+            return link, message
         link.close()  # a port scanner, or a worker that died
     return None
+
+
+def greeting(link: Connection, seconds: float) -> Message | None:
+    """Return a worker's first message; None where something else, or only a part of one, comes in that time."""
+    hang_up = threading.Timer(seconds, functools.partial(shut, link.fileno()))
+    hang_up.start()
+    try:
+        message = receive(link)
+    finally:
+        hang_up.cancel()
+        hang_up.join()
+    return message if is_greeting(message) else None
+
+
+def is_greeting(message: Any) -> bool:
+    """Tell if a message is a worker's first one, whatever else may knock at the port."""
+    kinds = {"index": int, "count": int, "facts": dict, "clock": float}
+    known = isinstance(message, dict) and message.get("kind") == "hello"
+    return known and all(isinstance(message.get(name), kind) for name, kind in kinds.items())
+
+
+def shut(descriptor: int) -> None:
+    """End a connection that somebody may be reading from."""
+    with socket.socket(fileno=os.dup(descriptor)) as own, contextlib.suppress(OSError):
+        own.shutdown(socket.SHUT_RDWR)
 
 
 def connect(host: str, port: int, deadline: float) -> Connection | None:

@@ -158,10 +158,13 @@ class Workers:
                 index = message["index"]
                 if abs(late := message["clock"] - time.time()) > CLOCKS:
                     print_line(f"note: worker {index}'s clock differs by {late:.0f} s; set the machines' clocks")
-                if index in told:
+                if message["count"] != self.count:
+                    problem = f"worker {index} has --num_processes={message['count']} and worker 0 {self.count}"
+                    problem += "; make them equal"
+                elif index in told:
                     problem = f"--process_id={index}: two workers have it; give each its own number"
                 self.links[index], told[index] = link, message["facts"]
-        problem = problem or first_difference([told[i] for i in range(self.count)])
+        problem = problem or first_difference([told[i] for i in sorted(told)])
         address = "" if problem else f"{host}:{self.serve()}"
         for link in self.links.values():
             send(link, {"kind": "go", "address": address, "problem": problem})
@@ -173,7 +176,8 @@ class Workers:
         """Report to worker 0 -> the address of jax's service."""
         link = connect(host, port, deadline)
         if link is not None:
-            send(link, {"kind": "hello", "index": self.index, "facts": facts, "clock": time.time()})
+            hello = {"kind": "hello", "index": self.index, "count": self.count, "facts": facts, "clock": time.time()}
+            send(link, hello)
         answer = receive(link) if link is not None and link.poll(max(0.0, deadline + 5 - time.monotonic())) else None
         if link is None or answer is None:
             self.leave_early(
@@ -337,10 +341,10 @@ def program_digest() -> str:
 def joined(settings: Settings) -> Iterator[None]:
     """Run a command as one of several workers, if there are several, and end as all of them do."""
     started = xla_bridge.backends_are_initialized()
-    if started and (given := settings.explicit & CLUSTER_FLAGS):
-        raise UsageError(
-            f"--{min(given)}: jax has started in this process; several workers need a new one for each run"
-        )
+    again = "several workers" if WORKERS.count > 1 else ""
+    given = min((f"--{name}" for name in settings.explicit & CLUSTER_FLAGS), default=again)
+    if started and given:
+        raise UsageError(f"{given}: jax has started in this process; workers need a new process for each run")
     place = None if started else find_place(settings.cluster)
     if place:
         WORKERS.join(place, own_facts(settings), settings.cluster.start_timeout)
