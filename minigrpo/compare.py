@@ -8,7 +8,7 @@ from typing import Any
 from minigrpo.command_line import run_named
 from minigrpo.commands import COMMANDS
 from minigrpo.config import Settings, UsageError
-from minigrpo.reporting.history import Rows, at_step, measure_of, on_same_problems, outcomes
+from minigrpo.reporting.history import MEASURES, Rows, at_step, measure_of, on_same_problems, outcomes
 from minigrpo.reporting.significance import Estimate, estimate, interval, paired_difference
 from minigrpo.reporting.verdict import p_text
 from minigrpo.runtime.run_folder import read_steps
@@ -38,16 +38,16 @@ def read_answers(path: Path, flag: str) -> dict[str, Rows]:
 def read_file(path: Path, flag: str) -> Rows:
     """Read the rows of a file of answers; UsageError naming the flag, and the line that is no answer."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--{flag}={path}: is no run folder, and cannot be read as a file of answers") from error
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
             row = json.loads(line)
         except ValueError as error:
             raise UsageError(f"--{flag}={path}: line {number} is not JSON; name a file of evaluate --output") from error
-        if not isinstance(row, dict) or measure_of([row]) is None:
+        if not isinstance(row, dict) or not any(name in row for name in MEASURES):
             raise UsageError(f"--{flag}={path}: line {number} is no answer of evaluate --output")
         rows.append(row)
     if not rows:

@@ -331,6 +331,12 @@ def check_output(output: str) -> None:
         raise UsageError(f"--output={output}: is there already; name a new file")
     if output and not path.parent.is_dir():
         raise UsageError(f"--output={output}: there is no folder {path.parent}")
+    if output:
+        try:
+            path.touch()
+            path.unlink()
+        except OSError as error:
+            raise UsageError(f"--output={output}: cannot be written ({error.strerror})") from error
 
 
 def build_one(settings: Settings, model: str, asked: dict[str, Any]) -> Build:

@@ -297,6 +297,24 @@ def test_a_mistake_on_the_command_line_is_one_clean_line(case):
     assert found.startswith(message) and "ERROR" not in found and found.endswith("(see --help)"), found
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--max_steps=99999999999999999999", "--max_steps=9+: must be at most 2147483647"),
+        ("--num_epochs=1e300", "--num_epochs=1e.300: must be at most"),
+        ("--model=", "--model=: must not be empty"),
+        ("--dataset=", "--dataset=: must not be empty"),
+        ("--nooffline=true", "nooffline"),
+        ("--wandb_project=x", "--wandb_project=x: means nothing without --report_to=wandb"),
+        ("--keep_best=-accuracy", "write --keep_best=eval/accuracy"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_one_line(given, said):
+    with pytest.raises(UsageError, match=said) as caught:
+        parse_flags([given], COMMANDS["train"].sections)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_flag_file_that_is_no_text_is_one_line(tmp_path):
     (tmp_path / "flags.txt").write_bytes(b"\xff\xfe--seed=1")
     assert problem(f"--flagfile={tmp_path}/flags.txt").startswith(f"--flagfile={tmp_path}/flags.txt: not UTF-8 text")

@@ -233,7 +233,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path, name, content, message
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none.csv", "none.parquet", "no/such"])
 def test_what_is_not_there_is_named(tmp_path, name):
-    with pytest.raises(UsageError, match=f"--dataset=.*{name}: cannot be"):
+    with pytest.raises(UsageError, match=f"--dataset=.*{name}: (cannot be|no such file or folder)"):
         read(str(tmp_path / name))
 
 
@@ -674,3 +674,39 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,prompt,answer\na,b,1\n")
     with pytest.raises(UsageError, match=r"^--dataset=.*rows.csv: has two columns 'prompt'; rename one of them$"):
         read(str(tmp_path / "rows.csv"))
+
+
+def test_paths_of_nothing_are_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("data/trian", "./train", "rows.txt", "/data/mine"):
+        with pytest.raises(UsageError, match=f"^--dataset={name}: no such file or folder$"):
+            read(name)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
+def test_tables_without_rows_say_so(tmp_path, name):
+    if name.endswith("csv"):
+        (tmp_path / name).write_text("prompt,answer\n")
+    else:
+        hf.Dataset.from_dict({"prompt": [], "answer": []}).to_parquet(tmp_path / name)
+    with pytest.raises(UsageError, match=f"{name}: .*has no rows$"):
+        read(str(tmp_path / name))
+
+
+def test_a_row_that_gives_a_key_twice_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a?", "prompt": "b?", "answer": "1"}\n')
+    with pytest.raises(UsageError, match="rows.jsonl:1: .*'prompt' is given twice"):
+        read(str(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("role", ["usr", "tool", "hooman"])
+def test_unknown_roles_are_refused(tmp_path, role):
+    chat = [{"role": "user", "content": "a?"}, {"role": role, "content": "b"}, {"role": "assistant", "content": "1"}]
+    with pytest.raises(UsageError, match=f"{role}|tool calls"):
+        read(write(tmp_path, {"messages": chat}))
+
+
+def test_responses_are_not_looked_for_in_generated_problems():
+    with pytest.raises(UsageError, match="builtin:arithmetic: has no responses"):
+        data.named_rows(DataOptions(dataset="builtin:arithmetic", offline=True), "train")

@@ -236,7 +236,7 @@ def test_the_environments_names_win_over_ours_and_flags_over_both(tmp_path, monk
     _, given = fake_wandb(monkeypatch, tmp_path, **known)
     Wandb(tmp_path, RunOptions(), {})
     assert not {"project", "name", "dir", "mode"} & given.keys()
-    Wandb(tmp_path, RunOptions(wandb_project="flag", wandb_mode="offline"), {})
+    Wandb(tmp_path, RunOptions(report_to="wandb", wandb_project="flag", wandb_mode="offline"), {})
     assert given["project"] == "flag" and given["mode"] == "offline" and "name" not in given
 
 

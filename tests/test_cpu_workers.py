@@ -107,8 +107,9 @@ class Gang:
         for worker in self.all:
             worker.serve = lambda: 1
             worker.exit = lambda code, worker=worker: self.stop(worker, code)
+        given = port, facts, timeout, numbers or [0, 1, 2], counts
         self.threads = [
-            threading.Thread(target=self.join, args=(i, port, facts, timeout, numbers or [0, 1, 2], counts), daemon=True)
+            threading.Thread(target=self.join, args=(i, *given), daemon=True)
             for i in range(len(facts)) if i not in absent
         ]  # fmt: skip
         for thread in self.threads:

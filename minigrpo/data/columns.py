@@ -110,8 +110,10 @@ def message_of(where: str, message: Any) -> Message:
     content = message.get("value") if message.get("content") is None else message["content"]
     if not isinstance(role, str) or not role:
         raise CellError(f"has no role in {where}")
-    if message.get("tool_calls") or role in ("function_call", "observation"):
+    if message.get("tool_calls") or role in ("function_call", "observation", "tool"):
         raise CellError(f"has tool calls in {where}, which minigrpo does not train on")
+    if ROLES.get(role, role) not in ("system", "user", "assistant"):
+        raise CellError(f"has the role {role!r} in {where}; roles are system, user and assistant")
     extra = {key: text for key, text in message.items() if isinstance(text, str) and key not in ("from", "value")}
     return extra | {"role": ROLES.get(role, role), "content": text_of(where, content)}
 

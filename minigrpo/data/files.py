@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minigrpo.config import UsageError
+from minigrpo.data.json_file import unique_keys
 from minigrpo.data.rows import JsonLines, Rows, Table
 from minigrpo.remote import fetched, is_url
 
@@ -34,6 +35,9 @@ PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".x
 
 MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"PAR1": ".parquet", b"ARROW1": ".arrow"}
 """First bytes of a file -> the suffix that it should have."""
+
+EMPTY = ("corresponds to no data", "BatchSize must be greater than 0")
+"""What the datasets library says of a table without rows."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LONGEST_LINE = 2**28
@@ -74,8 +78,17 @@ def read_rows(name: str, config: str, split: str, fallback: str) -> Rows:
     if folder.is_dir() and any((folder / file).exists() for file in ("state.json", "dataset_dict.json")):
         rows = read_saved(name, config, split, fallback)
     else:
+        refuse_missing(name)
         rows = read_library(name, config, fallback if split == "auto" else split)
     return refuse_empty("dataset", name, rows)
+
+
+def refuse_missing(name: str) -> None:
+    """Raise UsageError for a path of nothing, rather than ask the Hub for it."""
+    path = Path(name)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in (".txt", ".zip")
+    if not path.exists() and (looks_local or (path.parent != Path() and path.parent.is_dir())):
+        raise UsageError(f"--dataset={name}: no such file or folder")
 
 
 def refuse_choice(name: str, config: str, split: str = "auto") -> None:
@@ -187,7 +200,7 @@ def bounded_lines(file: io.BufferedIOBase) -> Iterator[bytes]:
 def parse(where: str, text: bytes) -> Any:
     """Parse a text as JSON; UsageError beginning with `where` when it is not."""
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise UsageError(f"{where}: not UTF-8 text ({error}); save the file as UTF-8") from error
     except RecursionError as error:
@@ -277,12 +290,15 @@ def load(label: str, function: str, *arguments: Any, **named: Any) -> Any:
     import datasets  # slow to import, and needed for none of the JSON files
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are in ours
+    if "data_files" in named:
+        datasets.disable_progress_bars()  # of what takes a moment
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*loss of data.*")  # of a line of CSV with more cells than the header
             return getattr(datasets, function)(*arguments, **named)
     except Exception as error:  # the library raises many kinds for a missing dataset, split, network or bad file
-        raise UsageError(f"{label}: cannot be loaded ({reason(error)})") from error
+        problem = "has no rows" if any(said in str(error) for said in EMPTY) else f"cannot be loaded ({reason(error)})"
+        raise UsageError(f"{label}: {problem}") from error
 
 
 def reason(error: BaseException) -> str:

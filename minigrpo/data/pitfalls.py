@@ -42,15 +42,8 @@ def prompt_findings(subject: Subject) -> list[Finding]:
     """Return what is wrong with the prompts, and how many were dropped."""
     rows = sample(subject)
     texts = [last_text(row) for row in rows]
-    found = [*dropped(subject), *too_few(subject), *repeated(texts), *leaking(rows, texts), *templated(subject, rows)]
+    found = [*dropped(subject), *repeated(texts), *leaking(rows, texts), *templated(subject, rows)]
     return found + split_findings(subject.settings, rows)
-
-
-def too_few(subject: Subject) -> list[Finding]:
-    """Return a finding about a step that takes prompts several times."""
-    asked, count = subject.settings.steps.batch_size, len(subject.data)
-    text = f"--batch_size={asked}: there are only {count:,}, so that a step takes some of them several times"
-    return [Finding("prompts", WARN, text, f"use --batch_size={count} or less")] if asked > count else []
 
 
 def dropped(subject: Subject) -> list[Finding]:

@@ -74,10 +74,12 @@ Key = tuple[str, str]
 
 
 def measure_of(rows: Rows) -> str | None:
-    """Return what is compared of these answers; None where there is nothing."""
+    """Return what is compared of these answers; None where there is nothing. A reward that does not apply is null."""
 
     def is_there(name: str) -> bool:
-        return bool(rows) and all(isinstance(row.get(name), int | float) for row in rows)
+        values = [row.get(name, "") for row in rows]
+        numbers = [value for value in values if isinstance(value, int | float)]
+        return bool(numbers) and len(numbers) + values.count(None) == len(values)
 
     return next(filter(is_there, MEASURES), None)
 
@@ -86,7 +88,8 @@ def outcomes(rows: Rows, measure: str) -> dict[Key, float]:
     """Average a measure over each problem's answers."""
     values: dict[Key, list[float]] = {}
     for row in rows:
-        values.setdefault((repr(row.get("prompt")), repr(row.get("answer"))), []).append(float(row[measure]))
+        if row[measure] is not None:
+            values.setdefault((repr(row.get("prompt")), repr(row.get("answer"))), []).append(float(row[measure]))
     return {key: sum(own) / len(own) for key, own in values.items()}
 
 

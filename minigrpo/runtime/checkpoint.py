@@ -486,6 +486,11 @@ def check_same_run(folder: Path, values: dict[str, Any]) -> list[str]:
     UsageError when settings differ that would make it another run, naming each.
     """
     before = read_run_settings(folder)
+    if missing := sorted(values.keys() - before.keys() - FREE_TO_CHANGE):
+        raise UsageError(
+            f"--resume: {folder}/config.json has no {missing[0]!r}: it is damaged, or of another version of minigrpo, "
+            f"which can continue the run; or begin a new one from {folder}/final with --model"
+        )
     changed = {name: value for name, value in values.items() if before.get(name) != value}
     longer = {name for name, value in changed.items() if grows(name, before.get(name), value)}
     shown = {name: f"--{name}={value} (was {before.get(name)})" for name, value in changed.items()}

@@ -62,7 +62,7 @@ class RunFolder:
             kept = [line for line in read_lines(path) if line_step(line) <= step] if step else []
             write_whole(path, "".join(line + "\n" for line in kept))
             if path.name == "metrics.jsonl" and kept:
-                self.tokens = json.loads(kept[-1])["num_tokens"]
+                self.tokens = json.loads(kept[-1]).get("num_tokens", 0.0)
 
     def log(self, step: int, metrics: dict[str, float], compiled: bool = False) -> None:
         """Write the metrics of step number `step`, counted from 1, and after every --logging_steps tell the sinks.
