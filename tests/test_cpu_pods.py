@@ -20,7 +20,7 @@ KINDS = {
     "resampling": ("--zero_std_groups=resample", "--reward=correctness"),
 }
 
-PODS = [(2, "4,1"), (4, "8,1"), (2, "2,2")]
+PODS = [pytest.param(2, "4,1", id="two"), pytest.param(4, "8,1", id="four"), pytest.param(2, "2,2", id="tp")]
 """Workers, and the mesh of all their devices."""
 
 
