@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minigrpo.config import Settings, UsageError, check_limits, field_type, section_types
+from minigrpo.config import GenerateOptions, Settings, UsageError, check_limits, field_type, section_types
 
 RewardLike = str | Callable[..., Sequence[float]] | tuple[str | Callable[..., Sequence[float]], float | int]
 """A reward's name as in --reward, a function with TRL's signature, or either with its weight."""
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
-"""A dataset: what --dataset takes, or rows: a list of dicts or a `datasets.Dataset`."""
+"""A dataset: what --dataset takes, or rows: a list of dicts, a `datasets.Dataset` or a pandas DataFrame."""
 
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -48,18 +48,23 @@ def as_flag(field: dataclasses.Field[Any], value: Any) -> Any:
     """Return a flag's value: for one that is text, (4, 2) as '4,2', and numbers, booleans and paths as text."""
     if field_type(field) is not str:
         return value
+    if field.name == "stop" and isinstance(value, tuple | list):
+        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, tuple | list):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def as_dataset(rows: Rows) -> str:
-    """Return the value of --dataset for rows, which are written to a file of minigrpo's cache under their digest."""
+def as_dataset(rows: Rows, name: str = "dataset") -> str:
+    """Return the value of --dataset for rows, which are written to a file of minigrpo's cache under their digest.
+
+    UsageError that begins with `name`, the argument's, for anything that holds no rows.
+    """
     if isinstance(rows, str | Path):
         return str(rows)
-    text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(row_text(f"{name}: row {number}", row) for number, row in enumerate(row_list(rows, name), 1))
     if not text:
-        raise UsageError("dataset: holds no rows")
+        raise UsageError(f"{name}: holds no rows")
     folder = Path.home() / ".cache" / "minigrpo" / "rows"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.jsonl"
@@ -68,6 +73,49 @@ def as_dataset(rows: Rows) -> str:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     return str(path)
+
+
+def row_list(rows: Any, name: str) -> Iterable[Any]:
+    """Return the rows of a list, a Dataset, or a DataFrame, whose missing cells become None."""
+    if hasattr(rows, "notna") and hasattr(rows, "to_dict"):
+        return list(rows.astype(object).where(rows.notna(), None).to_dict("records"))
+    if isinstance(rows, Mapping):
+        raise UsageError(
+            f"{name}: a dict of {', '.join(map(str, rows))[:60]}; give a list of rows, or one of its splits"
+        )
+    if not isinstance(rows, Iterable):
+        raise UsageError(f"{name}: {rows!r:.60} is neither a name nor a list of rows, each a dict")
+    return rows
+
+
+def row_text(where: str, row: Any) -> str:
+    """Return a row as a line of JSON; UsageError that begins with `where` for one that cannot be written so."""
+    try:
+        text = json.dumps(dict(row), ensure_ascii=False, default=lambda cell: cell.tolist()) + "\n"
+        return text.encode().decode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{where}: holds half of a surrogate pair, which is no character") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"{where}: {row!r:.60} is no dict of texts, numbers, lists and dicts ({error!s:.80})"
+        ) from error
+
+
+def as_rewards(rewards: Any) -> str:
+    """Return the value of --reward for a reward or a list of them; UsageError for anything else."""
+    several = isinstance(rewards, list | tuple) and not is_reward(rewards)
+    given = list(rewards) if several else [rewards]
+    wrong = next((reward for reward in given if not is_reward(reward)), None)
+    if wrong is not None or not given:
+        raise UsageError(f"rewards: {wrong!r:.60} is neither a name, a function, nor a pair of one with its weight")
+    return ",".join(map(as_reward, given))
+
+
+def is_reward(value: Any) -> bool:
+    """Tell if a value is a reward's name, a function, or a pair of either with a number."""
+    if isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[1], int | float):
+        value = value[0]
+    return isinstance(value, str) or callable(value)
 
 
 def as_reward(reward: RewardLike) -> str:
@@ -152,7 +200,11 @@ class TrainedRun:
 
 
 def train(
-    *, dataset: Rows = "auto", rewards: Sequence[RewardLike] = (), on_step: OnStep | None = None, **flags: Any
+    *,
+    dataset: Rows = "auto",
+    rewards: RewardLike | Sequence[RewardLike] | None = None,
+    on_step: OnStep | None = None,
+    **flags: Any,
 ) -> TrainedRun:
     """Train a model with GRPO -> the run; UsageError in one line for bad input.
 
@@ -165,9 +217,12 @@ def train(
     from minigrpo.runtime.session import choose_home, with_run_settings
     from minigrpo.runtime.workers import joined
 
-    folder = str(flags.pop("output_dir", time.strftime("runs/%Y%m%d-%H%M%S")))
-    own: dict[str, Any] = {"output_dir": folder, "dataset": None if dataset == "auto" else as_dataset(dataset)}
-    own |= {"reward": ",".join(map(as_reward, rewards))} if rewards else {}
+    if on_step is not None and not callable(on_step):
+        raise UsageError(f"on_step: {on_step!r:.60} is no function of (step, metrics)")
+    folder = run_folder(flags.pop("output_dir", None), flags.get("resume"))
+    own: dict[str, Any] = {"output_dir": folder, "dataset": written(dataset, "dataset")}
+    own |= {"eval_dataset": written(flags.pop("eval_dataset", None), "eval_dataset")}
+    own |= {"reward": as_rewards(rewards)} if rewards is not None else {}
     settings = settings_of(command.SECTIONS, flags | own)
     sinks = {"on_step": lambda folder, values, step: StepCallback(on_step)} if on_step else {}
     with joined(settings), Progress() as progress, choose_home(settings.run) as home:
@@ -175,7 +230,41 @@ def train(
     return TrainedRun(folder if "://" in folder else Path(folder), code == 0)
 
 
+def run_folder(given: Any, resume: Any) -> str:
+    """Return the run folder that the argument output_dir names, whole: the process may change its own folder."""
+    if given in (None, "auto"):
+        if resume:
+            raise UsageError("output_dir: name the run to continue")
+        given = time.strftime("runs/%Y%m%d-%H%M%S")
+    return str(given) if "://" in str(given) else str(Path(given).absolute())
+
+
+def written(rows: Any, name: str) -> str | None:
+    """Return a dataset's name, of rows that of the file they are written to; None for one that the flags choose."""
+    return None if rows is None or (isinstance(rows, str) and rows == "auto") else as_dataset(rows, name)
+
+
 # A loaded model
+
+
+LIMITED = {field.name: field for field in dataclasses.fields(GenerateOptions)}
+"""Flags of the command whose limits hold for arguments too."""
+
+
+def is_chat(prompt: Any) -> bool:
+    """Tell if a prompt is a chat: a list of messages."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and all(isinstance(part, Mapping) for part in prompt)
+
+
+def check_prompts(prompts: Any) -> list[Any]:
+    """Return several prompts; UsageError for what is no list of texts and chats."""
+    several = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, Mapping) else [prompts]
+    wrong = [prompt for prompt in several if not isinstance(prompt, str) and not is_chat(prompt)]
+    if wrong:
+        raise UsageError(
+            f"prompts: {wrong[0]!r:.60} is neither a text nor a list of messages, each with role and content"
+        )
+    return several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,14 +282,21 @@ class Model:
         A single prompt gives a text, several give a list; with num_generations above 1 each answer is a list itself.
         """
         from minigrpo import generate as command
+        from minigrpo.rollout.stop import end_at_stops
 
-        several = list(prompts) if not isinstance(prompts, str) else [prompts]
+        alone = isinstance(prompts, str) or is_chat(prompts)
+        several: list[Any] = [prompts] if alone else check_prompts(prompts)
+        check_limits(LIMITED["num_generations"], num_generations)
+        check_limits(LIMITED["seed"], seed)
+        if not several:
+            return []
         tokens = [command.encode(self.build, prompt) for prompt in several]
         rollout = self.generator(self.params, tokens, list(range(len(several))), num_generations, (seed, 0))
+        rollout = end_at_stops(rollout, self.build.settings.rollout.stop_texts, self.build.tokenizer.decode)
         texts = self.build.tokenizer.decode(rollout.completions)
         groups = [texts[at : at + num_generations] for at in range(0, len(texts), num_generations)]
         answers = [group[0] if num_generations == 1 else group for group in groups]
-        return answers[0] if isinstance(prompts, str) else answers
+        return answers[0] if alone else answers
 
     @functools.cached_property
     def generator(self) -> Any:
@@ -238,8 +334,9 @@ def load(model: str | Path = "auto", **flags: Any) -> Model:
     from minigrpo.build import build
     from minigrpo.model.hub import run_defaults
 
-    settings = settings_of(command.SECTIONS, flags | {"model": str(model)})
-    built = build(settings, settings.generate.mesh, {str(model): run_defaults(str(model))})
+    settings = settings_of(command.SECTIONS, flags | {"model": None if model is None else str(model)})
+    name = settings.model.model
+    built = build(settings, settings.generate.mesh, {name: run_defaults(name)})
     return Model(built, built.load(settings.generate.seed))
 
 

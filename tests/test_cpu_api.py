@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -36,6 +37,97 @@ def test_bad_arguments_are_one_line(flags, said, tmp_path):
     with pytest.raises(UsageError) as raised:
         minigrpo.train(model="builtin:tiny", output_dir=tmp_path / "run", **flags)
     assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+UNTYPED = {
+    "train(dataset=5)": "dataset: 5 is neither a name nor a list of rows",
+    "train(dataset=['a', 'b'])": "dataset: row 1: 'a' is no dict",
+    "train(dataset=[None])": "dataset: row 1: None is no dict",
+    "train(dataset={'prompt': ['a']})": "dataset: a dict of prompt; give a list of rows",
+    "train(dataset=[{'prompt': b'a'}])": "dataset: row 1: {'prompt': b'a'} is no dict of texts",
+    "train(dataset=[{('a', 'b'): 1}])": "dataset: row 1",
+    "train(dataset=[{'prompt': chr(0xD83D)}])": "dataset: row 1: holds half of a surrogate pair",
+    "train(eval_dataset=[3])": "eval_dataset: row 1: 3 is no dict",
+    "train(rewards=[('correctness', 1, 2)])": "rewards: ('correctness', 1, 2) is neither a name",
+    "train(rewards=5)": "rewards: 5 is neither a name",
+    "train(rewards=[])": "rewards: None is neither",
+    "train(on_step=5)": "on_step: 5 is no function",
+    "train(max_steps=1e9)": "--max_steps=1000000000.0: must be a whole number",
+    "train(batch_size=2**40)": "--batch_size",
+    "train(resume=True, output_dir=None)": "output_dir: name the run to continue",
+    "tiny.generate(5)": "prompts: 5 is neither a text nor a list of messages",
+    "tiny.generate(['a?', None])": "prompts: None is neither",
+    "tiny.generate('a?', num_generations=0)": "--num_generations=0: must be at least 1",
+    "tiny.generate('a?', num_generations='2')": "--num_generations='2': must be a whole number",
+    "tiny.generate('a?', seed=2**40)": "--seed=1099511627776: must be at most",
+}
+"""Calls with values that no type checker would let pass -> the one line of their UsageError."""
+
+CALLS = """
+import json, sys
+import minigrpo
+from minigrpo import train
+from minigrpo.api import Model
+
+tiny = Model(None, None)
+said = {}
+for call in json.load(sys.stdin):
+    try:
+        eval(call)
+    except Exception as error:
+        said[call] = [type(error).__name__, str(error)]
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """Of a process that checks no annotations."""
+    done = subprocess.run(
+        [sys.executable, "-c", CALLS], input=json.dumps(list(UNTYPED)), capture_output=True, text=True,
+        cwd=tmp_path_factory.mktemp("calls"), env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("call", UNTYPED)
+def test_values_of_other_types_are_one_line(said, call):
+    kind, text = said[call]
+    assert kind == "UsageError" and UNTYPED[call] in text and "\n" not in text, text
+
+
+def test_rewards_may_come_alone_and_pairs_as_lists():
+    assert api.as_rewards("correctness") == "correctness" and api.as_rewards(brevity) == "python:brevity"
+    assert api.as_rewards([("correctness", 2), brevity]) == "correctness*2,python:brevity"
+    assert api.as_rewards((brevity, 0.5)) == "python:brevity*0.5"
+
+
+def test_rows_of_other_libraries_are_rows(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"prompt": ["a?", "b?"], "answer": [1, 2], "level": [np.float32(0.5), None]})
+    texts = [api.row_text("", row) for row in api.row_list(table, "dataset")]
+    assert [json.loads(text) for text in texts] == [
+        {"prompt": "a?", "answer": 1, "level": 0.5}, {"prompt": "b?", "answer": 2, "level": None},
+    ]  # fmt: skip
+    numbers = api.row_text("", {"prompt": "a?", "answer": np.int64(1), "ids": np.arange(2)})
+    assert json.loads(numbers) == {"prompt": "a?", "answer": 1, "ids": [0, 1]}
+
+
+@pytest.mark.slow
+def test_a_loaded_model_answers_texts_and_chats_and_ends_at_stops():
+    def load(stop):
+        return api.load("builtin:tiny", temperature=0.0, max_completion_length=32, mesh=(1, 1), stop=stop)
+
+    chat, tiny = [{"role": "user", "content": "What is 2 + 3?"}], load(None)
+    alone = tiny.generate(chat)
+    assert isinstance(alone, str) and alone and tiny.generate([chat, chat]) == [alone, alone]
+    assert tiny.generate([]) == [] and len(tiny.generate(["a?"], num_generations=2)[0]) == 2
+    stopped = load([alone[3:6], "END"])
+    assert stopped.build.settings.rollout.stop_texts == (alone[3:6], "END")
+    ended = stopped.generate(chat)
+    assert alone.startswith(ended) and len(ended) < len(alone)
 
 
 def test_flags_are_written_as_python_values():

@@ -225,7 +225,9 @@ def check_tensors(checkpoint: Checkpoint, shapes: Params, config: ModelConfig) -
     if faults:
         more = f"; and {len(faults) - FAULTS_NAMED} more" if len(faults) > FAULTS_NAMED else ""
         named = "; ".join(faults[:FAULTS_NAMED])
-        raise UsageError(f"{checkpoint.folder}: {len(faults)} faults in its tensors: {named}{more}")
+        raise UsageError(
+            f"{checkpoint.folder}: {len(faults)} fault{'s' * (len(faults) > 1)} in its tensors: {named}{more}"
+        )
 
 
 def tensor_faults(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None) -> Iterator[str]:

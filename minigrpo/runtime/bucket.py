@@ -88,8 +88,8 @@ class RunHome:
     """The folder of a run on a local disk."""
 
     def __init__(self, folder: Path):
-        self.folder, self.name = folder, str(folder)
-        self.checkpoints: Place = folder / CHECKPOINTS
+        self.folder, self.name = folder.absolute(), str(folder)  # a reward function may change to another folder
+        self.checkpoints: Place = self.folder / CHECKPOINTS
 
     def flush(self) -> None:
         """Bring every file written so far to where it lasts; UsageError when that fails."""
