@@ -193,7 +193,7 @@ def test_an_index_that_is_none_is_one_line(folder, value):
 def test_files_and_tensors_that_the_index_names_in_vain_are_named(folder):
     weight_map = split(folder)
     write_index(folder, weight_map | {"model.norm.weight": "model-00001-of-00002.safetensors"})
-    with pytest.raises(UsageError, match=r"1 faults in its tensors: missing model.norm.weight"):
+    with pytest.raises(UsageError, match=r"1 fault in its tensors: missing model.norm.weight"):
         load(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UsageError, match=r"model-00002-of-00002.safetensors: not there, though .*index.json names it"):
@@ -226,7 +226,7 @@ def test_weights_that_are_no_numbers_are_named(folder, name, value, dtype):
 def test_weights_of_another_kind_are_named(folder, dtype):
     name = "model.layers.0.mlp.gate_proj.weight"
     rewrite(folder, lambda t: t.update({name: np.ones((64, 32), np.int8).astype(dtype)}))
-    with pytest.raises(UsageError, match=f"1 faults in its tensors: {name} holds [A-Z0-9_]+, not F64, F32, F16, BF16"):
+    with pytest.raises(UsageError, match=f"1 fault in its tensors: {name} holds [A-Z0-9_]+, not F64, F32, F16, BF16"):
         load(folder)
 
 
