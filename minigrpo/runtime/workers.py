@@ -346,15 +346,29 @@ def joined(settings: Settings) -> Iterator[None]:
     if started and given:
         raise UsageError(f"{given}: jax has started in this process; workers need a new process for each run")
     place = None if started else find_place(settings.cluster)
-    if place:
+    if place is None:
+        yield
+        return
+    with own_stdout(writes=place.index == 0):
         WORKERS.join(place, own_facts(settings), settings.cluster.start_timeout)
-    try:
-        with contextlib.ExitStack() as stack:
-            if WORKERS.index:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
+        try:
             yield
-    except Exception as error:
-        WORKERS.fail(error)
-        raise
-    WORKERS.leave()
+        except Exception as error:
+            WORKERS.fail(error)
+            raise
+        WORKERS.leave()
+
+
+@contextlib.contextmanager
+def own_stdout(writes: bool) -> Iterator[None]:
+    """Keep stdout for the results of the worker that `writes`: nothing of the others, nor of gloo, appears there."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        target = kept if writes else os.open(os.devnull, os.O_WRONLY)
+        with open(target, "w", closefd=not writes) as stream, contextlib.redirect_stdout(stream):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
