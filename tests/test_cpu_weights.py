@@ -15,6 +15,7 @@ from minigrpo.model import weights
 from minigrpo.model.hub_config import read_config
 from minigrpo.model.qwen import init_params
 from minigrpo.model.weights import export, find_checkpoint, load_params, random_params, write_tensors
+from minigrpo.runtime import mesh as mesh_module
 
 BUILTIN = ROOT / "minigrpo" / "builtin"
 
@@ -269,3 +270,13 @@ def test_an_exported_model_names_every_end_where_others_look(tiny_config, tiny_p
 def test_errors_begin_with_the_flag_that_was_given():
     with pytest.raises(UsageError, match=r"^--base_model=./nowhere: neither a folder here"):
         find_checkpoint("./nowhere", "--base_model=./nowhere")
+
+
+@pytest.mark.parametrize("spec", [("tp", "fsdp"), ("fsdp", None), (None, "tp"), (("fsdp", "tp"),)])
+@pytest.mark.parametrize("most", [1, 400, 10**6])
+def test_arrays_are_collected_in_pieces(spec, most, monkeypatch):
+    """Pieces that divide the rows of a device's part, that do not, and one row alone."""
+    monkeypatch.setattr(mesh_module, "PIECE_BYTES", most)
+    x = np.arange(56 * 12, dtype=np.float32).reshape(56, 12)
+    placed = jax.device_put(x, jax.sharding.NamedSharding(mesh_of(4, 2), jax.sharding.PartitionSpec(*spec)))
+    np.testing.assert_array_equal(mesh_module.collect_pieces(placed), x)

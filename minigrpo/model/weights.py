@@ -35,7 +35,7 @@ from minigrpo.model.params import (
 )
 from minigrpo.model.qwen import abstract_params, init_params
 from minigrpo.runtime.files import disk_error
-from minigrpo.runtime.mesh import fetch
+from minigrpo.runtime.mesh import collect
 from minigrpo.runtime.workers import WORKERS
 
 TOKENIZER_FILES = (
@@ -59,7 +59,7 @@ FAULTS_NAMED = 8
 """Faults of a checkpoint that an error names; the others are counted."""
 
 BUILTIN = {"builtin:tiny": Path(__file__).parent.parent / "builtin"}
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 1 << 29
 """Largest safetensors file written."""
 
 HUB_NAMES = {
@@ -327,16 +327,19 @@ def random_params(config: ModelConfig, mesh: Mesh, seed: int, dtype: Any = np.fl
 
 
 def hub_tensors(params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield name and value of every tensor of the checkpoint, one at a time on the host."""
+    """Yield name and value of every tensor of the checkpoint, one at a time on worker 0's host; none on the others."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = leaf_name(path)
         dims, sides = layer_dims(name), hub_dims(name)
         order = [dims.index(letter) for letter in "".join(sides)]
         for layer in range(leaf.shape[0]) if "L" in DIMS[name] else [None]:
-            value = fetch(leaf if layer is None else leaf[layer]).astype(dtype, copy=False)
+            value = collect(leaf if layer is None else leaf[layer])
+            if value is None:
+                continue
             sizes = dict(zip(dims, value.shape, strict=True))
             shape = [math.prod(sizes[letter] for letter in side) for side in sides]
-            yield HUB_NAMES[name].format(layer), np.ascontiguousarray(value.transpose(order).reshape(shape))
+            value = value.astype(dtype, copy=False).transpose(order).reshape(shape)
+            yield HUB_NAMES[name].format(layer), np.ascontiguousarray(value)
 
 
 def take_part(params: Params, dtype: Any) -> None:

@@ -153,3 +153,38 @@ def fetch(x: Array | np.ndarray) -> np.ndarray:
     if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+PIECE_BYTES = 64 << 20
+"""Most of an array that hosts other than worker 0's hold of it, besides their own part, while it is collected."""
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def own_rows(sharding: NamedSharding, count: int, x: Array, start: Array) -> Array:
+    """Take `count` rows of every device's part of x, from the part's row `start` on."""
+
+    def cut(part: Array, start: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(part, start, count)
+
+    mesh, own = sharding.mesh, sharding.spec
+    return jax.shard_map(cut, mesh=mesh, in_specs=(own, P()), out_specs=own, check_vma=False)(x, start)
+
+
+def collect_pieces(x: Array) -> np.ndarray | None:
+    """Return a whole array on worker 0's host, None on the others, which hold a piece of it at a time."""
+    rows = x.sharding.shard_shape(x.shape)[0]
+    count = min(rows, max(1, rows * PIECE_BYTES // x.nbytes))
+    whole = np.empty((x.shape[0] // rows, rows, *x.shape[1:]), x.dtype) if WORKERS.writes else None
+    for start in [min(start, rows - count) for start in range(0, rows, count)]:
+        piece = fetch(own_rows(x.sharding, count, x, np.int32(start)))
+        if whole is not None:
+            whole[:, start : start + count] = piece.reshape(-1, count, *x.shape[1:])
+    return None if whole is None else whole.reshape(x.shape)
+
+
+def collect(x: Array | np.ndarray) -> np.ndarray | None:
+    """Return a whole array on worker 0's host, None on the others; each calls this at the same place."""
+    if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated or x.nbytes <= PIECE_BYTES:
+        found = fetch(x)
+        return found if WORKERS.writes else None
+    return collect_pieces(x)
