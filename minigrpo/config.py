@@ -83,8 +83,6 @@ def check_limits(field: dataclasses.Field[Any], value: Any) -> None:
     meta = field.metadata
     if meta["needed"] and not value:
         raise UsageError(f"--{field.name}=: must not be empty; leave it out for {field.default}")
-    if field_type(field) is int and abs(value) > LARGEST_INT:
-        raise UsageError(f"--{field.name}={value}: must be at most {LARGEST_INT}")
     if meta["choices"] and value not in meta["choices"]:
         raise UsageError(f"--{field.name}={value}: must be one of {', '.join(map(str, meta['choices']))}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -97,6 +95,8 @@ def check_limits(field: dataclasses.Field[Any], value: Any) -> None:
         raise UsageError(f"--{field.name}={value}: must be greater than {meta['above']}")
     if meta["high"] is not None and not value <= meta["high"]:
         raise UsageError(f"--{field.name}={value}: must be at most {meta['high']}")
+    if field_type(field) is int and abs(value) > LARGEST_INT:
+        raise UsageError(f"--{field.name}={value}: must be at most {LARGEST_INT}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,6 +51,9 @@ SLOW = {
 }
 """Files whose tests compile device programs; `-m "not slow"` leaves them out."""
 
+LONG = SLOW | {"test_cpu_api", "test_cpu_check", "test_cpu_grpo", "test_cpu_workers"}
+"""Files that run first, so that both processes end together."""
+
 
 SOAK = {
     "test_cpu_api": "several_runs",
@@ -76,6 +79,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.soak)
         if soak or item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 def mesh_of(fsdp, tp):

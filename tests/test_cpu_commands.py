@@ -60,9 +60,9 @@ def offline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("offline")
     for name, count in (("train", 64), ("held", 16)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored_rows(count)))
-    flags = [f"--dataset={folder}/train.jsonl", f"--eval_dataset={folder}/held.jsonl", "--offline", "--eval_steps=4"]
+    flags = [f"--dataset={folder}/train.jsonl", f"--eval_dataset={folder}/held.jsonl", "--offline", "--eval_steps=6"]
     lora = ["--lora_rank=8", "--lora_dropout=0.1", "--beta=0.05", "--learning_rate=1e-3", "--max_completion_length=64"]
-    steps = ["--batch_size=8", "--num_generations=4", "--max_steps=8", "--save_steps=4", "--report_to=none"]
+    steps = ["--batch_size=8", "--num_generations=4", "--max_steps=12", "--save_steps=6", "--report_to=none"]
     run(train, *flags, *lora, *steps, f"--output_dir={folder}/run")
     return folder / "run"
 

@@ -82,7 +82,7 @@ def greedy(written):
 
 @pytest.mark.parametrize(
     ("slots", "page_size", "pool_pages", "mesh"),
-    [(4, 8, 64, (1, 1)), (16, 64, 0, (4, 1))],
+    [(4, 8, 96, (1, 1)), (16, 64, 0, (4, 1))],
 )
 def test_greedy_text_equal(written, greedy, slots, page_size, pool_pages, mesh):
     """Whatever the slots, pages, pool and mesh."""
