@@ -63,7 +63,7 @@ def read_shape(name: str) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def write_checkpoint(folder: pathlib.Path, raw: dict[str, Any], config: ModelConfig) -> tuple[int, int]:
-    """Write random bfloat16 weights, two tensors a file -> bytes of all, and of the largest tensor."""
+    """Write random bfloat16 weights, a tensor a file -> bytes of all, and of the largest tensor."""
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(BUILTIN / name, folder)
@@ -105,7 +105,7 @@ def peak_of(work: Callable[[], Any], before: int) -> tuple[Any, int]:
 
 
 def work(flags: list[str], exported: pathlib.Path) -> None:
-    """Load and export as one of the workers, and print the peaks."""
+    """Load and export as one of the workers, and write the peaks beside the export."""
     settings = parse_flags(flags, COMMANDS["train"].sections)
     with joined(settings):
         built = build(settings, settings.run.mesh)

@@ -76,7 +76,7 @@ def check_kind(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def check_limits(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise UsageError that names the flag if a value breaks a limit of its field. Some may be None."""
+    """Raise UsageError that names the flag if a value breaks a limit of its field; only some may be None."""
     if value is None and isinstance(field.type, types.UnionType):
         return
     check_kind(field, value)

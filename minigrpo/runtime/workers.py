@@ -367,7 +367,7 @@ def own_stdout(writes: bool) -> Iterator[None]:
     os.dup2(2, 1)
     try:
         target = kept if writes else os.open(os.devnull, os.O_WRONLY)
-        with open(target, "w", closefd=not writes) as stream, contextlib.redirect_stdout(stream):
+        with open(target, "w", encoding="utf-8", closefd=not writes) as stream, contextlib.redirect_stdout(stream):
             yield
     finally:
         os.dup2(kept, 1)
