@@ -153,7 +153,7 @@ class Stepper:
         rollout = self.completions(prompts, rng)
         sampled = time.perf_counter()
         batch = self.batch(prompts, rollout)
-        self.state, metrics = jax.block_until_ready(update(self.update_spec, self.state, batch, {}))
+        self.state, metrics, _ = jax.block_until_ready(update(self.update_spec, self.state, batch, {}))
         ended = time.perf_counter()
         assert np.isfinite(float(metrics["loss"]))
         seconds = {"step": ended - started, "rollout": sampled - started, "update": ended - sampled}

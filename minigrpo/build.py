@@ -131,6 +131,7 @@ def make_update_spec(
         token_weights=loss[1],
         remat=options.remat,
         dropout_seed=seed if spec.dropout else None,
+        offload_optimizer=options.offload_optimizer,
     )
 
 

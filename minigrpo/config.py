@@ -339,6 +339,9 @@ class OptimizerOptions(Options):
         "mlp (keeps attention, gate and up); attention (keeps attention outputs); full",
         choices=("none", "dots", "mlp", "attention", "full"),
     )
+    offload_optimizer: bool = option(
+        False, "AdamW's moments wait in the host's memory while they are not in use; costs moving them twice an update"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -302,8 +302,9 @@ class Resident:
 def count_resident(shapes: Shapes) -> Resident:
     """Count what stays on a chip."""
     trainable, frozen = abstract_share_bytes(shapes.trainable), abstract_share_bytes(shapes.frozen)
-    moments = abstract_share_bytes(shapes.state) - trainable
-    copied = shapes.spec.settings.loss.beta > 0 and not shapes.spec.config.lora
+    settings = shapes.spec.settings
+    moments = 0 if settings.optimizer.offload_optimizer else abstract_share_bytes(shapes.state) - trainable
+    copied = settings.loss.beta > 0 and not shapes.spec.config.lora
     reference = abstract_share_bytes(shapes.reference[1]) if copied else 0
     return Resident(trainable, moments, frozen, reference)
 
@@ -531,7 +532,9 @@ def largest_batch(shapes: Shapes, phases: dict[str, Phase], chip: Chip) -> int:
 
 CHANGES: tuple[dict[str, Any], ...] = (
     {"slots": "16"},
+    {"offload_optimizer": True},
     {"beta": 0.0},
+    {"beta": 0.0, "offload_optimizer": True},
     {"lora_rank": 16},
     {"lora_rank": 16, "quantize": "int8"},
 )
@@ -552,7 +555,8 @@ def advice(settings: Settings, chip: Chip, failed: set[str]) -> str:
                 return f"it fits with {flags}"
         except UsageError as error:
             sys.stderr.write(f"{flags}: {error}\n")
-    return "nothing of --slots, --beta=0, --lora_rank=16 and --quantize=int8 is enough: take more chips"
+    tried = "--slots, --offload_optimizer, --beta=0, --lora_rank=16 and --quantize=int8"
+    return f"nothing of {tried} is enough: take more chips"
 
 
 def announce(shapes: Shapes, chip: Chip) -> None:

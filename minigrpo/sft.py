@@ -93,7 +93,8 @@ def negative_log_likelihood(
     batch: Batch, weights: Array, logprobs: Array, entropy: Array
 ) -> tuple[Array, dict[str, Any]]:
     """Sum -log p over completion tokens by weight."""
-    return -(weights * logprobs).sum(), {"sums": {"entropy": (entropy * batch.completion_mask).sum()}, "largest": {}}
+    sums = {"entropy": (entropy * batch.completion_mask).sum()}
+    return -(weights * logprobs).sum(), {"sums": sums, "largest": {}, "tokens": {}}
 
 
 def train(run: Run, state: TrainState, session: Session) -> tuple[Position, TrainState]:
@@ -106,7 +107,7 @@ def train(run: Run, state: TrainState, session: Session) -> tuple[Position, Trai
         prompts, batch = run.examples.take(indices, run.packing.completion_tokens)
         packed = put_batch(run.build.spec.mesh, pack(run.packing, prompts, batch))
         packed_at = time.perf_counter()
-        state, on_device = update(run.update_spec, state, packed, run.frozen)
+        state, on_device, _ = update(run.update_spec, state, packed, run.frozen)
         metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
         seconds = {"time/data": packed_at - started, "time/update": time.perf_counter() - packed_at}
         metrics |= summary(run, step, sum(map(len, prompts)) + int(batch.completion_lengths.sum()), seconds)
@@ -235,7 +236,7 @@ def make_run(built: Build) -> tuple[Run, TrainState]:
     update_spec = make_update_spec(spec, total, loss, temperature=1.0, seed=options.seed)
     packing = packing_spec(spec, options.batch_size, group=1)
     trainable, frozen = split_trainable(spec.config, built.load(options.seed, spec.base_dtype))
-    state = init_state(update_spec.optimizer, trainable, spec.mesh)
+    state = init_state(update_spec.optimizer, trainable, spec.mesh, offloaded=update_spec.offload_optimizer)
     return Run(built, update_spec, packing, frozen, examples, held, total), state
 
 

@@ -62,7 +62,7 @@ from minigrpo.grpo.experience import (
 )
 from minigrpo.grpo.offline import hold_out, margins, recorded_experience, validate
 from minigrpo.grpo.optimizer import TrainState, init_state
-from minigrpo.grpo.samples import records_tokens, sample_rows, token_columns
+from minigrpo.grpo.samples import TokenScores, records_tokens, sample_rows, token_columns
 from minigrpo.grpo.update import UpdateSpec, batch_logprobs, update
 from minigrpo.model.params import Params, join, split_trainable
 from minigrpo.planning.memory import device_share_bytes, packing_spec, pool_limit
@@ -136,13 +136,13 @@ def train(run: Run, state: TrainState, session: Session) -> tuple[Position, Trai
         batch = batch_with_advantages(run, experience)
         batches = score_minibatches(run, state, batch, experience.prompts)
         clock.mark("time/logprobs")
-        state, metrics = improve(run, state, batches)
+        state, metrics, tokens = improve(run, state, batches)
         state = move_reference(run, state, step)
         clock.mark("time/update")
         metrics |= summary(run, experience, step, clock)
         at = at.after(metrics["skipped_updates"] > 0)
         log.log(at.step, metrics)
-        log.log_completions(at.step, samples(run, experience, batch, batches[0], at.step))
+        log.log_completions(at.step, samples(run, experience, batch, TokenScores(batches[0], tokens), at.step))
         session.check_skipped(at, batch)
         best = session.checkpoints.rate(at.step, metrics)
         if run.evaluate and (at.step % options.eval_steps == 0 or at.step == run.total_steps):
@@ -181,17 +181,23 @@ def score_batch(run: Run, state: TrainState, packed: PackedBatch) -> PackedBatch
     return dataclasses.replace(packed, batch=dataclasses.replace(packed.batch, old_logprobs=old, ref_logprobs=ref))
 
 
-def improve(run: Run, state: TrainState, batches: list[PackedBatch]) -> tuple[TrainState, dict[str, float]]:
-    """Make --num_iterations passes over the minibatches; metrics are the last pass's, read once at the end."""
-    passed = []
-    for batch in batches * run.settings.steps.num_iterations:
-        state, metrics = update(run.update_spec, state, batch, run.frozen)
+def improve(
+    run: Run, state: TrainState, batches: list[PackedBatch]
+) -> tuple[TrainState, dict[str, float], dict[str, Array]]:
+    """Make --num_iterations passes over the minibatches -> new state, metrics, numbers of the first one's tokens.
+
+    Metrics and numbers are the last pass's; metrics are read once, at the end.
+    """
+    passed, tokens = [], {}
+    for number in range(len(batches) * run.settings.steps.num_iterations):
+        state, metrics, own = update(run.update_spec, state, batches[number % len(batches)], run.frozen)
         passed.append(metrics)
+        tokens = tokens if number % len(batches) else own
     read = jax.device_get(passed)
     last = read[-len(batches) :]
     means = {name: float(over_minibatches(name)([one[name] for one in last])) for name in last[0]}
     total = {"skipped_updates": float(sum(one["skipped_updates"] for one in read))}
-    return state, means | {"learning_rate": float(last[-1]["learning_rate"])} | total
+    return state, means | {"learning_rate": float(last[-1]["learning_rate"])} | total, tokens
 
 
 def over_minibatches(name: str) -> Callable[[list[Any]], Any]:
@@ -279,11 +285,11 @@ def kept_metrics(rollout: Rollout) -> dict[str, float]:
     return {"rollout/kept_mass": float(rollout.kept.mass[mask].mean())}
 
 
-def samples(run: Run, experience: Experience, batch: Batch, first: PackedBatch, step: int) -> list[dict[str, Any]]:
-    """Return rows of completions.jsonl: the step's first group, and some of the next; `first` is a minibatch."""
+def samples(run: Run, experience: Experience, batch: Batch, scores: TokenScores, step: int) -> list[dict[str, Any]]:
+    """Return rows of completions.jsonl: the step's first group, and some of the next."""
     count = run.settings.run.log_completions
     recorded = count and records_tokens(step, run.total_steps)
-    tokens = token_columns(experience, run.build.tokenizer.decode, first) if recorded else []
+    tokens = token_columns(experience, run.build.tokenizer.decode, scores) if recorded else []
     return sample_rows(experience, batch.advantages, step, count, tokens)
 
 
@@ -411,7 +417,8 @@ def make_run(built: Build) -> tuple[Run, TrainState]:
     packing = packing_spec(spec, spec.update_sequences, steps.num_generations)
     trainable, frozen = split_trainable(spec.config, built.load(steps.seed, spec.base_dtype))
     reference, moving = load_reference(built, update_spec, trainable, frozen)
-    state = init_state(update_spec.optimizer, trainable, spec.mesh, moving)
+    offloaded = update_spec.offload_optimizer
+    state = init_state(update_spec.optimizer, trainable, spec.mesh, moving, offloaded=offloaded)
     if settings.data.offline:
         collect = functools.partial(recorded_experience, data, steps.batch_size, steps.num_generations, steps.seed)
     else:

@@ -251,6 +251,7 @@ MISTAKES = {
     "nearly greedy sampling": ("--temperature=0.01", "sampling", "nearly equal"),
     "one token to choose from": ("--top_k=1", "sampling", "nearly equal"),
     "a learning rate of the wrong size": ("--learning_rate=0.05", "learning rate", "far above"),
+    "a batch of many times the data": ("--batch_size=100", "batch", "about 8 times"),
     "a greedy policy": ("--temperature=0", "settings", "--temperature=0"),
     "a folder that holds a run": ("--output_dir=model", "disk", "not empty"),
     "a folder that is a file": ("--output_dir=mine.py/run", "disk", "is a file"),

@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from minigrpo.config import UsageError
 from minigrpo.runtime import checkpoint
 from minigrpo.runtime.checkpoint import Checkpoints, check_same_run, read_params
-from minigrpo.runtime.digest import digests, on_device, on_host
+from minigrpo.runtime.digest import digests, on_device, on_devices, on_host
+from minigrpo.runtime.mesh import HOST_MEMORY
 
 
 def state_after(step):
@@ -72,6 +73,24 @@ STRAY = {
         *[path.unlink() for path in sorted((steps / "12").rglob("d/*"))],
     ],
 }
+
+
+def in_host_memory(state):
+    """The state with its moments in the host's memory, as --offload_optimizer keeps them."""
+    moments = [jax.device_put(leaf, leaf.sharding.with_memory_kind(HOST_MEMORY)) for leaf in state["moments"]]
+    return state | {"moments": moments}
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_state_comes_back_into_the_memory_that_is_wanted(tmp_path, saved, wanted):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 9)
+    checkpoints.save(1, in_host_memory(state_after(1)) if saved else state_after(1))
+    checkpoints.close()
+    _, state, _ = opened(tmp_path).restore(in_host_memory(LIKE) if wanted else LIKE)
+    assert equal(state, state_after(1))
+    kinds = {leaf.sharding.memory_kind for leaf in state["moments"]}
+    assert (kinds == {HOST_MEMORY}) == wanted and state["updates"].sharding.memory_kind != HOST_MEMORY
 
 
 @pytest.mark.parametrize("name", STRAY)
@@ -359,6 +378,12 @@ def test_a_digest_depends_on_no_mesh(spec):
     assert digests({"a": placed, "none": jnp.zeros((0, 4))}) == {"a": on_host(array), "none": 0}
 
 
+def test_a_digest_of_an_array_in_the_hosts_memory_is_the_same():
+    arrays = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state_after(3)))}
+    moved = {name: jax.device_put(x, x.sharding.with_memory_kind(HOST_MEMORY)) for name, x in arrays.items()}
+    assert on_devices(moved) == on_devices(arrays) == digests(arrays)
+
+
 def test_two_elements_changing_places_change_a_digest():
     array = jnp.arange(64.0).reshape(8, 8)
     for other in (array[::-1], array[:, ::-1], array.T, array.at[2, 3].set(array[2, 4]).at[2, 4].set(array[2, 3])):
@@ -375,7 +400,10 @@ def written(folder, **changes):
     return folder
 
 
-@pytest.mark.parametrize("change", [{}, {"eval_steps": 5}, {"mesh": "2,1"}, {"save_minutes": 3.0}, {"max_steps": 20}])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"eval_steps": 5}, {"mesh": "2,1"}, {"save_minutes": 3.0}, {"offload_optimizer": True}, {"max_steps": 20}],
+)
 def test_what_changes_no_result_may_differ(tmp_path, change):
     assert check_same_run(written(tmp_path), SETTINGS | {"eval_steps": 0, "mesh": "1,1"} | change) == []
 

@@ -13,13 +13,14 @@ from conftest import make_update_spec, mesh_of, place
 from minigrpo.config import LossOptions, OptimizerOptions, Settings, UsageError
 from minigrpo.grpo import losses
 from minigrpo.grpo.advantages import group_advantages, normalised_separately
-from minigrpo.grpo.batch import Batch, PackingSpec, pack, pad_batch, put_batch
+from minigrpo.grpo.batch import Batch, PackingSpec, pack, pad_batch, put_batch, restore_order
 from minigrpo.grpo.optimizer import apply_gradients, decayed, init_state, learning_rate, make_optimizer
 from minigrpo.grpo.update import batch_logprobs, gradients, update
 from minigrpo.kernels.backend import backend_for
 from minigrpo.model.qwen import ComputeSpec, abstract_params
-from minigrpo.planning.memory import saved_bytes
+from minigrpo.planning.memory import device_share_bytes, saved_bytes
 from minigrpo.planning.run_spec import RunSpec
+from minigrpo.runtime.mesh import HOST_MEMORY
 
 REAL = 250
 LENGTHS = np.array([5, 1, 8, 3, 8, 2, 7, 4], np.int32)
@@ -52,7 +53,7 @@ def run_update(spec, params, packed, updates=0):
     """Loss and metrics, and the gradients: the change of one plain SGD step."""
     mesh = spec.head.mesh
     state = init_state(spec.optimizer, jax.tree.map(jnp.copy, place(params, mesh)), mesh)
-    new, metrics = update(spec, dataclasses.replace(state, updates=jnp.int32(updates)), packed, {})
+    new, metrics, _ = update(spec, dataclasses.replace(state, updates=jnp.int32(updates)), packed, {})
     grads = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, new.params)
     return {name: float(value) for name, value in metrics.items()}, grads
 
@@ -290,6 +291,23 @@ def test_accumulation_gives_the_same_update(tiny_config, tiny_params, single, ro
     assert_close(grads, single[1])
 
 
+@pytest.mark.parametrize(("rows", "mesh"), [(8, (1, 1)), (3, (1, 1)), (1, (2, 2))])
+def test_every_tokens_numbers_come_back_by_completion(tiny_config, tiny_params, rows, mesh):
+    device_mesh, batch, loss = mesh_of(*mesh), host_batch(2, old=True, ref=True), LossOptions(epsilon=0.3)
+    spec, params = make_update_spec(tiny_config, device_mesh, loss=loss), place(tiny_params, device_mesh)
+    packed = place_batch(device_mesh, batch, rows=rows)
+    _, _, metrics, tokens = gradients(spec, params, jnp.int32(0), packed, {})
+    found = {name: restore_order(packed, np.asarray(values), 8) for name, values in tokens.items()}
+    mask = np.arange(8) < LENGTHS[:, None]
+    scored = restore_order(packed, np.asarray(batch_logprobs(spec, params, packed)), 8)
+    np.testing.assert_allclose(found["policy_logprobs"][mask], scored[mask], rtol=1e-5, atol=1e-6)
+    assert found["entropy"][mask].mean() == pytest.approx(float(metrics["entropy"]), rel=1e-5)
+    ratio, sign = np.exp(scored - batch.old_logprobs), np.sign(batch.advantages)[:, None]
+    clipped = ((ratio > 1.3) & (sign > 0)) * 1 - ((ratio < 0.7) & (sign < 0)) * 1
+    np.testing.assert_array_equal(found["clipped"][mask], clipped[mask])
+    assert {-1, 1} <= set(clipped[mask])
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "mlp", "attention"])
 def test_remat_policies_change_memory_not_numbers(tiny_config, tiny_params, single, remat):
     assert_close(
@@ -366,9 +384,31 @@ def test_gradients_are_laid_out_like_weights_and_other_lengths_compile_nothing(t
         for grad, weight in zip(jax.tree.leaves(grads), jax.tree.leaves(placed), strict=True):
             assert grad.sharding.is_equivalent_to(weight.sharding, weight.ndim)
         old = jax.tree.leaves(state.params)
-        state, _ = update(spec, state, packed, {})
+        state, _, _ = update(spec, state, packed, {})
         assert all(leaf.is_deleted() for leaf in old)
         assert len(traced) == 1 and len(traces) == first
+
+
+def memory_kinds(tree):
+    return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)}
+
+
+def test_moments_in_the_hosts_memory_change_no_number(tiny_config, tiny_params):
+    mesh, optimizer = mesh_of(2, 2), make_optimizer(OptimizerOptions(learning_rate=1e-3), 10)
+    packed, found = place_batch(mesh, host_batch()), []
+    for offloaded in (False, True):
+        spec = make_update_spec(tiny_config, mesh, optimizer=optimizer)
+        spec = dataclasses.replace(spec, offload_optimizer=offloaded)
+        placed = jax.tree.map(jnp.copy, place(tiny_params, mesh))
+        state = init_state(optimizer, placed, mesh, offloaded=offloaded)
+        for _ in range(3):
+            assert (memory_kinds(state.opt_state) == {HOST_MEMORY}) == offloaded
+            assert HOST_MEMORY not in memory_kinds(state.params)
+            state, metrics, _ = update(spec, state, packed, {})
+        share = device_share_bytes(state)
+        assert (share < 1.1 * device_share_bytes(state.params)) == offloaded
+        found.append(jax.tree.map(np.asarray, (state, metrics)))
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 @pytest.mark.parametrize(("loss", "grad"), [(np.nan, 1.0), (np.inf, 1.0), (1.0, np.nan), (1.0, -np.inf), (1.0, 1e30)])
@@ -422,7 +462,7 @@ def test_the_learning_rate_logged_is_the_one_applied(tiny_config, tiny_params):
     for step in range(3):
         grads = gradients(spec, state.params, state.updates, packed, {})[1]
         before = np.asarray(state.params["final_norm"])
-        state, metrics = update(spec, state, packed, {})
+        state, metrics, _ = update(spec, state, packed, {})
         moved = before - np.asarray(state.params["final_norm"])
         assert metrics["learning_rate"] == schedule(step)
         np.testing.assert_allclose(moved, metrics["learning_rate"] * grads["final_norm"], rtol=1e-3, atol=1e-7)

@@ -63,7 +63,7 @@ def test_only_adapters_are_trained_and_meshes_agree(adapted):
     spec = make_update_spec(config, device_mesh)
     trained, frozen = split_trainable(config, place(params, device_mesh))
     state = init_state(spec.optimizer, jax.tree.map(jnp.copy, trained), device_mesh)
-    new, _ = update(spec, state, place_batch(device_mesh, host_batch(), rows=1), frozen)
+    new, _, _ = update(spec, state, place_batch(device_mesh, host_batch(), rows=1), frozen)
     assert jax.tree.structure(new.params) == jax.tree.structure(trained)
     grads = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), trained, new.params)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
@@ -94,7 +94,7 @@ def test_dropout_depends_on_the_update_and_the_sequence_alone(adapted):
         state = dataclasses.replace(state, updates=jnp.int32(updates))
         batch = host_batch()
         batch = batch if lengths is None else dataclasses.replace(batch, completion_lengths=lengths)
-        new, metrics = update(spec, state, place_batch(device_mesh, batch, rows=rows), frozen)
+        new, metrics, _ = update(spec, state, place_batch(device_mesh, batch, rows=rows), frozen)
         return jax.tree.map(np.asarray, new.params), float(metrics["entropy"])
 
     first, entropy = one((1, 1))

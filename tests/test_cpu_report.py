@@ -250,7 +250,7 @@ def group_rows(step, members, tokens, **more):
     return [
         {"step": step, "group": 0, "member": i, "prompt": "How many?", "answer": "#### 4", "completion": "x" * count}
         | {"reward": float(i % 2), "advantage": i % 2 - 0.5, "length": count, "stopped": i > 0, "rewards": {"a": 1.0}}
-        | {"tokens": [texts] * count, "logprobs": [-0.5] * count, "old_logprobs": [-0.4] * count}
+        | {"tokens": [texts] * count, "logprobs": [-0.5] * count, "policy_logprobs": [-0.4] * count}
         | more
         for i in range(members)
     ]
@@ -275,8 +275,19 @@ def test_the_page_begins_with_words_and_shows_a_whole_group(tmp_path):
     assert "python -m minigrpo.train --max_steps=4" in body and '<a href="metrics.jsonl">' in body
     assert body.count('<div class="member"') == 8 and "#### 4" in body and "advantage" in body
     assert 'id="ratio"' in body and 'id="surprise"' in body and 'id="drift"' not in body
+    assert 'id="entropy"' not in body and 'id="clipped"' not in body
     assert "ratio 1.1052" in body and "<b>t" not in body and "&lt;b&gt;t" in body
     assert "http" not in page and "<script" not in page
+
+
+def test_tokens_are_coloured_by_every_number_on_file(tmp_path):
+    numbers = {"old_logprobs": [-0.6] * 3, "ref_logprobs": [-1.4] * 3, "entropy": [1.5] * 3, "clipped": [0, 1, -1]}
+    write_run(tmp_path, samples=group_rows(1, 2, 3, **numbers))
+    body = report.write_report(tmp_path).read_text().partition("<body>")[2]
+    for name in ("advantage", "surprise", "entropy", "ratio", "clipped", "drift"):
+        assert f'id="{name}"' in body
+    assert "--e:0.75" in body and "entropy 1.50" in body and "ratio 1.2214" in body and "over reference 2.718" in body
+    assert (body.count("--cu:1.00"), body.count("--cd:1.00"), body.count("clipped,")) == (2, 2, 4)
 
 
 def test_the_page_stays_small(tmp_path):
@@ -337,11 +348,13 @@ def test_the_trainers_log_probs_are_those_of_the_first_group():
     packing = PackingSpec(devices=1, rows=2, prompt_tokens=4, completion_tokens=5, group=2)
     batch = Batch(np.ones((4, 5), np.int32), lengths, np.zeros(4, np.float32), old_logprobs=wanted)
     packed = put_batch(mesh_of(1, 1), pack(packing, [[1, 2], [3]], batch))
+    scores = samples.TokenScores(packed, {"entropy": packed.batch.old_logprobs + 1})
     made = made_up(0, 2, 2)
-    found = samples.first_group_scores(made, packed)
+    found = samples.first_group_scores(made, scores)
     np.testing.assert_array_equal(found["old_logprobs"], wanted[:2])
+    np.testing.assert_array_equal(found["entropy"], wanted[:2] + 1)
     made.group_mask[0] = False
-    assert samples.first_group_scores(made, packed) == {} and found.keys() == {"old_logprobs"}
+    assert samples.first_group_scores(made, scores) == {} and found.keys() == {"old_logprobs", "entropy"}
 
 
 def test_a_character_of_several_tokens_is_shown_with_its_last():

@@ -172,13 +172,23 @@ def test_gpus_are_planned_by_arithmetic():
         (
             "Qwen/Qwen3-1.7B",
             "gpu:5GB",
-            "nothing of --slots, --beta=0, --lora_rank=16 and --quantize=int8 is enough: take more chips",
+            "nothing of --slots, --offload_optimizer, --beta=0, --lora_rank=16 and --quantize=int8 is enough: "
+            "take more chips",
         ),
     ],
 )
 def test_a_run_that_does_not_fit_gets_advice(model, topology, advice):
     report = report_of("-m", "minigrpo.plan", f"--model={model}", f"--topology={topology}", "--mesh=1,1")
     assert not report["fits"] and report["advice"] == advice
+
+
+def test_offloaded_moments_are_on_no_card_but_while_they_are_applied():
+    flags = (*CARD, "--topology=gpu:80GB", "--mesh=2,1", "--batch_size=8")
+    kept, offloaded = (report_of(*flags, *more)["phases"] for more in ((), ("--offload_optimizer",)))
+    moments = 2 * 4 * 1_720_574_976 / 2 / 2**30  # two float32 numbers per parameter, shared by two cards
+    for name in ("weights", "rollout", "reference", "update"):
+        assert kept[name]["resident_gib"] - offloaded[name]["resident_gib"] == pytest.approx(moments, rel=1e-3)
+    assert kept["optimizer"] == offloaded["optimizer"] | {"compile_seconds": kept["optimizer"]["compile_seconds"]}
 
 
 def test_an_evaluation_is_planned_beside_what_training_holds():

@@ -82,6 +82,9 @@ def test_the_run_folder_holds_what_is_promised(finished):
         path.name for path in (folder / "final").iterdir()
     }
     assert json.loads((folder / "config.json").read_text())["learning_rate"] > 0
+    first = json.loads((folder / "completions.jsonl").read_text().splitlines()[0])
+    numbers = {"logprobs", "policy_logprobs", "ref_logprobs", "entropy", "clipped"}
+    assert {len(first[name]) for name in numbers} == {len(first["tokens"])} and min(first["entropy"]) >= 0
 
 
 def test_the_final_model_evaluates(finished):

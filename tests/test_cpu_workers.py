@@ -1,6 +1,7 @@
 """Several processes: joining, agreeing on host values, ending together; runs of two workers equal runs of one."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -202,7 +203,10 @@ def test_a_taken_port_is_named(port):
 
 def test_noise_on_the_port_is_not_a_worker(port):
     def knock():
-        frames = b"\x00\x00\x00\x03[1]", b'\x00\x00\x00\x10{"kind":"hello"}', b"\x00\x00\x00\x02hi"
+        hello = {"kind": "hello", "index": 1, "count": 2, "facts": {}, "clock": 0.0}
+        strange = [{"index": -1}, {"index": 2}, {"index": 10**9}, {"index": True}, {"count": "2"}, {"facts": []}]
+        texts = ["[1]", '{"kind":"hello"}', "hi", *(json.dumps(hello | change) for change in strange)]
+        frames = [len(text).to_bytes(4, "big") + text.encode() for text in texts]
         for content in (b"GET / HTTP/1.1\r\n\r\n", b"", *frames):
             for _ in range(50):
                 try:

@@ -24,6 +24,9 @@ MOST_ROWS = 200
 LONG_ANSWER = 12
 """Words beyond which an answer that nothing marks is taken for a whole solution."""
 
+MOST_REPEATS = 8
+"""Times that a step may take a prompt without a word."""
+
 HELD_OUT_NAME = re.compile(r"(?i)(?:^|[^a-z])(test|valid|validation|dev|eval)(?:$|[^a-z])")
 NOTHING = frozenset({"nan", "none", "null", "n/a", "na", "unknown", "-", "?", "todo"})
 PLACE_FOR_THOUGHT = 1024
@@ -316,6 +319,15 @@ def recorded_groups(subject: Subject) -> list[Finding]:
     ]
 
 
+def batch_findings(subject: Subject) -> list[Finding]:
+    """Return a finding about a step that takes every prompt many times."""
+    size, count = subject.settings.steps.batch_size, len(subject.data)
+    if size <= MOST_REPEATS * count:
+        return []
+    text = f"a step takes {size:,} prompts, and there are {count:,}: each comes about {size // count} times in it"
+    return [Finding("batch", WARN, text, f"use --batch_size={count} or less, or more prompts")]
+
+
 def rate_findings(subject: Subject) -> list[Finding]:
     """Return findings about a learning rate out of the usual range."""
     settings = subject.settings
@@ -330,7 +342,7 @@ def rate_findings(subject: Subject) -> list[Finding]:
 
 CHECKS: tuple[Callable[[Subject], list[Finding]], ...] = (
     prompt_findings, answer_findings, reward_findings, template_findings, length_findings, group_findings,
-    rate_findings,
+    batch_findings, rate_findings,
 )  # fmt: skip
 
 

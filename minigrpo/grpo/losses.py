@@ -147,7 +147,11 @@ def clipped_tokens(
 def policy_loss(
     options: LossOptions, batch: Batch, weights: Array, logprobs: Array, entropy: Array
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
-    """Compute the batch's share of the loss, and the metrics' sums over its completion tokens."""
+    """Compute the batch's share of the loss, the metrics' sums over its completion tokens, and every token's numbers.
+
+    These are the policy's log-probs and entropy, and "clipped": 1 where the clip takes the gradient away above the
+    range of ratios, -1 below it.
+    """
     mask = batch.completion_mask
     counted = mask.astype(jnp.float32)
     old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs
@@ -173,5 +177,7 @@ def policy_loss(
     }
     sums = jnp.where(mask, jnp.stack([value.astype(jnp.float32) for value in per_token.values()]), 0).sum(axis=(1, 2))
     largest = {"sampling/sampling_logp_difference/max": jnp.abs(mismatch).max()}
+    clipped = high_clipped.astype(jnp.float32) - low_clipped.astype(jnp.float32)
+    tokens = {"policy_logprobs": logprobs, "entropy": entropy, "clipped": clipped}
     share = (jnp.where(mask, loss, 0) * weights).sum()
-    return share, {"sums": dict(zip(per_token, sums, strict=True)), "largest": largest}
+    return share, {"sums": dict(zip(per_token, sums, strict=True)), "largest": largest, "tokens": tokens}

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from minigrpo.config import OptimizerOptions
 from minigrpo.model.params import Params, layer_dims, leaf_name, shardings_of
+from minigrpo.runtime.mesh import DEVICE_MEMORY, HOST_MEMORY, move
 
 
 @jax.tree_util.register_dataclass
@@ -69,17 +70,42 @@ def like_params(mesh: Mesh, tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, shardings_of(mesh, tree))
 
 
+def move_moments(state: TrainState, memory_kind: str) -> TrainState:
+    """Move the moments to another memory of their devices, and wait until they are there and nowhere else."""
+    moved = jax.tree.map(functools.partial(move, memory_kind=memory_kind), state.opt_state)
+    return dataclasses.replace(state, opt_state=jax.block_until_ready(moved))
+
+
+def offload(state: TrainState) -> TrainState:
+    """Move the moments to the host's memory."""
+    return move_moments(state, HOST_MEMORY)
+
+
+def reload(state: TrainState) -> TrainState:
+    """Move the moments back to the devices' own memory."""
+    return move_moments(state, DEVICE_MEMORY)
+
+
 def init_state(
-    optimizer: optax.GradientTransformation, params: Params, mesh: Mesh, reference: Params | None = None
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    mesh: Mesh,
+    reference: Params | None = None,
+    *,
+    offloaded: bool = False,
 ) -> TrainState:
-    """Return a fresh state; the moments are laid out on the mesh like the parameters, counters are replicated."""
+    """Return a fresh state; the moments are laid out on the mesh like the parameters, counters are replicated.
+
+    Offloaded moments are in the host's memory.
+    """
 
     def start(params: Params) -> tuple[Any, Array]:
         return optimizer.init(params), jnp.int32(0)
 
     shardings = shardings_of(mesh, jax.eval_shape(start, params))
     opt_state, updates = jax.jit(start, out_shardings=shardings)(params)
-    return TrainState(params, opt_state, updates, reference)
+    state = TrainState(params, opt_state, updates, reference)
+    return offload(state) if offloaded else state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)

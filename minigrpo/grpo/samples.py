@@ -1,10 +1,11 @@
 """Completions written to completions.jsonl: the whole group of a step's first prompt, one of each of the next."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from minigrpo.grpo.batch import PackedBatch, restore_order
 from minigrpo.grpo.experience import Experience
@@ -17,6 +18,15 @@ LONGEST_RECORD = 512
 """Tokens of a completion that are written one by one."""
 
 Decode = Callable[[list[list[int]]], list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenScores:
+    """Numbers of every token of a step's first minibatch, on the devices."""
+
+    packed: PackedBatch
+    update: dict[str, Float[Array, "A M K C"]]
+    """The last update's own, as `minigrpo.grpo.losses.policy_loss` names them."""
 
 
 def sample_rows(
@@ -61,35 +71,36 @@ def records_tokens(step: int, total: int) -> bool:
     return step in (1, total) or step % max(1, total // TOKEN_RECORDS) == 0
 
 
-def token_columns(experience: Experience, decode: Decode, first: PackedBatch) -> list[dict[str, Any]]:
-    """Return tokens and their log-probs for each completion of the first prompt.
+def token_columns(experience: Experience, decode: Decode, scores: TokenScores) -> list[dict[str, Any]]:
+    """Return tokens and their numbers for each completion of the first prompt.
 
-    "logprobs" are the sampler's; "old_logprobs" the trainer's before the update, and "ref_logprobs" the reference's,
-    where `first`, the minibatch with that prompt, has them.
+    "logprobs" are the sampler's, "old_logprobs" the trainer's before the step's first update where several follow,
+    "policy_logprobs" those of the last update, and "ref_logprobs" the reference's where there is one.
     """
-    logprobs = {"logprobs": experience.rollout.logprobs} | first_group_scores(experience, first)
+    numbers = {"logprobs": experience.rollout.logprobs} | first_group_scores(experience, scores)
     columns = []
     for at in range(experience.group):
         length = min(int(experience.rollout.lengths[at]), LONGEST_RECORD)
         ids = experience.rollout.tokens[at, :length].tolist()
-        kept = {name: rounded(scores[at, :length]) for name, scores in logprobs.items() if scores is not None}
+        kept = {name: rounded(values[at, :length]) for name, values in numbers.items() if values is not None}
         columns.append({"tokens": token_texts(decode, ids)} | kept)
     return columns
 
 
 def rounded(values: np.ndarray) -> list[float]:
-    """Return log-probs with four decimals."""
+    """Return numbers with four decimals."""
     return [round(float(value), 4) for value in values]
 
 
-def first_group_scores(experience: Experience, packed: PackedBatch) -> dict[str, Float[np.ndarray, "G C"]]:
-    """Return the trainer's log-probs of the first prompt's completions; every process calls this at the same place."""
+def first_group_scores(experience: Experience, scores: TokenScores) -> dict[str, Float[np.ndarray, "G C"]]:
+    """Return the trainer's numbers of the first prompt's tokens; every process calls this at the same place."""
     if not experience.group_mask[0]:
         return {}
-    columns = {name: getattr(packed.batch, name) for name in ("old_logprobs", "ref_logprobs")}
-    known = {name: fetch(scores) for name, scores in columns.items() if scores is not None}
+    packed = scores.packed
+    columns = {name: getattr(packed.batch, name) for name in ("old_logprobs", "ref_logprobs")} | scores.update
+    known = {name: fetch(values) for name, values in columns.items() if values is not None}
     count = int(fetch(packed.order).max()) + 1 if known else 0
-    return {name: restore_order(packed, scores, count)[: experience.group] for name, scores in known.items()}
+    return {name: restore_order(packed, values, count)[: experience.group] for name, values in known.items()}
 
 
 def token_texts(decode: Decode, ids: list[int]) -> list[str]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from minigrpo.grpo.batch import Batch, PackedBatch, micro_batch
 from minigrpo.grpo.logprobs import LMHead, logprobs_after, take_along
-from minigrpo.grpo.optimizer import TrainState, apply_gradients, like_params
+from minigrpo.grpo.optimizer import TrainState, apply_gradients, like_params, offload, reload
 from minigrpo.kernels.backend import CausalAttention
 from minigrpo.kernels.causal_attention import ATTENTION
 from minigrpo.model.attention import attend_on, expand_hidden
@@ -32,7 +32,9 @@ CHECKPOINT_POLICIES = {
 }
 
 Objective = Callable[[Batch, Array, Array, Array], tuple[Float[Array, ""], dict[str, Any]]]
-"""(batch, weights, logprobs, entropy) -> a share of the loss, and {"sums": ..., "largest": ...} for metrics."""
+"""(batch, weights, logprobs, entropy) -> a share of the loss, and {"sums": ..., "largest": ..., "tokens": ...}.
+
+Sums and maxima are for metrics; "tokens" are numbers of every token, [B, C] each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,8 @@ class UpdateSpec:
     remat: str = "full"
     dropout_seed: int | None = None
     """Seed of the adapters' dropout; None is no dropout."""
+    offload_optimizer: bool = False
+    """The state's moments are in the host's memory between updates."""
 
 
 def score(
@@ -110,11 +114,11 @@ def weigh_tokens(spec: UpdateSpec, batch: Batch) -> Float[Array, "A M K C"]:
 @functools.partial(jax.jit, static_argnums=0)
 def gradients(
     spec: UpdateSpec, params: Params, updates: Int[Array, ""], packed: PackedBatch, frozen: Params
-) -> tuple[Float[Array, ""], Params, dict[str, Array]]:
-    """Compute the batch's loss, its gradient, laid out like `params`, and metrics, a micro-batch at a time.
+) -> tuple[Float[Array, ""], Params, dict[str, Array], dict[str, Float[Array, "A M K C"]]]:
+    """Compute the batch's loss, its gradient, metrics, and the objective's numbers of every token.
 
-    `updates` have been applied so far; `frozen` are the weights that are not trained: the base model under adapters, {}
-    otherwise.
+    Micro-batches are taken one at a time. The gradient is laid out like `params`; `updates` have been applied so far;
+    `frozen` are the weights that are not trained: the base model under adapters, {} otherwise.
     """
     weights = weigh_tokens(spec, packed.batch)
 
@@ -126,21 +130,31 @@ def gradients(
     def accumulate(index: Array, total: Any) -> Any:
         (loss, aux), grads = jax.value_and_grad(part_loss, has_aux=True)(params, index)
         summed = jax.tree.map(jnp.add, total[0], (loss, aux["sums"], grads))
-        return summed, jax.tree.map(jnp.maximum, total[1], aux["largest"])
+        largest = jax.tree.map(jnp.maximum, total[1], aux["largest"])
+        own = {name: value.reshape(shape[0], *shape[2:]) for name, value in aux["tokens"].items()}
+        return summed, largest, {name: total[2][name].at[:, index].set(value) for name, value in own.items()}
 
+    shape = packed.batch.completions.shape
     loss, aux = jax.eval_shape(lambda: part_loss(params, 0))
-    shapes = (loss, aux["sums"], params), aux["largest"]
+    tokens = dict.fromkeys(aux["tokens"], jax.ShapeDtypeStruct(shape, jnp.float32))
+    shapes = (loss, aux["sums"], params), aux["largest"], tokens
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (loss, sums, grads), largest = jax.lax.fori_loop(0, packed.micro_batches, accumulate, zeros)
-    tokens = jnp.maximum(packed.batch.completion_lengths.sum(), 1)
-    means = {name: value / tokens.astype(value.dtype) for name, value in sums.items()}
-    return loss, like_params(spec.head.mesh, grads), means | largest
+    (loss, sums, grads), largest, tokens = jax.lax.fori_loop(0, packed.micro_batches, accumulate, zeros)
+    count = jnp.maximum(packed.batch.completion_lengths.sum(), 1)
+    means = {name: value / count.astype(value.dtype) for name, value in sums.items()}
+    tokens = jax.lax.with_sharding_constraint(tokens, by_sequence(spec.head.mesh))
+    return loss, like_params(spec.head.mesh, grads), means | largest, tokens
 
 
 def update(
     spec: UpdateSpec, state: TrainState, packed: PackedBatch, frozen: Params
-) -> tuple[TrainState, dict[str, Array]]:
-    """Take one optimizer step on the batch's loss -> new state, metrics on the device; `state` is used up."""
-    loss, grads, metrics = gradients(spec, state.params, state.updates, packed, frozen)
+) -> tuple[TrainState, dict[str, Array], dict[str, Float[Array, "A M K C"]]]:
+    """Take one optimizer step on the batch's loss -> new state, metrics, numbers of every token; `state` is used up."""
+    loss, grads, metrics, tokens = gradients(spec, state.params, state.updates, packed, frozen)
+    if spec.offload_optimizer:
+        jax.block_until_ready(grads)  # whose scratch is freed before the moments come
+        state = reload(state)
     state, applied = apply_gradients(spec.optimizer, spec.schedule, state, loss, grads)
-    return state, {"loss": loss} | applied | metrics
+    if spec.offload_optimizer:
+        state = offload(state)
+    return state, {"loss": loss} | applied | metrics, tokens

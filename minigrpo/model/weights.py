@@ -333,12 +333,12 @@ def hub_tensors(params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
         dims, sides = layer_dims(name), hub_dims(name)
         order = [dims.index(letter) for letter in "".join(sides)]
         for layer in range(leaf.shape[0]) if "L" in DIMS[name] else [None]:
-            value = collect(leaf if layer is None else leaf[layer])
+            value = collect((leaf if layer is None else leaf[layer]).astype(dtype))  # cast first: half as much to move
             if value is None:
                 continue
             sizes = dict(zip(dims, value.shape, strict=True))
             shape = [math.prod(sizes[letter] for letter in side) for side in sides]
-            value = value.astype(dtype, copy=False).transpose(order).reshape(shape)
+            value = value.transpose(order).reshape(shape)
             yield HUB_NAMES[name].format(layer), np.ascontiguousarray(value)
 
 

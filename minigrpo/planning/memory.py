@@ -18,7 +18,7 @@ from minigrpo.model.qwen import abstract_params
 from minigrpo.planning.cost import Work
 from minigrpo.planning.run_spec import RunSpec
 from minigrpo.runtime.chips import GIB
-from minigrpo.runtime.mesh import TP
+from minigrpo.runtime.mesh import HOST_MEMORY, TP
 
 CPU_BUDGET = 1 << 30
 """Bytes of activations that all virtual CPU devices may hold together."""
@@ -161,8 +161,9 @@ def pool_limit(spec: RunSpec, resident: int) -> int:
 
 
 def device_share_bytes(tree: Any) -> int:
-    """Count the bytes of one device's share of arrays."""
-    return sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards[:1])
+    """Count the bytes of one device's share of arrays, those in the host's memory left out."""
+    here = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != HOST_MEMORY]
+    return sum(shard.data.nbytes for leaf in here for shard in leaf.addressable_shards[:1])
 
 
 def abstract_share_bytes(tree: Any) -> int:

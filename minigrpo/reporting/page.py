@@ -19,8 +19,20 @@ MEMBERS, TOKENS = 16, 320
 LONGEST = 6000
 """Characters of a text that the page shows; the file has all."""
 
-SURPRISE, RATIO, DRIFT = 3.0, 0.2, 1.0
-"""Nats at full colour: -log p, the trainer's log-prob less the sampler's, and less the reference's."""
+SURPRISE, ENTROPY, RATIO, DRIFT = 3.0, 2.0, 0.2, 1.0
+"""Nats at full colour: -log p, entropy, the policy's log-prob less the sampling one's, and less the reference's."""
+
+COLOURINGS = {
+    "surprise": ("surprise, -log p of the token", {"logprobs"}),
+    "entropy": ("entropy of the policy", {"entropy"}),
+    "ratio": ("ratio of the policy to the one that sampled", {"logprobs", "policy_logprobs"}),
+    "clipped": ("clipped: no gradient", {"clipped"}),
+    "drift": ("distance from the reference", {"policy_logprobs", "ref_logprobs"}),
+}
+"""Id of a colouring -> its label, and the numbers of every token that it needs."""
+
+NUMBERS = ("logprobs", "old_logprobs", "policy_logprobs", "ref_logprobs", "entropy", "clipped")
+"""Numbers of every token that completions.jsonl may have."""
 
 FILES = (
     "metrics.jsonl", "evaluations.jsonl", "completions.jsonl", "answers.jsonl", "summary.json", "config.json",
@@ -120,26 +132,38 @@ def colour_tokens(row: dict[str, Any]) -> list[Token]:
     texts = list(row.get("tokens") or [])
     if texts and not texts[-1] and row.get("stopped"):
         texts[-1] = "∎"  # the end token
-    names = [name for name in ("logprobs", "old_logprobs", "ref_logprobs") if len(row.get(name) or []) == len(texts)]
+    names = [name for name in NUMBERS if len(row.get(name) or []) == len(texts)]
     numbers = list(zip(*(row[name] for name in names), strict=True)) or [()] * len(texts)
     pairs = list(zip(texts, numbers, strict=True))[:TOKENS]
     return [colour_token(str(text), dict(zip(names, own, strict=True))) for text, own in pairs]
 
 
 def colour_token(text: str, known: dict[str, float]) -> Token:
-    """Return a token with its colours: --s surprise, --u and --d ratio above and below 1, --k from the reference."""
-    policy = known.get("old_logprobs", known.get("logprobs"))
+    """Return a token with its colours.
+
+    --s is surprise, --e entropy, --u and --d the ratio above and below 1, --cu and --cd clipped there, --k the distance
+    from the reference.
+    """
     colours, told = {}, []
     if "logprobs" in known:
         colours["s"] = -known["logprobs"] / SURPRISE
         told.append(f"p {math.exp(known['logprobs']):.3f}, surprise {-known['logprobs']:.2f}")
-    if "logprobs" in known and "old_logprobs" in known:
-        apart = known["old_logprobs"] - known["logprobs"]
-        colours["u" if apart > 0 else "d"] = abs(apart) / RATIO
-        told.append(f"ratio {math.exp(apart):.4f}")
+    if "entropy" in known:
+        colours["e"] = known["entropy"] / ENTROPY
+        told.append(f"entropy {known['entropy']:.2f}")
+    policy = known.get("policy_logprobs")
+    sampled = known.get("old_logprobs", known.get("logprobs"))
+    if policy is not None and sampled is not None:
+        change = policy - sampled
+        colours["u" if change > 0 else "d"] = abs(change) / RATIO
+        told.append(f"ratio {math.exp(min(99.0, change)):.4f}")
+    if known.get("clipped"):
+        colours["cu" if known["clipped"] > 0 else "cd"] = 1.0
+        told.append("clipped")
     if policy is not None and "ref_logprobs" in known:
-        colours["k"] = abs(policy - known["ref_logprobs"]) / DRIFT
-        told.append(f"over reference {math.exp(min(99.0, policy - known['ref_logprobs'])):.3f}")
+        change = policy - known["ref_logprobs"]
+        colours["k"] = abs(change) / DRIFT
+        told.append(f"over reference {math.exp(min(99.0, change)):.3f}")
     style = ";".join(f"--{name}:{min(1.0, value):.2f}" for name, value in colours.items() if value >= 0.005)
     return Token(text, style, ", ".join(told))
 
@@ -171,16 +195,9 @@ def command_of(folder: Path) -> str:
 
 def colourings(groups: list[Group]) -> dict[str, str]:
     """Return the colourings that the recorded tokens have numbers for: {id: label}."""
-    styles = "".join(token.style for group in groups for member in group.members for token in member.tokens[:1])
-    titles = "".join(token.title for group in groups for member in group.members for token in member.tokens[:1])
+    recorded = {name for group in groups for member in group.members if member.tokens for name in member.row}
     found = {"advantage": "advantage"} if groups else {}
-    if "surprise" in titles or "--s" in styles:
-        found["surprise"] = "surprise, -log p of the token"
-    if "ratio" in titles:
-        found["ratio"] = "ratio, trainer over sampler"
-    if "over reference" in titles:
-        found["drift"] = "distance from the reference"
-    return found
+    return found | {name: label for name, (label, needed) in COLOURINGS.items() if needed <= recorded}
 
 
 def number_text(value: Any) -> str:

@@ -38,9 +38,9 @@ from minigrpo.runtime.workers import WORKERS
 
 FREE_TO_CHANGE = {
     "eval_dataset", "eval_num_generations", "eval_size", "eval_steps", "grace_seconds", "gradient_accumulation_steps",
-    "hub_private", "keep_best", "log_completions", "logging_steps", "max_skipped_steps", "mesh", "output_dir",
-    "page_size", "pool_pages", "print_completions", "push_to_hub", "remat", "report_to", "resume", "reward_timeout",
-    "save_minutes", "save_steps", "save_total_limit", "slots", "wandb_mode", "wandb_project",
+    "hub_private", "keep_best", "log_completions", "logging_steps", "max_skipped_steps", "mesh", "offload_optimizer",
+    "output_dir", "page_size", "pool_pages", "print_completions", "push_to_hub", "remat", "report_to", "resume",
+    "reward_timeout", "save_minutes", "save_steps", "save_total_limit", "slots", "wandb_mode", "wandb_project",
 }  # fmt: skip
 """Settings that a resumed run may have otherwise than the run it continues: they change no result by design."""
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minigrpo.runtime.mesh import DEVICE_MEMORY, HOST_MEMORY, move
+
 ROW, COLUMN = 0x243F6A88, 0x85A308D3
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
@@ -63,8 +65,17 @@ def on_host(array: jax.Array) -> int:
 
 @jax.jit
 def array_digests(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return the digest of every array, computed on the devices."""
+    """Return the digest of every array in the devices' memory, computed there."""
     return jax.tree.map(on_device, arrays)
+
+
+def on_devices(arrays: dict[str, jax.Array]) -> dict[str, int]:
+    """Return digests computed on the devices; arrays that wait in the host's memory visit them one at a time."""
+    waiting = [name for name, array in arrays.items() if array.sharding.memory_kind == HOST_MEMORY]
+    found = array_digests({name: array for name, array in arrays.items() if name not in waiting})
+    for name in waiting:
+        found |= jax.block_until_ready(array_digests({name: move(arrays[name], DEVICE_MEMORY)}))
+    return {name: int(value) for name, value in jax.device_get(found).items()}
 
 
 def digests(arrays: dict[str, jax.Array]) -> dict[str, int]:
@@ -72,5 +83,4 @@ def digests(arrays: dict[str, jax.Array]) -> dict[str, int]:
     here = all(array.is_fully_addressable for array in arrays.values())
     if here and all(device.platform == "cpu" for array in arrays.values() for device in array.devices()):
         return {name: on_host(array) for name, array in arrays.items()}
-    found = array_digests(arrays)
-    return {name: int(value) for name, value in jax.device_get(found).items()}
+    return on_devices(arrays)

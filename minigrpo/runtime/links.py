@@ -99,7 +99,8 @@ def is_greeting(message: Any) -> bool:
     """Tell if a message is a worker's first one, whatever else may knock at the port."""
     kinds = {"index": int, "count": int, "facts": dict, "clock": float}
     known = isinstance(message, dict) and message.get("kind") == "hello"
-    return known and all(isinstance(message.get(name), kind) for name, kind in kinds.items())
+    typed = known and all(type(message.get(name)) is kind for name, kind in kinds.items())
+    return typed and 0 <= message["index"] < message["count"]
 
 
 def shut(descriptor: int) -> None:

@@ -24,6 +24,9 @@ only where there are several."""
 AXIS_OF_DIM = {"V": TP, "N": TP, "K": TP, "F": TP, "D": FSDP}
 """Dim letter -> the mesh axis that shards it; H and L stay whole."""
 
+DEVICE_MEMORY, HOST_MEMORY = "device", "pinned_host"
+"""jax's names of a device's own memory, and of the part of its host's that it copies to and from."""
+
 
 def mesh_sizes(mesh_flag: str, platform: str, devices: int) -> tuple[int, int]:
     """Return fsdp and tp of `--mesh`; auto is every device as fsdp, and on the CPU one virtual device per process."""
@@ -146,6 +149,13 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(place, tree)
+
+
+def move(x: Array, memory_kind: str) -> Array:
+    """Move every part of an array to another memory of its device."""
+    own = [shard.data for shard in x.addressable_shards]
+    parts = [jax.device_put(part, part.sharding.with_memory_kind(memory_kind)) for part in own]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding.with_memory_kind(memory_kind), parts)
 
 
 def fetch(x: Array | np.ndarray) -> np.ndarray:
