@@ -188,7 +188,7 @@ def improve(
 
     Metrics and numbers are the last pass's; metrics are read once, at the end.
     """
-    passed, tokens = [], {}
+    passed, tokens = [], dict[str, Array]()
     for number in range(len(batches) * run.settings.steps.num_iterations):
         state, metrics, own = update(run.update_spec, state, batches[number % len(batches)], run.frozen)
         passed.append(metrics)

@@ -194,8 +194,9 @@ def command_of(folder: Path) -> str:
 
 
 def colourings(groups: list[Group]) -> dict[str, str]:
-    """Return the colourings that the recorded tokens have numbers for: {id: label}."""
-    recorded = {name for group in groups for member in group.members if member.tokens for name in member.row}
+    """Return the colourings that the recorded tokens have numbers other than 0 for: {id: label}."""
+    rows = [member.row for group in groups for member in group.members if member.tokens]
+    recorded = {name for row in rows for name in NUMBERS if any(row.get(name) or ())}
     found = {"advantage": "advantage"} if groups else {}
     return found | {name: label for name, (label, needed) in COLOURINGS.items() if needed <= recorded}
 

@@ -159,8 +159,8 @@ def against_reward(rows: Rows, name: str, title: str, label: str) -> Figure | No
         return None
     figure, axes = blank(title, label, "reward")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
-    shades = [to_rgba(LINES[0], alpha) for alpha in np.linspace(0.3, 1, len(points))]
-    axes.scatter(points[:, 0], points[:, 1], s=14, c=shades, linewidths=0)
+    shades = [to_rgba(LINES[0], alpha) for alpha in np.linspace(0.4, 1, len(points))]
+    axes.scatter(points[:, 0], points[:, 1], s=28, c=shades, linewidths=0)
     return figure
 
 
