@@ -18,7 +18,7 @@ from environment import last_json
 
 from minigrpo.command_line import run_command
 from minigrpo.config import Options, PlanOptions, Settings, UsageError, option
-from minigrpo.plan import SECTIONS, count_resident, count_work, make_shapes, plan_rollout, plan_spec, rollout_inputs
+from minigrpo.plan import SECTIONS, count_work, make_shapes, plan_rollout, plan_spec, rollout_inputs
 from minigrpo.planning import memory
 from minigrpo.planning.cost import Phase
 from minigrpo.planning.run_spec import RunSpec
@@ -60,7 +60,7 @@ def spec_for(settings: CompileSettings, topology: str, mesh: str, pool_pages: in
 
 def worst_case(spec: RunSpec) -> tuple[int, int]:
     """Return the fewest pages of a pool, and those with which every slot may reach its full length."""
-    steps, held = spec.settings.steps, count_resident(make_shapes(spec)).total
+    steps, held = spec.settings.steps, make_shapes(spec).held.total
     inputs = rollout_inputs(spec, spec.settings.rollout, steps.batch_size, steps.num_generations, held)
     made, prompts, group, _ = inputs
     least = made.least_pages(prompts)
@@ -71,7 +71,7 @@ def compile_rollout(spec: RunSpec) -> Phase:
     """Compile the whole rollout program."""
     shapes, steps = make_shapes(spec), spec.settings.steps
     work = count_work(spec, steps.batch_size, steps.num_generations)
-    return plan_rollout(shapes, work, count_resident(shapes), spec.settings.rollout)
+    return plan_rollout(shapes, work, shapes.held, spec.settings.rollout)
 
 
 def describe(topology: str, mesh: str, pool: str, pool_bytes: int, phase: Phase) -> str:

@@ -25,6 +25,7 @@ from minigrpo.model.lora import make_lora, save_adapter
 from minigrpo.model.params import Lora, ModelConfig, Params, join, merge_adapters
 from minigrpo.model.qwen import quantize, random_adapters
 from minigrpo.model.weights import export, random_params
+from minigrpo.planning.memory import offloads_optimizer
 from minigrpo.planning.run_spec import RunSpec
 from minigrpo.rollout.generator import Generator, rollout_spec
 from minigrpo.runtime.chips import GIB, memory_of_kind
@@ -131,7 +132,7 @@ def make_update_spec(
         token_weights=loss[1],
         remat=options.remat,
         dropout_seed=seed if spec.dropout else None,
-        offload_optimizer=options.offload_optimizer,
+        offload_optimizer=offloads_optimizer(spec),
     )
 
 

@@ -339,8 +339,11 @@ class OptimizerOptions(Options):
         "mlp (keeps attention, gate and up); attention (keeps attention outputs); full",
         choices=("none", "dots", "mlp", "attention", "full"),
     )
-    offload_optimizer: bool = option(
-        False, "AdamW's moments wait in the host's memory while they are not in use; costs moving them twice an update"
+    offload_optimizer: str = option(
+        "auto",
+        "keep AdamW's moments in the host's memory except while they are applied, which costs moving them there and "
+        "back; auto does so where a rollout would not fit otherwise",
+        choices=("auto", "true", "false"),
     )
 
     def __post_init__(self) -> None:

@@ -219,6 +219,11 @@ class Shapes:
         return self.update_spec, placed(self.spec.mesh, abstract_params(config, self.spec.dtype))
 
     @functools.cached_property
+    def held(self) -> memory.Resident:
+        """Return the bytes that a chip holds from step to step."""
+        return memory.count_resident(self.spec, offloaded=self.update_spec.offload_optimizer)
+
+    @functools.cached_property
     def batch(self) -> PackedBatch:
         """Return a batch of an update; all batches have its shapes."""
         steps, data, rollout = self.spec.settings.steps, self.spec.settings.data, self.spec.settings.rollout
@@ -283,32 +288,6 @@ def measure(spec: RunSpec, counted: Counted, function: Any, *arguments: Any) -> 
 # The phases
 
 
-@dataclasses.dataclass(frozen=True)
-class Resident:
-    """Bytes of one chip that a run holds from step to step."""
-
-    trainable: int
-    moments: int
-    frozen: int
-    reference: int
-    """Bytes that the reference needs besides the frozen weights."""
-
-    @property
-    def total(self) -> int:
-        """Return their sum."""
-        return self.trainable + self.moments + self.frozen + self.reference
-
-
-def count_resident(shapes: Shapes) -> Resident:
-    """Count what stays on a chip."""
-    trainable, frozen = abstract_share_bytes(shapes.trainable), abstract_share_bytes(shapes.frozen)
-    settings = shapes.spec.settings
-    moments = 0 if settings.optimizer.offload_optimizer else abstract_share_bytes(shapes.state) - trainable
-    copied = settings.loss.beta > 0 and not shapes.spec.config.lora
-    reference = abstract_share_bytes(shapes.reference[1]) if copied else 0
-    return Resident(trainable, moments, frozen, reference)
-
-
 def rollout_inputs(spec: RunSpec, options: RolloutOptions, prompts: int, group: int, resident: int) -> Any:
     """Return a rollout's spec, its group on a device, and its abstract inputs, as `Generator` would make them."""
     made = make_generator(spec, options, memory.pool_limit(spec, resident)).spec
@@ -341,7 +320,7 @@ def decoded_shapes(shapes: Shapes, made: RolloutSpec) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), decoded)
 
 
-def plan_weights(shapes: Shapes, work: Work, held: Resident) -> Phase:
+def plan_weights(shapes: Shapes, work: Work, held: memory.Resident) -> Phase:
     """Plan laying the policy out for decoding."""
     spec = shapes.spec
     made = make_generator(spec, spec.settings.rollout).spec
@@ -352,7 +331,7 @@ def plan_weights(shapes: Shapes, work: Work, held: Resident) -> Phase:
     return measure(spec, counted, decode_weights, made.layout, params)
 
 
-def plan_rollout(shapes: Shapes, work: Work, held: Resident, options: RolloutOptions) -> Phase:
+def plan_rollout(shapes: Shapes, work: Work, held: memory.Resident, options: RolloutOptions) -> Phase:
     """Plan prefill and decoding of `work`'s completions."""
     spec, chips = shapes.spec, shapes.spec.mesh.size
     made, prompts, group, inputs = rollout_inputs(spec, options, work.prompts, work.group, held.total)
@@ -410,7 +389,7 @@ def count_work(spec: RunSpec, prompts: int, group: int) -> Work:
     return Work(spec.config, prompts, group, settings.data.max_prompt_length, settings.rollout.max_completion_length)
 
 
-def plan_evaluation(shapes: Shapes, held: Resident) -> Phase:
+def plan_evaluation(shapes: Shapes, held: memory.Resident) -> Phase:
     """Plan the rollout of --eval_steps, which runs beside everything that training holds."""
     spec = shapes.spec
     samples, rollout = spec.settings.plan.eval_num_generations, spec.settings.rollout
@@ -421,7 +400,7 @@ def plan_evaluation(shapes: Shapes, held: Resident) -> Phase:
 
 def phases_of(shapes: Shapes) -> dict[str, Callable[[], Phase]]:
     """Return every phase of a training step by name, to be compiled one after the other."""
-    spec, held, steps = shapes.spec, count_resident(shapes), shapes.spec.settings.steps
+    spec, held, steps = shapes.spec, shapes.held, shapes.spec.settings.steps
     work = count_work(spec, steps.batch_size, steps.num_generations)
     share = count_work(spec, steps.batch_size // steps.num_minibatches, steps.num_generations)
     phases: dict[str, Callable[[], Phase]] = {
@@ -506,7 +485,7 @@ def is_served(spec: RunSpec, shapes: Shapes) -> bool:
     """Tell if the page pool that memory leaves holds a step's prompts and one completion."""
     steps = spec.settings.steps
     made, prompts, _, _ = rollout_inputs(spec, spec.settings.rollout, steps.batch_size, steps.num_generations, 0)
-    given = spec.settings.rollout.pool_pages or memory.pool_limit(spec, count_resident(shapes).total)
+    given = spec.settings.rollout.pool_pages or memory.pool_limit(spec, shapes.held.total)
     return not given or given >= made.least_pages(prompts)
 
 
@@ -518,7 +497,7 @@ def largest_batch(shapes: Shapes, phases: dict[str, Phase], chip: Chip) -> int:
     spec, steps = shapes.spec, shapes.spec.settings.steps
     if not all(fits(phases[name], chip) for name in ("weights", "update", "optimizer")):
         return 0
-    held = count_resident(shapes).total
+    held = shapes.held.total
     made, _, _, _ = rollout_inputs(spec, spec.settings.rollout, steps.batch_size, steps.num_generations, held)
     pages = spec.settings.rollout.pool_pages or memory.pool_limit(spec, held)
     by_pool = (pages - made.completion_pages) // (made.prompt_width // made.page_size) * spec.mesh.size
@@ -532,9 +511,9 @@ def largest_batch(shapes: Shapes, phases: dict[str, Phase], chip: Chip) -> int:
 
 CHANGES: tuple[dict[str, Any], ...] = (
     {"slots": "16"},
-    {"offload_optimizer": True},
+    {"offload_optimizer": "true"},
     {"beta": 0.0},
-    {"beta": 0.0, "offload_optimizer": True},
+    {"beta": 0.0, "offload_optimizer": "true"},
     {"lora_rank": 16},
     {"lora_rank": 16, "quantize": "int8"},
 )
@@ -563,18 +542,20 @@ def announce(shapes: Shapes, chip: Chip) -> None:
     """Print the plan's subject, before anything is compiled."""
     spec, steps, packing = shapes.spec, shapes.spec.settings.steps, shapes.packing
     made, prompts, group, _ = rollout_inputs(
-        spec, spec.settings.rollout, steps.batch_size, steps.num_generations, count_resident(shapes).total
+        spec, spec.settings.rollout, steps.batch_size, steps.num_generations, shapes.held.total
     )
     pages = made.num_pages(prompts, group)
     slots = made.slot_count(prompts, group)
     worst = made.least_pages(prompts) + (prompts * group - 1) * made.completion_pages
     most = packing.micro_batches(spec.update_sequences)
+    waiting = "; AdamW's moments wait in the host's memory" if shapes.update_spec.offload_optimizer else ""
     sys.stderr.write(
         f"{spec.settings.plan.topology} as fsdp,tp={spec.settings.plan.mesh}: {spec.mesh.size} chips of "
         f"{chip.hbm_gib:g} GiB; {steps.batch_size} prompts x {steps.num_generations}; update in at most {most} "
         f"micro-batches of {packing.rows} x {packing.row_tokens} tokens; {slots} slots and a page pool of "
         f"{pages * memory.page_bytes(spec) / GIB:.2f} GiB per chip"
-        f"{'' if pages >= worst else f', {pages / worst:.0%} of the worst case: long completions wait their turn'}\n"
+        f"{'' if pages >= worst else f', {pages / worst:.0%} of the worst case: long completions wait their turn'}"
+        f"{waiting}\n"
     )
 
 

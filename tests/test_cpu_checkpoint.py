@@ -402,7 +402,7 @@ def written(folder, **changes):
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"eval_steps": 5}, {"mesh": "2,1"}, {"save_minutes": 3.0}, {"offload_optimizer": True}, {"max_steps": 20}],
+    [{}, {"eval_steps": 5}, {"mesh": "2,1"}, {"save_minutes": 3.0}, {"offload_optimizer": "true"}, {"max_steps": 20}],
 )
 def test_what_changes_no_result_may_differ(tmp_path, change):
     assert check_same_run(written(tmp_path), SETTINGS | {"eval_steps": 0, "mesh": "1,1"} | change) == []

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from minigrpo import plan
+from minigrpo.command_line import parse_flags
 from minigrpo.config import UsageError
 from minigrpo.planning import hlo
 
@@ -184,11 +185,27 @@ def test_a_run_that_does_not_fit_gets_advice(model, topology, advice):
 
 def test_offloaded_moments_are_on_no_card_but_while_they_are_applied():
     flags = (*CARD, "--topology=gpu:80GB", "--mesh=2,1", "--batch_size=8")
-    kept, offloaded = (report_of(*flags, *more)["phases"] for more in ((), ("--offload_optimizer",)))
+    kept, offloaded = (report_of(*flags, *more)["phases"] for more in ((), ("--offload_optimizer=true",)))
     moments = 2 * 4 * 1_720_574_976 / 2 / 2**30  # two float32 numbers per parameter, shared by two cards
     for name in ("weights", "rollout", "reference", "update"):
         assert kept[name]["resident_gib"] - offloaded[name]["resident_gib"] == pytest.approx(moments, rel=1e-3)
     assert kept["optimizer"] == offloaded["optimizer"] | {"compile_seconds": kept["optimizer"]["compile_seconds"]}
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "offloaded"),
+    [
+        ("Qwen/Qwen3-8B", (), True),
+        ("Qwen/Qwen3-8B", ("--offload_optimizer=false",), False),
+        ("Qwen/Qwen3-8B", ("--lora_rank=16",), False),
+        ("Qwen/Qwen3-1.7B", (), False),
+        ("Qwen/Qwen3-1.7B", ("--offload_optimizer=true",), True),
+    ],
+)
+def test_moments_wait_in_the_hosts_memory_where_a_rollout_would_not_fit_otherwise(model, more, offloaded):
+    flags = [f"--model={model}", "--topology=gpu:32GB", "--mesh=8,1", "--batch_size=32", *more]
+    spec = plan.plan_spec(parse_flags(flags, plan.SECTIONS))
+    assert plan.make_shapes(spec).update_spec.offload_optimizer == offloaded
 
 
 def test_an_evaluation_is_planned_beside_what_training_holds():

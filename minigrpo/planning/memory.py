@@ -13,7 +13,8 @@ from minigrpo.config import UsageError
 from minigrpo.grpo.batch import SEQUENCES_PER_ROW, PackingSpec
 from minigrpo.kernels.causal_attention import gpu as gpu_attention
 from minigrpo.kernels.causal_attention.xla import QUERY_BLOCK
-from minigrpo.model.params import ModelConfig
+from minigrpo.model.hub import placed
+from minigrpo.model.params import ModelConfig, Params, split_trainable
 from minigrpo.model.qwen import abstract_params
 from minigrpo.planning.cost import Work
 from minigrpo.planning.run_spec import RunSpec
@@ -169,6 +170,51 @@ def device_share_bytes(tree: Any) -> int:
 def abstract_share_bytes(tree: Any) -> int:
     """Count the bytes of one device's share of abstract arrays."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+# What a device holds from step to step
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """Bytes of one device that a run holds from step to step."""
+
+    trainable: int
+    moments: int
+    frozen: int
+    reference: int
+    """Bytes that the reference needs besides the frozen weights."""
+
+    @property
+    def total(self) -> int:
+        """Return their sum."""
+        return self.trainable + self.moments + self.frozen + self.reference
+
+
+def count_resident(spec: RunSpec, *, offloaded: bool) -> Resident:
+    """Count what stays on a device; offloaded moments do not."""
+
+    def share(shapes: Params) -> int:
+        return abstract_share_bytes(placed(spec.mesh, shapes))
+
+    config = spec.config
+    trainable = share(split_trainable(config, abstract_params(config))[0])
+    weights = abstract_params(config, spec.dtype)
+    copied = spec.settings.loss.beta > 0 and not config.lora
+    moments = 0 if offloaded else 2 * trainable
+    return Resident(trainable, moments, share(split_trainable(config, weights)[1]), share(weights) if copied else 0)
+
+
+def offloads_optimizer(spec: RunSpec) -> bool:
+    """Tell if AdamW's moments wait in the host's memory: as asked, or where a rollout would not fit otherwise."""
+    settings = spec.settings
+    if settings.optimizer.offload_optimizer != "auto":
+        return settings.optimizer.offload_optimizer == "true"
+    if spec.platform == "cpu" or "sft" in settings.sections or settings.data.offline:
+        return False
+    page, own = settings.rollout.page_size, -(-settings.steps.batch_size // spec.mesh.size)
+    needed = own * -(-settings.data.max_prompt_length // page) - (-settings.rollout.max_completion_length // page) + 1
+    return pool_limit(spec, count_resident(spec, offloaded=False).total) < needed
 
 
 # Scratch memory by arithmetic, for GPUs

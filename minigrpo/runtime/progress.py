@@ -40,10 +40,10 @@ def program_name(context: dict[str, Any]) -> str:
 
 
 REDUCE = {
-    "rollout": "--slots or --pool_pages, or decode over more chips, or add --offload_optimizer",
-    "evaluation": "--slots, or --eval_size, or add --offload_optimizer",
+    "rollout": "--slots or --pool_pages, or decode over more chips, or add --offload_optimizer=true",
+    "evaluation": "--slots, or --eval_size, or add --offload_optimizer=true",
     "update": "the rows of a micro-batch by a higher --gradient_accumulation_steps, or --remat=full, or add "
-    "--offload_optimizer or --lora_rank=16",
+    "--offload_optimizer=true or --lora_rank=16",
 }
 """Phase -> what to reduce when it does not fit a device."""
 
