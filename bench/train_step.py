@@ -31,7 +31,7 @@ from minigrpo.config import (
 from minigrpo.grpo.advantages import group_advantages
 from minigrpo.grpo.batch import Batch, PackedBatch, pack, put_batch
 from minigrpo.grpo.optimizer import TrainState, init_state
-from minigrpo.grpo.update import CHECKPOINT_POLICIES, update
+from minigrpo.grpo.update import REMAT_POLICIES, update
 from minigrpo.model.weights import random_params
 from minigrpo.planning.cost import Work
 from minigrpo.planning.memory import packing_spec
@@ -51,7 +51,7 @@ class StepShape(ModelShape):
 
     prompts: int = option(4, "prompts per step", low=1)
     generations: int = option(4, "completions per prompt", low=2)
-    remat: str = option("mlp", "what the backward pass recomputes", choices=tuple(CHECKPOINT_POLICIES))
+    remat: str = option("mlp", "what the backward pass recomputes", choices=tuple(REMAT_POLICIES))
 
 
 PACKINGS: dict[str, dict[str, Any]] = {

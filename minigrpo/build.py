@@ -25,9 +25,9 @@ from minigrpo.model.lora import make_lora, save_adapter
 from minigrpo.model.params import Lora, ModelConfig, Params, join, merge_adapters
 from minigrpo.model.qwen import quantize, random_adapters
 from minigrpo.model.weights import export, random_params
-from minigrpo.planning.memory import offloads_optimizer
+from minigrpo.planning.memory import count_resident, pool_limit
 from minigrpo.planning.run_spec import RunSpec
-from minigrpo.rollout.generator import Generator, rollout_spec
+from minigrpo.rollout.generator import Generator, rollout_spec, split_groups
 from minigrpo.runtime.chips import GIB, memory_of_kind
 from minigrpo.runtime.files import fingerprint
 from minigrpo.runtime.mesh import check_divisible, make_mesh, start_platform
@@ -114,6 +114,24 @@ def grpo_loss(spec: RunSpec) -> tuple[Objective, Callable[..., Any]]:
     loss, limit = spec.settings.loss, spec.settings.rollout.max_completion_length
     weights = functools.partial(losses.token_weights, loss.loss_type, max_tokens=limit)
     return functools.partial(losses.policy_loss, loss), weights
+
+
+LEAST_SLOTS = 8
+"""Completions of full length that a rollout is to have room for before AdamW's moments make room."""
+
+
+def offloads_optimizer(spec: RunSpec) -> bool:
+    """Tell if AdamW's moments wait in the host's memory: as asked, or where a rollout would have too little room."""
+    settings, steps = spec.settings, spec.settings.steps
+    if settings.optimizer.offload_optimizer != "auto":
+        return settings.optimizer.offload_optimizer == "true"
+    if spec.platform == "cpu" or "sft" in settings.sections or settings.data.offline:
+        return False
+    made, resident = make_generator(spec, settings.rollout).spec, count_resident(spec, offloaded=False).total
+    split, rows = split_groups(steps.batch_size, steps.num_generations, spec.mesh.size)
+    own = rows // spec.mesh.size
+    slots = min(LEAST_SLOTS, own * steps.num_generations // split)
+    return pool_limit(spec, resident) < made.least_pages(own) + (slots - 1) * made.completion_pages
 
 
 def make_update_spec(
@@ -274,7 +292,7 @@ def build(settings: Settings, mesh_flag: str, recipes: Recipes = MappingProxyTyp
         mesh=mesh,
         backend=backend_for(device),
         platform=device.platform,
-        device_bytes=device_bytes(device),
+        device_bytes=min(WORKERS.gather(device_bytes(device))),
         dtype=jnp.dtype(settings.model.compute_dtype),
         num_tokens=min(tokenizer.num_tokens, config.vocab_size),
         stop_tokens=tokenizer.stop_tokens,

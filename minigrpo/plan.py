@@ -31,6 +31,7 @@ from minigrpo.build import (
     check_quantize,
     grpo_update_spec,
     make_generator,
+    offloads_optimizer,
 )
 from minigrpo.command_line import run_named
 from minigrpo.commands import COMMANDS
@@ -520,12 +521,16 @@ CHANGES: tuple[dict[str, Any], ...] = (
 """Changes that are tried, the smallest first, when a run does not fit."""
 
 
-def advice(settings: Settings, chip: Chip, failed: set[str]) -> str:
+def advice(spec: RunSpec, chip: Chip, failed: set[str]) -> str:
     """Return the smallest change that makes a run fit, each tried by a plan of its own."""
+    offloaded = {"offload_optimizer": "true"} if offloads_optimizer(spec) else {}
+    settings = spec.settings.with_values(offloaded)
+    tried = [settings]
     for change in CHANGES:
         changed = settings.with_values(change)
-        if changed == settings or ("slots" in change and failed - {"rollout", "evaluation"}):
+        if changed in tried or ("slots" in change and failed - {"rollout", "evaluation"}):
             continue
+        tried.append(changed)
         flags = " ".join(f"--{name}={value}" for name, value in change.items())
         sys.stderr.write(f"trying {flags}\n")
         try:
@@ -534,8 +539,8 @@ def advice(settings: Settings, chip: Chip, failed: set[str]) -> str:
                 return f"it fits with {flags}"
         except UsageError as error:
             sys.stderr.write(f"{flags}: {error}\n")
-    tried = "--slots, --offload_optimizer, --beta=0, --lora_rank=16 and --quantize=int8"
-    return f"nothing of {tried} is enough: take more chips"
+    flags = "--slots, --offload_optimizer, --beta=0, --lora_rank=16 and --quantize=int8"
+    return f"nothing of {flags} is enough: take more chips"
 
 
 def announce(shapes: Shapes, chip: Chip) -> None:
@@ -595,7 +600,7 @@ def plan(settings: Settings, tell: Tell = untold) -> dict[str, Any]:
     fitting, largest = found["fits"], found["largest_batch"]
     said = f"it fits; the largest batch that would is about {largest:,} prompts" if fitting else "it does not fit"
     tell("looking for a change that fits")
-    suggestion = "" if fitting else advice(settings, chip, set(found["too_large"]))
+    suggestion = "" if fitting else advice(spec, chip, set(found["too_large"]))
     sys.stderr.write(f"{said}{'; ' if suggestion else ''}{suggestion}\n")
     return subject(spec) | found | {"advice": suggestion}
 

@@ -184,9 +184,10 @@ def score_batch(run: Run, state: TrainState, packed: PackedBatch) -> PackedBatch
 def improve(
     run: Run, state: TrainState, batches: list[PackedBatch]
 ) -> tuple[TrainState, dict[str, float], dict[str, Array]]:
-    """Make --num_iterations passes over the minibatches -> new state, metrics, numbers of the first one's tokens.
+    """Make --num_iterations passes over the minibatches -> new state, metrics, and numbers of every token.
 
-    Metrics and numbers are the last pass's; metrics are read once, at the end.
+    Metrics are means of the last pass, read once at the end. The numbers are the first minibatch's in that pass, from
+    before its update.
     """
     passed, tokens = [], dict[str, Array]()
     for number in range(len(batches) * run.settings.steps.num_iterations):

@@ -290,6 +290,20 @@ def test_tokens_are_coloured_by_every_number_on_file(tmp_path):
     assert (body.count("--cu:1.00"), body.count("--cd:1.00"), body.count("clipped,")) == (2, 2, 4)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "ratio"),
+    [
+        ({"policy_logprobs": [], "old_logprobs": [-0.3] * 3}, "ratio 1.2214"),  # of an older minigrpo
+        ({"logprobs": [], "old_logprobs": [-0.6] * 3}, "ratio 1.2214"),  # of responses on file
+        ({"policy_logprobs": [None] * 3, "entropy": [None, 0.5, None]}, ""),  # of an update that was not finite
+    ],
+)
+def test_numbers_that_are_missing_are_left_out(tmp_path, numbers, ratio):
+    write_run(tmp_path, samples=group_rows(1, 2, 3, **numbers))
+    body = report.write_report(tmp_path).read_text().partition("<body>")[2]
+    assert ('id="ratio"' in body) == bool(ratio) and ratio in body and 'id="clipped"' not in body
+
+
 def test_the_page_stays_small(tmp_path):
     long = group_rows(1, 40, 3000, prompt="p" * 50_000)
     singles = [{"step": i, "prompt": "p", "completion": "y" * 90_000, "reward": None} for i in range(50)]

@@ -584,6 +584,9 @@ def test_a_run_shows_completions_and_tells_its_sinks(run_folder):
     ]  # fmt: skip
     written = [row for row in logged(run_folder / "completions.jsonl") if row["step"] == 1]
     assert rows[0][1]["max_steps"] == 2 and len(rows[3][2]) == len(written) >= 4
+    by_token = {name for name, value in written[0].items() if isinstance(value, list) and name != "prompt"}
+    assert {"tokens", "logprobs", "policy_logprobs", "entropy", "clipped"} <= by_token
+    assert not by_token & rows[3][2][0].keys() and "entropy" not in text.partition("--- step 1 ")[2].splitlines()[0]
 
 
 def card_of(run):

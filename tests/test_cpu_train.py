@@ -118,7 +118,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
     target = tmp_path / "killed"
     env = os.environ | {"HF_HUB_OFFLINE": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     process = subprocess.Popen(
-        command(*flags, f"--output_dir={target}"),
+        command(*flags, f"--output_dir={target}", "--offload_optimizer=true"),
         cwd=ROOT,
         env=env,
         stderr=subprocess.PIPE,
@@ -130,7 +130,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
     process.communicate()
     assert not (target / "final").exists()
     own = {"JAX_COMPILATION_CACHE_DIR": "", "XDG_CACHE_HOME": str(tmp_path)}
-    result = run(*flags, f"--output_dir={target}", "--resume", **own)
+    result = run(*flags, f"--output_dir={target}", "--resume", "--offload_optimizer=true", **own)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "resumed after step" in result.stderr and list((tmp_path / "minigrpo" / "programs").glob("*-atime"))
     assert metrics(target) == metrics(folder)

@@ -25,7 +25,7 @@ LONG_ANSWER = 12
 """Words beyond which an answer that nothing marks is taken for a whole solution."""
 
 MOST_REPEATS = 8
-"""Times that a step may take a prompt without a word."""
+"""Times that a step may take every prompt before it is warned of."""
 
 HELD_OUT_NAME = re.compile(r"(?i)(?:^|[^a-z])(test|valid|validation|dev|eval)(?:$|[^a-z])")
 NOTHING = frozenset({"nan", "none", "null", "n/a", "na", "unknown", "-", "?", "todo"})

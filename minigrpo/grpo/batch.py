@@ -47,7 +47,7 @@ class Batch:
     loss_excluded: Any = None  # bool [...]
     """Completions that teach nothing, though the denominators of grpo and dr_grpo count them."""
     cutoffs: Any = None  # float [..., C]
-    """Least log-probs that truncated sampling kept; None where it left nothing out. Packed, they are with `targets`."""
+    """Least log-probs that truncated sampling kept; None where it left nothing out, and in a PackedBatch."""
 
     @property
     def completion_mask(self) -> Bool[Array, "*B C"]:

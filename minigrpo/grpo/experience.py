@@ -22,6 +22,9 @@ from minigrpo.rollout.generator import Generator, Rollout
 from minigrpo.rollout.stop import end_at_stops
 from minigrpo.runtime.workers import WORKERS
 
+UNDECIDED = "rewards/undecided"
+"""Metric of answers that the grader could not decide on."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
@@ -145,7 +148,7 @@ def join_scores(parts: list[dict[str, Any]]) -> Scores:
     }
     logged = dict.fromkeys(name for part in parts for name in part["metrics"])
     metrics = {name: float(np.mean([p["metrics"][name] for p in parts if name in p["metrics"]])) for name in logged}
-    metrics["rewards/undecided"] = float(sum(part["undecided"] for part in parts))
+    metrics[UNDECIDED] = float(sum(part["undecided"] for part in parts))
     columns = dict.fromkeys(name for part in parts for name in part["extra"])
     extra = {
         name: [value for part in parts for value in part["extra"].get(name, [None] * len(part["rewards"]))]
@@ -210,9 +213,15 @@ def concatenate(first: Experience, second: Experience) -> Experience:
         components={name: np.concatenate([own, second.components[name]]) for name, own in first.components.items()},
         group_mask=np.concatenate([first.group_mask, second.group_mask]),
         seconds={name: value + second.seconds[name] for name, value in first.seconds.items()},
-        metrics=first.metrics | second.metrics,
+        metrics=join_metrics(first.metrics, second.metrics),
         extra=join_columns(first, second),
     )
+
+
+def join_metrics(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
+    """Average what reward functions logged of two experiences; undecided answers are counted."""
+    joined = first | second | {name: (first[name] + second[name]) / 2 for name in first.keys() & second.keys()}
+    return joined | {UNDECIDED: first.get(UNDECIDED, 0.0) + second.get(UNDECIDED, 0.0)}
 
 
 def join_columns(first: Experience, second: Experience) -> dict[str, list[Any]]:

@@ -188,7 +188,10 @@ def shift(peak: Array, to: Array, total: Array, weighted: Array) -> tuple[Array,
 def softmax_stats(
     head: LMHead, hidden: Array, weights: Array, first: Array, targets: Array, floors: Array | None
 ) -> tuple[Array, Array, Array]:
-    """Reduce each row over this device's vocabulary, from `first` on, to its peak and the two sums of `shift`."""
+    """Reduce each row over this device's vocabulary, from `first` on, to its peak logit and two sums.
+
+    These are the sums of exp(x) and of x * exp(x), with x = logit - peak.
+    """
     vocab = weights.shape[0]
     size = min(head.tiles.vocab, vocab)
 
@@ -224,8 +227,8 @@ def local_backward(
     entries = first + jnp.arange(weights.shape[0])
 
     def chunk(weights_grad: Array, rows: Rows) -> tuple[Array, Array]:
-        h, t, lse, g, least = jax.tree.map(across_tp, rows)
-        probs = jnp.exp(drop_below(least, scaled_logits(head, h, weights, entries), entries, t) - lse[:, None])
+        h, t, lse, g, floors = jax.tree.map(across_tp, rows)
+        probs = jnp.exp(drop_below(floors, scaled_logits(head, h, weights, entries), entries, t) - lse[:, None])
         scale = (g / head.temperature)[:, None]
         logits_grad = (jnp.where(t[:, None] == entries, scale, 0) - scale * probs).astype(h.dtype)
         hidden_grad = jnp.einsum("MV,VD->MD", logits_grad, weights, preferred_element_type=jnp.float32)

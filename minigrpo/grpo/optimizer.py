@@ -71,9 +71,20 @@ def like_params(mesh: Mesh, tree: Any) -> Any:
 
 
 def move_moments(state: TrainState, memory_kind: str) -> TrainState:
-    """Move the moments to another memory of their devices, and wait until they are there and nowhere else."""
-    moved = jax.tree.map(functools.partial(move, memory_kind=memory_kind), state.opt_state)
-    return dataclasses.replace(state, opt_state=jax.block_until_ready(moved))
+    """Move the moments of matrices to another memory of their devices, and delete those of `state`.
+
+    Counters and the moments of norms and biases stay, as they take next to no memory.
+    """
+
+    def moved(path: tuple[Any, ...], x: Array) -> Array:
+        named = isinstance(path[-1], jax.tree_util.DictKey)
+        return move(x, memory_kind) if named and is_matrix(leaf_name(path)) else x
+
+    opt_state = jax.block_until_ready(jax.tree_util.tree_map_with_path(moved, state.opt_state))
+    for old, new in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(opt_state), strict=True):
+        if old is not new:
+            old.delete()
+    return dataclasses.replace(state, opt_state=opt_state)
 
 
 def offload(state: TrainState) -> TrainState:

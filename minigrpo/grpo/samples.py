@@ -75,7 +75,7 @@ def token_columns(experience: Experience, decode: Decode, scores: TokenScores) -
     """Return tokens and their numbers for each completion of the first prompt.
 
     "logprobs" are the sampler's, "old_logprobs" the trainer's before the step's first update where several follow,
-    "policy_logprobs" those of the last update, and "ref_logprobs" the reference's where there is one.
+    "policy_logprobs" the trainer's just before the last update, and "ref_logprobs" the reference's where there is one.
     """
     numbers = {"logprobs": experience.rollout.logprobs} | first_group_scores(experience, scores)
     columns = []
@@ -87,9 +87,9 @@ def token_columns(experience: Experience, decode: Decode, scores: TokenScores) -
     return columns
 
 
-def rounded(values: np.ndarray) -> list[float]:
-    """Return numbers with four decimals."""
-    return [round(float(value), 4) for value in values]
+def rounded(values: np.ndarray) -> list[float | None]:
+    """Return numbers with four decimals, None for those that are not finite."""
+    return [round(float(value), 4) if np.isfinite(value) else None for value in values]
 
 
 def first_group_scores(experience: Experience, scores: TokenScores) -> dict[str, Float[np.ndarray, "G C"]]:

@@ -23,7 +23,7 @@ from minigrpo.runtime.mesh import by_sequence
 DROPOUT = 0xD809
 """Folded into the seed for dropout, and for nothing else."""
 
-CHECKPOINT_POLICIES = {
+REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "mlp": jax.checkpoint_policies.save_only_these_names(ATTENTION, MLP),
@@ -61,7 +61,7 @@ def score(
     spec: UpdateSpec, params: Params, packed: PackedBatch, dropout: Array | None = None
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
     """Compute log-probs and entropy of a micro-batch's completions, with adapter dropout if there is a key per row."""
-    mesh, policy = spec.head.mesh, CHECKPOINT_POLICIES[spec.remat]
+    mesh, policy = spec.head.mesh, REMAT_POLICIES[spec.remat]
     context = LayerContext(
         attend=attend_on(mesh, spec.causal_attention, packed.segment_ids, packed.shared_prefix),
         compute=spec.compute,
@@ -149,7 +149,7 @@ def gradients(
 def update(
     spec: UpdateSpec, state: TrainState, packed: PackedBatch, frozen: Params
 ) -> tuple[TrainState, dict[str, Array], dict[str, Float[Array, "A M K C"]]]:
-    """Take one optimizer step on the batch's loss -> new state, metrics, numbers of every token; `state` is used up."""
+    """Take one optimizer step on the batch's loss -> new state, metrics, numbers of every token; `state` is donated."""
     loss, grads, metrics, tokens = gradients(spec, state.params, state.updates, packed, frozen)
     if spec.offload_optimizer:
         jax.block_until_ready(grads)  # whose scratch is freed before the moments come

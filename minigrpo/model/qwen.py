@@ -39,7 +39,9 @@ MLP = "mlp"
 """Name of the MLP's two inner projections in rematerialisation policies."""
 
 Attend = Callable[..., tuple[Array, Any]]
-"""attend(layer, q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], carry) -> (out [B,T,N,H], carry)."""
+"""attend(layer, q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], carry) -> (out [B,T,N,H], carry).
+
+The carry is the cache of keys and values while prompts are prefilled and tokens decoded, None in training."""
 
 Angles = tuple[Array, Array]
 """cos and sin [B, T, 1, H/2] of every position's rotary angles."""
@@ -225,7 +227,7 @@ class Attention(Projections):
         return q[:, None], k[:, None], v[:, None]
 
     def __call__(self, x: Array, layer: Array, carry: Any, context: LayerContext) -> tuple[Array, Any]:
-        """Attend from x [B, T, D] -> output [B, T, D], and the carry that `context.attend` made of `carry`."""
+        """Attend from x [B, T, D] -> output [B, T, D], and the carry as `context.attend` left it."""
         heads = self.fused_heads if context.fused.heads else self.heads
         out, carry = context.attend(layer, *heads(x, context), carry)
         return self.project("o", out, context), carry
@@ -290,7 +292,7 @@ class Qwen:
         context: LayerContext,
         carry: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Return the hidden states after the final norm, and the carry that `context.attend` made of `carry`."""
+        """Return the hidden states after the final norm, and the carry as `context.attend` left it."""
         if context.angles is None:
             angles = rope_angles(positions, self.config)
             context = dataclasses.replace(context, angles=angles)

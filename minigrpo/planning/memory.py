@@ -205,18 +205,6 @@ def count_resident(spec: RunSpec, *, offloaded: bool) -> Resident:
     return Resident(trainable, moments, share(split_trainable(config, weights)[1]), share(weights) if copied else 0)
 
 
-def offloads_optimizer(spec: RunSpec) -> bool:
-    """Tell if AdamW's moments wait in the host's memory: as asked, or where a rollout would not fit otherwise."""
-    settings = spec.settings
-    if settings.optimizer.offload_optimizer != "auto":
-        return settings.optimizer.offload_optimizer == "true"
-    if spec.platform == "cpu" or "sft" in settings.sections or settings.data.offline:
-        return False
-    page, own = settings.rollout.page_size, -(-settings.steps.batch_size // spec.mesh.size)
-    needed = own * -(-settings.data.max_prompt_length // page) - (-settings.rollout.max_completion_length // page) + 1
-    return pool_limit(spec, count_resident(spec, offloaded=False).total) < needed
-
-
 # Scratch memory by arithmetic, for GPUs
 
 

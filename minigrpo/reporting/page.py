@@ -7,6 +7,7 @@ from typing import Any
 
 from minigrpo.reporting.history import History, Rows
 from minigrpo.reporting.verdict import Verdict
+from minigrpo.runtime.run_folder import TOKEN_NUMBERS
 
 TEMPLATE = Path(__file__).parent.parent / "builtin" / "report.html.jinja"
 
@@ -23,16 +24,13 @@ SURPRISE, ENTROPY, RATIO, DRIFT = 3.0, 2.0, 0.2, 1.0
 """Nats at full colour: -log p, entropy, the policy's log-prob less the sampling one's, and less the reference's."""
 
 COLOURINGS = {
-    "surprise": ("surprise, -log p of the token", {"logprobs"}),
-    "entropy": ("entropy of the policy", {"entropy"}),
-    "ratio": ("ratio of the policy to the one that sampled", {"logprobs", "policy_logprobs"}),
-    "clipped": ("clipped: no gradient", {"clipped"}),
-    "drift": ("distance from the reference", {"policy_logprobs", "ref_logprobs"}),
+    "surprise": ("surprise, -log p of the token", "surprise"),
+    "entropy": ("entropy of the policy", "entropy"),
+    "ratio": ("ratio of the policy to the one that sampled", "ratio"),
+    "clipped": ("clipped ratio", "clipped"),
+    "drift": ("distance from the reference", "over reference"),
 }
-"""Id of a colouring -> its label, and the numbers of every token that it needs."""
-
-NUMBERS = ("logprobs", "old_logprobs", "policy_logprobs", "ref_logprobs", "entropy", "clipped")
-"""Numbers of every token that completions.jsonl may have."""
+"""Id of a colouring -> its label, and the word that tokens with its number are titled with."""
 
 FILES = (
     "metrics.jsonl", "evaluations.jsonl", "completions.jsonl", "answers.jsonl", "summary.json", "config.json",
@@ -132,10 +130,10 @@ def colour_tokens(row: dict[str, Any]) -> list[Token]:
     texts = list(row.get("tokens") or [])
     if texts and not texts[-1] and row.get("stopped"):
         texts[-1] = "∎"  # the end token
-    names = [name for name in NUMBERS if len(row.get(name) or []) == len(texts)]
-    numbers = list(zip(*(row[name] for name in names), strict=True)) or [()] * len(texts)
-    pairs = list(zip(texts, numbers, strict=True))[:TOKENS]
-    return [colour_token(str(text), dict(zip(names, own, strict=True))) for text, own in pairs]
+    names = [name for name in TOKEN_NUMBERS if len(row.get(name) or []) == len(texts)]
+    columns = {name: row[name] for name in names}
+    known = [{name: own[i] for name, own in columns.items() if own[i] is not None} for i in range(len(texts))]
+    return [colour_token(str(text), own) for text, own in list(zip(texts, known, strict=True))[:TOKENS]]
 
 
 def colour_token(text: str, known: dict[str, float]) -> Token:
@@ -151,8 +149,9 @@ def colour_token(text: str, known: dict[str, float]) -> Token:
     if "entropy" in known:
         colours["e"] = known["entropy"] / ENTROPY
         told.append(f"entropy {known['entropy']:.2f}")
-    policy = known.get("policy_logprobs")
-    sampled = known.get("old_logprobs", known.get("logprobs"))
+    sampled, old = known.get("logprobs"), known.get("old_logprobs")
+    policy = known.get("policy_logprobs", old)
+    sampled = sampled if old is None or policy is old else old
     if policy is not None and sampled is not None:
         change = policy - sampled
         colours["u" if change > 0 else "d"] = abs(change) / RATIO
@@ -194,11 +193,10 @@ def command_of(folder: Path) -> str:
 
 
 def colourings(groups: list[Group]) -> dict[str, str]:
-    """Return the colourings that the recorded tokens have numbers other than 0 for: {id: label}."""
-    rows = [member.row for group in groups for member in group.members if member.tokens]
-    recorded = {name for row in rows for name in NUMBERS if any(row.get(name) or ())}
+    """Return the colourings that the recorded tokens have numbers for: {id: label}."""
+    titles = {token.title for group in groups for member in group.members for token in member.tokens}
     found = {"advantage": "advantage"} if groups else {}
-    return found | {name: label for name, (label, needed) in COLOURINGS.items() if needed <= recorded}
+    return found | {name: label for name, (label, word) in COLOURINGS.items() if any(word in one for one in titles)}
 
 
 def number_text(value: Any) -> str:

@@ -46,7 +46,6 @@ from minigrpo.rollout.scheduler import (
     running,
     schedule,
     shrink,
-    update,
 )
 from minigrpo.runtime.mesh import by_sequence, data_spec, fetch, put, replicated
 
@@ -117,7 +116,7 @@ class RolloutSpec:
 
     @property
     def completion_pages(self) -> int:
-        """Return the pages that a completion may need besides its prompt's shared ones."""
+        """Return the most pages of a completion besides the shared ones: its own, and its copy of the prompt's last."""
         return -(-self.max_tokens // self.page_size) + 1
 
     def least_pages(self, prompts: int) -> int:
@@ -147,9 +146,10 @@ class RolloutSpec:
         given = self.pool_pages or min(wanted, self.pool_limit or wanted)
         if given < least:
             size = self.pool_pages or f"{given}, what memory leaves"
+            cure = "" if self.pool_pages else "; take fewer prompts at once, or add --offload_optimizer=true"
             raise UsageError(
                 f"--pool_pages={size}: at least {least} pages of {self.page_size} tokens are needed per device, "
-                f"{least - self.completion_pages} for its prompts and {self.completion_pages} for one completion"
+                f"{least - self.completion_pages} for its prompts and {self.completion_pages} for one completion{cure}"
             )
         return given
 
@@ -289,9 +289,9 @@ class DecodeRows:
 
 
 def choose_rows(spec: PageSpec, prompts: PromptBatch, state: State) -> DecodeRows:
-    """Choose the step's tokens: each running slot's last one, or only tokens of a slot whose cache is behind.
+    """Choose the step's tokens: each running slot's last one, or the next tokens of one slot whose cache is behind.
 
-    While any slot's cache is behind, as after a preemption, the whole step fills that one, a token for every slot.
+    Row i is slot i's, until a preempted completion comes back without its cache: then all rows replay its tokens.
     """
     slots, lane = state.slots, jnp.arange(len(state.slots.completion))
     behind = running(state) & (slots.cached + 1 < known_tokens(spec, prompts, state))
@@ -396,7 +396,7 @@ def decode(
     filled = jnp.zeros_like(slots.cached).at[rows.slot].add(rows.valid.astype(jnp.int32))
     stopped = jnp.isin(tokens, jnp.array(spec.stop_tokens)) | (count + 1 == spec.max_tokens)
     refilled = jnp.where(rows.samples, 0, rows.valid.sum())
-    return update(
+    return dataclasses.replace(
         state,
         pages=pages,
         slots=dataclasses.replace(slots, cached=slots.cached + filled),
@@ -501,7 +501,7 @@ def run_device(
     page_spec = spec.page_spec(count, len(start.lengths) // count)
     prompt_table, taken = prompt_pages(page_spec, prompts)
     state = initial_state(spec, page_spec, prompts, start, taken)
-    state = update(state, pages=prefill(spec, weights, rows, prompt_table, state.pages))
+    state = dataclasses.replace(state, pages=prefill(spec, weights, rows, prompt_table, state.pages))
     uniforms = all_uniforms(page_spec, prompts, key)
     state = decode_all(spec, page_spec, weights, prompts, uniforms, prompt_table, state)
     return state.tokens, state.logprobs, state.lengths, state.counts[None], state.kept
@@ -563,14 +563,25 @@ def is_decodable(layout: DecodeLayout, params: Params) -> bool:
 # The host's side
 
 
+def split_groups(prompts: int, group: int, devices: int) -> tuple[int, int]:
+    """Return the parts that groups are split into and the entries of all devices, by which every device has as many.
+
+    A split prompt is an entry of its own for every part; where no split is even, empty entries fill up.
+
+    >>> split_groups(12, 8, 8), split_groups(9, 8, 8), split_groups(9, 5, 8)
+    ((2, 24), (8, 72), (1, 16))
+    """
+    splits = [k for k in range(1, group + 1) if group % k == 0]
+    split = next((k for k in splits if prompts * k % devices == 0), 1)
+    return split, prompts * split + (-prompts * split) % devices
+
+
 def deal_prompts(
     spec: RolloutSpec, prompts: list[list[int]], uids: list[int], group: int
 ) -> tuple[PromptBatch, PrefillRows, int]:
-    """Deal prompts to devices by splitting groups or adding empty prompts -> prompts, their rows, a row's group."""
+    """Deal prompts to devices -> prompts, the rows they are prefilled in, and the completions of an entry."""
     devices = spec.mesh.size
-    splits = [k for k in range(1, group + 1) if group % k == 0]
-    split = next((k for k in splits if len(prompts) * k % devices == 0), 1)
-    count = len(prompts) * split + (-len(prompts) * split) % devices
+    split, count = split_groups(len(prompts), group, devices)
     tokens = np.zeros((count, spec.prompt_width), np.int32)
     lengths, names, first = (np.zeros(count, np.int32) for _ in range(3))
     for row in range(len(prompts) * split):

@@ -133,7 +133,7 @@ def top_p_limit(probs: Float[Array, "B N"], p: float) -> Float[Array, " B"]:
 def bisect(holds: Callable[[Float[Array, "B 1"]], Bool[Array, " B"]], rows: int) -> Float[Array, " B"]:
     """Find the largest float32 in [0, 1], for each row, for which `holds`; it holds from 0 up to some number.
 
-    Such numbers are ordered like their bits, which are found one by one, the first two of 32 being 0.
+    Floats that are not negative are ordered like their bits, which are found one by one. The first two of 32 are 0.
     """
 
     def attempt(turn: Array, found: Array) -> Array:

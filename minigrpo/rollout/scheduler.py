@@ -115,11 +115,6 @@ COUNTS = ("steps", "busy", "preempted", "refilled")
 """Decode steps, their sum of slots that sampled, preemptions, and tokens whose keys and values were computed again."""
 
 
-def update(state: State, **fields: Any) -> State:
-    """Return the state with other fields."""
-    return dataclasses.replace(state, **fields)
-
-
 def running(state: State) -> Bool[Array, " S"]:
     """Tell which slots hold a completion."""
     return state.slots.completion < state.status.shape[0]
@@ -187,7 +182,7 @@ def admit(spec: PageSpec, prompts: PromptBatch, prompt_table: Int[Array, "P M"],
     fresh = Slots(
         completion=index, cached=cached, shared=shared, page_table=jnp.where(wanted, own, prompt_table[prompt])
     )
-    return update(
+    return dataclasses.replace(
         state,
         pages=state.pages.at[:, target].set(source, mode="drop"),
         pool=pool,
@@ -207,7 +202,7 @@ def free(spec: PageSpec, state: State, leaving: Bool[Array, " S"], status: int) 
     """Empty the `leaving` slots, return their own pages and set their completions' status."""
     slots, total = state.slots, state.status.shape[0]
     owned = owned_entries(spec, state) & leaving[:, None]
-    return update(
+    return dataclasses.replace(
         state,
         pool=give_back(state.pool, slots.page_table.reshape(-1), owned.reshape(-1)),
         slots=dataclasses.replace(slots, completion=jnp.where(leaving, total, slots.completion)),
@@ -233,7 +228,7 @@ def preempt(spec: PageSpec, state: State) -> State:
     The oldest unfinished completion is never preempted and its pages always fit, so every completion ends.
     """
     youngest = jnp.argmax(jnp.where(running(state), state.slots.completion, -1))
-    state = update(state, counts=state.counts.at[COUNTS.index("preempted")].add(1))
+    state = dataclasses.replace(state, counts=state.counts.at[COUNTS.index("preempted")].add(1))
     return free(spec, state, jnp.arange(len(state.slots.completion)) == youngest, WAITING)
 
 
@@ -243,7 +238,7 @@ def schedule(spec: PageSpec, prompts: PromptBatch, prompt_table: Int[Array, "P M
     fits, put = functools.partial(can_admit, spec, prompts), functools.partial(admit, spec, prompts, prompt_table)
     state = jax.lax.while_loop(fits, put, state)
     state = jax.lax.while_loop(functools.partial(is_short, spec), functools.partial(preempt, spec), state)
-    return update(state, ended=jnp.zeros_like(state.ended), scheduled=jnp.bool(True))
+    return dataclasses.replace(state, ended=jnp.zeros_like(state.ended), scheduled=jnp.bool(True))
 
 
 def can_decode(spec: PageSpec, prompts: PromptBatch, state: State) -> Bool[Array, ""]:
@@ -262,10 +257,10 @@ def extend(spec: PageSpec, state: State) -> State:
     slots = state.slots
     entry = jnp.where(wanted, slots.cached // spec.page_size, spec.table_entries)
     table = slots.page_table.at[jnp.arange(len(entry)), entry].set(page, mode="drop")
-    return update(state, pool=pool, slots=dataclasses.replace(slots, page_table=table))
+    return dataclasses.replace(state, pool=pool, slots=dataclasses.replace(slots, page_table=table))
 
 
 def shrink(state: State, size: int) -> State:
     """Keep `size` slots, the running ones first. None has `ended` here: `schedule` saw to that."""
     order = jnp.argsort(~running(state), stable=True)[:size]
-    return update(state, slots=jax.tree.map(lambda x: x[order], state.slots), ended=state.ended[order])
+    return dataclasses.replace(state, slots=jax.tree.map(lambda x: x[order], state.slots), ended=state.ended[order])

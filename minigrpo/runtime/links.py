@@ -42,7 +42,7 @@ def receive(link: Connection) -> Message | None:
     """Return the next message, None when the other end is gone."""
     try:
         message: Message = json.loads(link.recv_bytes())
-    except (OSError, EOFError, ValueError):
+    except (OSError, EOFError, ValueError, RecursionError):
         return None
     return message
 

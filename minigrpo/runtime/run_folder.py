@@ -23,8 +23,8 @@ TIMINGS = ("step_time", "time/", "tokens_per_second", "rollout/tokens_per_second
 LATEST = ("epoch", "num_tokens", "learning_rate", "device/peak_bytes")
 """Metrics of which the latest value stands for several steps; of all others the mean does."""
 
-BY_TOKEN = ("tokens", "logprobs", "old_logprobs", "ref_logprobs")
-"""Columns of completions.jsonl with an entry per token, which sinks are not told."""
+TOKEN_NUMBERS = ("logprobs", "old_logprobs", "policy_logprobs", "ref_logprobs", "entropy", "clipped")
+"""Columns of completions.jsonl with a number per token, beside "tokens"; sinks are not told them."""
 
 LOGS = ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl", "answers.jsonl")
 
@@ -100,7 +100,9 @@ class RunFolder:
         """Write sample completions of a step to completions.jsonl and to every sink that takes them."""
         self.append("completions.jsonl", rows)
         if self.writes and rows:
-            brief = [{name: value for name, value in row.items() if name not in BY_TOKEN} for row in rows]
+            brief = [
+                {name: value for name, value in row.items() if name not in ("tokens", *TOKEN_NUMBERS)} for row in rows
+            ]
             self.tell("log_completions", step, sorted(brief, key=lambda row: row.get("member", 0)))
 
     def tell(self, method: str, step: int, content: Any) -> None:

@@ -166,7 +166,7 @@ class Session:
         return self.log.progress
 
     def saving(self, at: Position, state: Any) -> contextlib.AbstractContextManager[None]:
-        """Let a request to stop be met at once by saving `state`, which does not change inside.
+        """Make a stop signal save `state` at once inside this block, which does not change it.
 
         Several workers save together, which they can only at the end of a step.
         """

@@ -32,7 +32,7 @@ class Sink(Protocol):
         """Take the metrics of a step."""
 
     def close(self) -> None:
-        """Take note that nothing follows."""
+        """Close the sink: nothing follows."""
 
 
 def grouped(metrics: dict[str, float]) -> dict[str, float]:
