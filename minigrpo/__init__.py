@@ -28,6 +28,11 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module 'minigrpo' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    """Return the module's names, those that are imported when asked for included."""
+    return sorted({*globals(), *API})
+
+
 if started_as_command():  # signals are heard from the first moment on, and --help imports nothing that it does not need
     STOP.install()
     from minigrpo.command_line import answer_early

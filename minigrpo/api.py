@@ -8,7 +8,6 @@
 """
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -19,12 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from minigrpo.config import GenerateOptions, Settings, UsageError, check_limits, field_type, section_types
+from minigrpo.other_names import other_name, similar
 
 RewardLike = str | Callable[..., Sequence[float]] | tuple[str | Callable[..., Sequence[float]], float | int]
 """A reward's name as in --reward, a function with TRL's signature, or either with its weight."""
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
 """A dataset: what --dataset takes, or rows: a list of dicts, a `datasets.Dataset` or a pandas DataFrame."""
+
+PYTHON_NAMES = {
+    "reward_funcs": "use rewards=[function, ...]",
+    "reward_functions": "use rewards=[function, ...]",
+    "train_dataset": "use dataset=rows",
+    "callbacks": "use on_step=function, which gets the step and its metrics",
+}
+"""Arguments of other libraries whose place here is not a flag's."""
 
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -36,8 +44,9 @@ def settings_of(sections: tuple[str, ...], flags: Mapping[str, Any]) -> Settings
     values = {}
     for name, value in flags.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise UsageError(f"{name}: no such argument{f'; did you mean {near[0]}?' if near else ''}")
+            near = similar(name, known)
+            hint = PYTHON_NAMES.get(name) or other_name(name) or (f"did you mean {near[0]}?" if near else "")
+            raise UsageError(f"{name}: no such argument{'; ' if hint else ''}{hint.replace('--', '')}")
         if value is not None:
             values[name] = as_flag(known[name], value)
             check_limits(known[name], values[name])

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from minigrpo.config import MODEL_DEFAULTS, TINY, RolloutOptions, Settings, UsageError
+from minigrpo.config import MODEL_DEFAULTS, TINY, LossOptions, RewardOptions, RolloutOptions, Settings, UsageError
 from minigrpo.data.chat import Tokenizer, brings_template, load_tokenizer
 from minigrpo.grpo import losses
 from minigrpo.grpo.batch import PackingSpec
@@ -54,11 +54,28 @@ def check_loss(settings: Settings) -> None:
             f"--repetition_penalty={rollout.repetition_penalty}: would sample from another distribution than is "
             "trained; leave it out here, generate and evaluate take it"
         )
+    check_needed(settings)
     if loss.importance_sampling_level == "sequence" and loss.loss_type != "grpo":
         sys.stderr.write(
             f"note: --importance_sampling_level=sequence with --loss_type={loss.loss_type} weighs whole completions by "
             "their length; GSPO's own loss is --loss_type=grpo\n"
         )
+
+
+def check_needed(settings: Settings) -> None:
+    """Raise UsageError for a flag that only means something beside another one, which is not given."""
+    loss, rewards = settings.loss, settings.rewards
+    defaults = dataclasses.asdict(LossOptions()) | dataclasses.asdict(RewardOptions())
+    needed = {
+        "overlong_penalty": ("overlong_buffer", rewards.overlong_buffer > 0),
+        "rollout_correction_cap": ("rollout_correction", loss.rollout_correction != "none"),
+        "max_resamples": ("zero_std_groups=resample", loss.zero_std_groups == "resample"),
+        "ref_mixup_alpha": ("sync_ref_steps", loss.sync_ref_steps > 0),
+    }
+    for name, (other, given) in needed.items():
+        value = settings.as_dict()[name]
+        if value != defaults[name] and not given:
+            raise UsageError(f"--{name}={value}: means nothing without --{other}")
 
 
 def check_lora(settings: Settings, config: ModelConfig) -> None:
@@ -202,7 +219,7 @@ class Build:
         return join(base, brought or random_adapters(spec.config, spec.mesh, seed))
 
     def export(self, folder: Path, adapter: Path, trainable: Params, frozen: Params) -> None:
-        """Write the trained model as a Hub folder, and its adapters, if there are any, as one of PEFT's.
+        """Write the trained model as a Hub folder in the compute dtype, and its adapters, if any, as one of PEFT's.
 
         Where the base is a run's checkpoint, which PEFT cannot load, it is written beside them as a Hub folder, base/.
         """
@@ -215,7 +232,7 @@ class Build:
                 export(Path(name), files, base, spec.config, spec.stop_tokens, spec.base_dtype, self.own_template)
             save_adapter(adapter, trainable, spec.config.lora, name, source=files, chat_template=self.own_template)
         whole = merge_adapters(spec.config, join(trainable, base))
-        export(folder, files, whole, spec.config, spec.stop_tokens, chat_template=self.own_template)
+        export(folder, files, whole, spec.config, spec.stop_tokens, spec.dtype, self.own_template)
 
 
 def resolve(settings: Settings, recipes: Recipes) -> Settings:

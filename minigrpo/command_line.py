@@ -18,6 +18,7 @@ from minigrpo.commands import COMMANDS
 from minigrpo.config import (
     ALL_SETTINGS,
     EXIT_INTERRUPTED,
+    EXIT_UNREAD,
     EXIT_USAGE,
     KINDS,
     MODEL_DEFAULTS,
@@ -270,6 +271,9 @@ def run_command(
     except UsageError as error:
         sys.stderr.write(f"error: {error}\n")
         code = EXIT_USAGE
+    except BrokenPipeError:  # as after `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_UNREAD
     except OSError as error:
         if error.filename is None or is_own_file(error.filename):  # a bug, not a file that the user named
             raise

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+EXIT_UNREAD = 141
 
 WARMUP_RATIO = 0.1
 """Share of a run that warms up where neither --warmup_ratio nor --warmup_steps says."""
@@ -255,10 +256,10 @@ class RewardOptions(Options):
         "group", "divide advantages by the std of the group, of the batch, or not", choices=("group", "batch", "none")
     )
     baseline: str = option(
-        "group", "subtract the group's mean, or that of its other members (RLOO)", choices=("group", "rloo")
+        "group", "subtract the mean of the group, or of its other members (RLOO)", choices=("group", "rloo")
     )
     overlong_buffer: int = option(
-        0, "completions lose reward over the last so many tokens before the length limit; 0 for none", low=0
+        0, "tokens before the length limit over which completions lose reward; 0 for none", low=0
     )
     overlong_penalty: float = option(1.0, "reward lost at the limit itself", above=0.0)
     normalize_rewards: str = option(
@@ -416,7 +417,7 @@ class RunOptions(Options):
     save_minutes: float = option(10.0, "minutes after which a checkpoint is made between them; 0 for never", low=0.0)
     save_total_limit: int = option(2, "newest checkpoints kept", low=1)
     keep_best: str = option(
-        "", "metric whose best step's checkpoint is kept too, such as eval/accuracy; -eval/loss for the lowest"
+        "", "metric whose best step's checkpoint is kept too: eval/accuracy, for example; -eval/loss for the lowest"
     )
     grace_seconds: float = option(
         25.0, "seconds that SIGTERM or Ctrl-C leaves for the step under way before the run ends", low=0.0
@@ -475,6 +476,8 @@ class RunOptions(Options):
             raise UsageError(f"--push_to_hub={self.push_to_hub}: must be OWNER/NAME, as on the Hub")
         if self.wandb_project is not None and "wandb" not in self.sinks:
             raise UsageError(f"--wandb_project={self.wandb_project}: means nothing without --report_to=wandb")
+        if self.wandb_mode in ("online", "offline") and "wandb" not in self.sinks:
+            raise UsageError(f"--wandb_mode={self.wandb_mode}: means nothing without --report_to=wandb")
         if self.keep_best.removeprefix("-") in ("accuracy", "margin"):
             raise UsageError(
                 f"--keep_best={self.keep_best}: what is measured on held-out rows begins with eval/; write "
@@ -576,6 +579,11 @@ class CheckOptions(Options):
     )
     rollout: bool = option(False, "load the weights, sample a small rollout, and estimate steps, hours and price")
     price_per_hour: float = option(0.0, "price of the machine per hour, for the estimate of --rollout", low=0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.price_per_hour and not self.rollout:
+            raise UsageError(f"--price_per_hour={self.price_per_hour}: means nothing without --rollout")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,8 +37,8 @@ def no_reward(settings: dict[str, Any], rows: Rows) -> str | None:
     if not any("reward" in row for row in rows) or any(row.get("reward") or row.get("reward_std") for row in rows):
         return None
     return (
-        "Every completion of every step got reward 0, so nothing was learned. Read the samples: is the answer format "
-        "known to the model (python -m minigrpo.sft teaches it), is --reward the right one, is the column of answers?"
+        "Every completion of every step got reward 0, so nothing was learned. Read the samples: does the model "
+        "know the answer format (python -m minigrpo.sft teaches it)? Is --reward right? Is --answer_column right?"
     )
 
 
@@ -126,7 +126,7 @@ def collapsed(settings: dict[str, Any], rows: Rows) -> str | None:
     if len(rows) < 2 * RECENT or last > 0.2 * first:
         return None
     return (
-        f"Entropy fell from {first:.2g} to {last:.2g} nats per token: completions of a group are becoming alike. "
+        f"Entropy fell from {first:.2g} to {last:.2g} nats per token: completions of a group become nearly equal. "
         "A higher --epsilon_high, --temperature or --beta, or a lower --learning_rate."
     )
 

@@ -95,8 +95,7 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
     except Exception as error:  # the TPU library raises its own, unnamed kinds
         reason, example = str(error).splitlines()[0], "2x2x2" if name.startswith(("v4", "v5p")) else "2x4"
         raise UsageError(
-            f"--topology={name}: not chips that the TPU compiler knows; use such as "
-            f"{name.partition(':')[0]}:{example} ({reason})"
+            f"--topology={name}: unknown to the TPU compiler; try {name.partition(':')[0]}:{example} ({reason})"
         ) from error
 
 
@@ -467,8 +466,8 @@ def figures(phase: Phase, chip: Chip) -> dict[str, Any]:
 
 
 GPU_NOTE = (
-    "counted by arithmetic, not compiled; up to 90 % of a card is taken to be usable, for which "
-    "XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 has to be set\n"
+    "counted by arithmetic, not compiled; 90 % of a card is taken to be usable, as minigrpo sets "
+    "XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 where it is unset\n"
 )
 
 

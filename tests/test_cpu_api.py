@@ -24,6 +24,9 @@ def brevity(completions, **kwargs):
     ("flags", "said"),
     [
         ({"learning_rat": 1e-3}, "learning_rat: no such argument; did you mean learning_rate?"),
+        ({"lr": 1e-3}, "lr: no such argument; use learning_rate"),
+        ({"reward_funcs": [len]}, "reward_funcs: no such argument; use rewards=[function, ...]"),
+        ({"train_dataset": []}, "train_dataset: no such argument; use dataset=rows"),
         ({"max_steps": "many"}, "--max_steps='many': must be a whole number"),
         ({"beta": -1.0}, "--beta=-1.0"),
         ({"slots": 0}, "--slots"),

@@ -130,8 +130,11 @@ def test_a_backend_that_does_not_start_or_is_another_is_refused(monkeypatch, tmp
     with pytest.raises(UsageError, match="the TPU cannot be used .jax chose the cpu.; pip install -U 'jax.tpu.'"):
         start_backend("tpu", machine(tmp_path))
     monkeypatch.setattr(jax, "devices", failing)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
+    del os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]
     with pytest.raises(UsageError, match="the NVIDIA GPU cannot be used .AssertionError."):
         start_backend("cuda", machine(tmp_path))
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.9"
 
 
 @pytest.mark.parametrize(("text", "major"), [(OPEN, 580), (driver("535.183.01"), 535), ("nonsense", 0), ("", 0)])

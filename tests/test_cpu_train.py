@@ -82,6 +82,7 @@ def test_the_run_folder_holds_what_is_promised(finished):
         path.name for path in (folder / "final").iterdir()
     }
     assert json.loads((folder / "config.json").read_text())["learning_rate"] > 0
+    assert json.loads((folder / "final" / "config.json").read_text())["torch_dtype"] == "float32"  # as it computes
     first = json.loads((folder / "completions.jsonl").read_text().splitlines()[0])
     numbers = {"logprobs", "policy_logprobs", "ref_logprobs", "entropy", "clipped"}
     assert {len(first[name]) for name in numbers} == {len(first["tokens"])} and min(first["entropy"]) >= 0
@@ -220,6 +221,15 @@ def bad_inputs(tmp_path):
         "empty": ([f"--dataset={tmp_path}/empty.jsonl"], "the file has no rows"),
         "too long": (["--max_prompt_length=2"], "--max_prompt_length=2: every prompt of builtin:arithmetic is longer"),
         "reward": (["--reward=niceness"], "--reward=niceness: no such reward"),
+        "reward's file alone": (
+            ["--reward=mine.py"],
+            "--reward=mine.py: name the function too, as in mine.py:FUNCTION",
+        ),
+        "penalty": (["--overlong_penalty=0.5"], "--overlong_penalty=0.5: means nothing without --overlong_buffer"),
+        "cap": (["--rollout_correction_cap=3"], "=3.0: means nothing without --rollout_correction"),
+        "resamples": (["--max_resamples=9"], "--max_resamples=9: means nothing without --zero_std_groups=resample"),
+        "mixture": (["--ref_mixup_alpha=0.5"], "--ref_mixup_alpha=0.5: means nothing without --sync_ref_steps"),
+        "wandb": (["--wandb_mode=offline"], "--wandb_mode=offline: means nothing without --report_to=wandb"),
         "output": ([f"--output_dir={tmp_path}/file/run"], f"--output_dir={tmp_path}/file/run: cannot be written"),
         "nothing to resume": (["--resume", f"--output_dir={tmp_path}/none"], "holds no run"),
         "resume what": (["--resume"], "--resume: name the run to continue with --output_dir"),
@@ -336,6 +346,21 @@ def test_a_run_whose_checkpoints_are_gone_is_not_started_over(tmp_path):
     result = run("--resume", f"--output_dir={tmp_path}/run")
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-2000:]
     assert metrics(tmp_path / "run") == before
+
+
+def test_a_command_of_a_single_word_is_refused_with_the_right_one():
+    for word, wanted in (("train", "train"), ("learn", "COMMAND")):
+        command = [sys.executable, "-m", "minigrpo", word, "--max_steps=1"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 2 and not result.stdout
+        assert result.stderr == f"error: {word}: commands are written python -m minigrpo.{wanted}\n"
+
+
+def test_output_that_nobody_reads_is_no_traceback():
+    command = [sys.executable, "-m", "minigrpo.check", "--model=builtin:tiny"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read() and process.wait(60) == 141
 
 
 @pytest.mark.parametrize("module", ["train", "sft", "evaluate", "plan", "tiny"])

@@ -61,13 +61,14 @@ def find_column(row: Row, usual: tuple[str, ...]) -> str | None:
     return None
 
 
-def choose_column(row: Row, flag: str, given: str, usual: tuple[str, ...]) -> str:
-    """Return the column that a flag names, or that is found; UsageError listing the row's columns."""
+def choose_column(row: Row, flag: str, given: str, usual: tuple[str, ...], cure: str = "") -> str:
+    """Return the column that a flag names, or that is found; UsageError with the row's columns and the cure."""
     wanted = usual if given == "auto" else (given,)
     found = find_column(row, wanted)
     if found is None:
         raise UsageError(
             f"--{flag}={given}: the dataset has no column {' or '.join(wanted)}; its columns are {column_names(row)}"
+            f"{cure}"
         )
     return found
 
@@ -294,7 +295,8 @@ def answer_reader(row: Row, options: DataOptions, prompt: Reader, required: bool
     if options.answer_column == "auto" and not required and not find_column(row, usual):
         return None
     wanted = usual if find_column(row, usual) else ANSWER_COLUMNS
-    column = choose_column(row, "answer_column", options.answer_column, wanted)
+    cure = "; name the one with reference answers, or take rewards that read none" if required else ""
+    column = choose_column(row, "answer_column", options.answer_column, wanted, cure)
     return partial(answer_cell if required else value_or_cell, column)
 
 

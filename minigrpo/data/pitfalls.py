@@ -1,5 +1,6 @@
 """Findings about a run's prompts, reference answers, template, end tokens, lengths and sampling."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minigrpo.config import Settings, UsageError
+from minigrpo.config import TINY, Settings, UsageError
 from minigrpo.data.calls import Reward, parameters
 from minigrpo.data.chat import control_tokens, file_ends, template_end
 from minigrpo.data.columns import ANSWER_COLUMNS, CHAT_COLUMNS, find_column, lookup
@@ -59,7 +60,10 @@ def dropped(subject: Subject) -> list[Finding]:
             f" or without a response within --max_completion_length={subject.settings.rollout.max_completion_length}"
         )
     status = FAIL if share > 0.5 else WARN if share > 0.05 else OK
-    return [Finding("prompts", status, text, "" if status == OK else f"{share:.0%} are lost: raise the limit")]
+    cure = "" if status == OK else f"{math.floor(100 * share)}% are lost: raise the limit"
+    if cure and subject.settings.model.model == TINY:
+        cure += f", or name your --model, as {TINY}'s tokenizer cuts words into many tokens"
+    return [Finding("prompts", status, text, cure)]
 
 
 def repeated(texts: list[str]) -> list[Finding]:

@@ -199,6 +199,8 @@ def parse_reward(part: str, modules: dict[str, ModuleType]) -> Reward:
     if path:
         return Reward(name, load_named("--reward", path, name, modules), scale)
     if name not in BUILTIN:
+        if name.endswith(".py"):
+            raise UsageError(f"--reward={part}: name the function too, as in {name}:FUNCTION")
         hint = near(name, [*BUILTIN, *KNOWN_ELSEWHERE])
         raise UsageError(
             f"--reward={part}: no such reward{hint}; use path.py:FUNCTION, package.module:FUNCTION "

@@ -25,7 +25,8 @@ def interval(share: float, count: int) -> tuple[float, float]:
     """
     centre = share + Z95**2 / (2 * count)
     half = Z95 * math.sqrt(max(share * (1 - share), 0.0) / count + Z95**2 / (4 * count**2))
-    return (centre - half) / (1 + Z95**2 / count), (centre + half) / (1 + Z95**2 / count)
+    whole = 1 + Z95**2 / count
+    return max(0.0, (centre - half) / whole), min(1.0, (centre + half) / whole)  # rounding leaves the range
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,7 +108,7 @@ def broken(settings: dict[str, Any], rows: Rows) -> str | None:
     if always(rows, "frac_reward_zero_std", 1.0):
         return (
             "in every step all completions of a group got the same reward, so nothing could be learned. Check that "
-            "--reward can tell answers apart, or take easier or harder problems."
+            "--reward tells good answers from bad ones, or take easier or harder problems."
         )
     if always(rows, "grad_norm", 0.0):
         return "the gradient was 0 in every step, so no weight changed."
@@ -152,7 +152,7 @@ def held_out_change(history: History) -> Change | None:
 def held_out_advice(change: Change) -> str:
     """Say how large a difference must be to show, and what helps."""
     if not change.difference.error:
-        return "No answer changed: train longer, or raise --learning_rate."
+        return "No problem went from wrong to right or back: train longer, or raise --learning_rate."
     seen = change.size(change.difference.smallest)
     count = change.difference.count
     return f"With {count} problems a difference shows from about {seen} on: train longer, or raise --eval_size."

@@ -494,10 +494,11 @@ def check_same_run(folder: Path, values: dict[str, Any]) -> list[str]:
     changed = {name: value for name, value in values.items() if before.get(name) != value}
     longer = {name for name, value in changed.items() if grows(name, before.get(name), value)}
     shown = {name: f"--{name}={value} (was {before.get(name)})" for name, value in changed.items()}
+    shorter = "; the length may only grow" if set(MAY_GROW) & set(changed) - longer else ""
     if differing := [shown[name] for name in changed if name not in FREE_TO_CHANGE | longer]:
         raise UsageError(
             f"--resume: {folder} is another run; it differs in {', '.join(differing)}; leave these flags out, or begin "
-            f"a new run from {folder}/final with --model"
+            f"a new run with --model={folder}, which starts from its last weights{shorter}"
         )
     fixed_warmup = values.get("warmup_steps") is not None or values.get("warmup_ratio") == 0
     constant = values.get("lr_schedule") == "constant" and fixed_warmup

@@ -21,6 +21,9 @@ TPUS = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
 PLUGINS = {"jax_cuda13_plugin": ("jax[cuda13]", 580), "jax_cuda12_plugin": ("jax[cuda12]", 525)}
 """jax's plug-ins for NVIDIA, the newest first: what installs each, and the oldest driver that it runs on."""
 
+GPU_SHARE = "0.9"
+"""Share of a GPU's memory that jax takes, which plans count on; its own default is 0.75."""
+
 ON_CPU = "or set JAX_PLATFORMS=cpu to run on the CPU"
 IMAGE = "create the TPU VM with the runtime image of its generation (v2-alpha-tpuv6e for v6e, v2-alpha-tpuv5-lite: v5e)"
 NAMES = {"tpu": "TPU", "cuda": "NVIDIA GPU", "gpu": "NVIDIA GPU"}
@@ -146,6 +149,8 @@ def choose_platform(
 
 def start_backend(platform: str, machine: Machine | None = None) -> None:
     """Start jax on a platform that `choose_platform` returned; UsageError with the cure when it does not start."""
+    if platform == "cuda":
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_SHARE)
     try:
         found = jax.devices()[0].platform
     except Exception as error:  # jax raises RuntimeError, AssertionError and its own

@@ -262,7 +262,7 @@ def compiled(counts: dict[str, int], programs: dict[str, int]) -> str:
         if often
         else ""
     )
-    return "compiled: " + ", ".join(f"{name} {count}" for name, count in own.items()) + more
+    return f"compiled: {', '.join(f'{name} {count}' for name, count in own.items()) or 'nothing'}{more}"
 
 
 def open_checkpoints(home: RunHome, options: RunOptions) -> Checkpoints:
