@@ -11,7 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from minigrpo.config import MODEL_DEFAULTS, TINY, LossOptions, RewardOptions, RolloutOptions, Settings, UsageError
+from minigrpo.config import (
+    MODEL_DEFAULTS,
+    TINY,
+    LossOptions,
+    Options,
+    RewardOptions,
+    RolloutOptions,
+    Settings,
+    UsageError,
+)
 from minigrpo.data.chat import Tokenizer, brings_template, load_tokenizer
 from minigrpo.grpo import losses
 from minigrpo.grpo.batch import PackingSpec
@@ -73,7 +82,7 @@ def check_needed(settings: Settings) -> None:
         "ref_mixup_alpha": ("sync_ref_steps", loss.sync_ref_steps > 0),
     }
     for name, (other, given) in needed.items():
-        value = settings.as_dict()[name]
+        value = settings.as_dict().get(name, defaults[name])  # plan has not all of them
         if value != defaults[name] and not given:
             raise UsageError(f"--{name}={value}: means nothing without --{other}")
 
@@ -324,15 +333,29 @@ def check_ends(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
         raise UsageError(f"{folder}: end token {unknown[0]} is outside the model's {config.vocab_size} vocabulary rows")
 
 
+def setting_text(flag: str, value: Any) -> str:
+    """Return a setting as one line shows it."""
+    return f"{flag}={value}".replace("\n", "\\n")
+
+
+def is_changed(options: Options, field: dataclasses.Field[Any]) -> bool:
+    """Tell if a setting is not the flag's default."""
+    return bool(getattr(options, field.name) != field.default)
+
+
 def announce(built: Build, packing: PackingSpec, sequences: int, params: tuple[Params, Params], run: str) -> None:
     """Print every value used by a run, once, and where things go.
 
     `sequences` are those of an update, `params` the trained and the frozen weights.
     """
+    changed: list[str] = []
     for name in built.settings.sections:
         options = getattr(built.settings, name)
-        values = " ".join(f"{flag}={value}" for flag, value in dataclasses.asdict(options).items() if value is not None)
-        sys.stderr.write(f"{(type(options).__doc__ or '').lower()}: {values}\n")
+        shown = {flag: setting_text(flag, value) for flag, value in dataclasses.asdict(options).items()}
+        values = [text for flag, text in shown.items() if getattr(options, flag) is not None]
+        sys.stderr.write(f"{(type(options).__doc__ or '').lower()}: {' '.join(values)}\n")
+        changed += [shown[field.name] for field in dataclasses.fields(options) if is_changed(options, field)]
+    sys.stderr.write(f"other than the defaults: {' '.join(changed) or 'nothing'}\n")
     mesh, most = built.spec.mesh, packing.micro_batches(sequences)
     devices, sizes = mesh.devices, " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     processes = f" of {WORKERS.count} workers" if WORKERS.count > 1 else ""

@@ -84,7 +84,9 @@ def parse_flags(argv: list[str], sections: tuple[str, ...], kind: type[AnySettin
     except (flags.Error, OSError, ValueError) as error:  # absl's ValueError is of --noNAME=VALUE
         raise UsageError(f"{flag_problem(error, argv, values)} (see --help)") from error
     if rest:
-        raise UsageError(f"unexpected argument {rest[0]!r}; flags are written --name=value (see --help)")
+        raise UsageError(
+            f"unexpected argument {rest[0]!r}; flags are written --name=value, and values with spaces need quotes"
+        )
     given = {name: typed(values[name].value) for name in values if values[name].present and name != "config"}
     return merge([read_config(name, sections, kind) for name in values.config], given, sections, kind)
 

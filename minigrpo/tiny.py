@@ -83,7 +83,8 @@ def main(settings: Settings) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_whole(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    sys.stderr.write(f"{folder}: {tokenizer.get_vocab_size()} tokens, no weights yet\n")
+    sys.stderr.write(f"{folder}: {tokenizer.get_vocab_size()} tokens, no weights yet; train them with\n")
+    sys.stderr.write(f"python -m minigrpo.sft --model={folder} --init=random --dataset=builtin:arithmetic\n")
     return 0
 
 

@@ -66,7 +66,7 @@ SOAK = {
     "test_cpu_report": "a_run_of_any_length",
     "test_cpu_sft": "adapters_are_trained|stopped",
     "test_cpu_tpu": r"largest_batch|small_model\[true|two_slices",
-    "test_cpu_train": "another_loss|torn_checkpoint|final_model_evaluates|checkpoints_are_gone",
+    "test_cpu_train": "another_loss|torn_checkpoint|final_model_evaluates|checkpoints_are_gone|reruns_itself",
     "test_cpu_workers": "a_worker_that_ends|a_random_reward|a_reward_that_fails",
 }
 """Tests that run for minutes and repeat, as whole runs, what smaller tests assert; `-m soak` runs them alone."""

@@ -271,7 +271,7 @@ def single(tiny_config, tiny_params):
     return one_update(tiny_config, tiny_params, batch=host_batch(2, old=True, ref=True))
 
 
-@pytest.mark.parametrize("mesh", [(4, 2), (2, 4), (8, 1), (1, 2)])
+@pytest.mark.parametrize("mesh", [(4, 2), (8, 1)])
 def test_meshes_give_the_same_loss_and_gradients(tiny_config, tiny_params, single, mesh):
     metrics, grads = one_update(tiny_config, tiny_params, mesh, host_batch(2, old=True, ref=True))
     for name, value in metrics.items():
@@ -291,7 +291,7 @@ def test_accumulation_gives_the_same_update(tiny_config, tiny_params, single, ro
     assert_close(grads, single[1])
 
 
-@pytest.mark.parametrize(("rows", "mesh"), [(8, (1, 1)), (3, (1, 1)), (1, (2, 2))])
+@pytest.mark.parametrize(("rows", "mesh"), [(3, (1, 1)), (1, (2, 2))])
 def test_every_tokens_numbers_come_back_by_completion(tiny_config, tiny_params, rows, mesh):
     device_mesh, batch, loss = mesh_of(*mesh), host_batch(2, old=True, ref=True), LossOptions(epsilon=0.3)
     spec, params = make_update_spec(tiny_config, device_mesh, loss=loss), place(tiny_params, device_mesh)

@@ -135,7 +135,7 @@ def first(count, of):
         ),
         (history(before=first(280, 500), after=first(240, 500)), WORSE, "Worse: held-out accuracy fell from 56.0"),
         (history(before=first(240, 500), after=first(244, 500)), EARLY, "Too early to tell: held-out accuracy went"),
-        (history(before=first(5, 9), after=first(5, 9)), EARLY, "No answer changed"),
+        (history(before=first(5, 9), after=first(5, 9)), EARLY, "No problem went"),
         (history(before=first(240, 500), after=first(280, 500), answers=False), LEARNED, "on 500 problems (p = 0.011)"),
         (history(rewards=[1.0] * 2), EARLY, "Too early to tell: 2 steps cannot show a trend."),
         (history(rewards=[1.0, 1.1, 0.9, 2.0, 2.1, 1.9]), LEARNED, "the training reward rose from 1 ± 0.058 to 2"),

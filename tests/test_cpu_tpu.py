@@ -107,7 +107,7 @@ def test_the_plan_of_a_small_model(small_model, share):
             ("--topology=v7x:2x2",),
             "--topology=v7x:2x2: unknown; try v6e:2x4, another of v4, v5e, v5p, tpu7x, v6e, or gpu:80GB",
         ),
-        (("--topology=v6e:3x7",), "--topology=v6e:3x7: not chips that the TPU compiler knows; use such as v6e:2x4"),
+        (("--topology=v6e:3x7",), "--topology=v6e:3x7: unknown to the TPU compiler; try v6e:2x4"),
         (("--topology=gpu:80",), "--topology=gpu:80: a GPU is written with its memory: gpu:80GB"),
         (("--quantize=int8",), "--quantize=int8: freezes the base weights; add --lora_rank=16"),
         (

@@ -358,9 +358,9 @@ def test_a_command_of_a_single_word_is_refused_with_the_right_one():
 
 def test_output_that_nobody_reads_is_no_traceback():
     command = [sys.executable, "-m", "minigrpo.check", "--model=builtin:tiny"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.close()
-    assert "Traceback" not in process.stderr.read() and process.wait(60) == 141
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read() and process.wait(60) == 141
 
 
 @pytest.mark.parametrize("module", ["train", "sft", "evaluate", "plan", "tiny"])

@@ -136,7 +136,7 @@ def read_prompts(path: Path, options: DataOptions) -> list[Prompt]:
         with open(path, encoding="utf-8-sig") as file:
             lines = [line.rstrip("\r\n") for line in file if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts={path}: cannot be read ({error})") from error
+        raise UsageError(f"--prompts={path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if not lines:
         raise UsageError(f"--prompts={path}: the file has no prompts")
     return list(lines)

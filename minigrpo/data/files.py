@@ -103,7 +103,7 @@ def read_file(path: Path, flag: str) -> Rows:
     try:
         kind = TABLES.get(suffix(path)) or TABLES.get(magic(path))
     except OSError as error:
-        raise UsageError(f"--{flag}={path}: cannot be read ({error})") from error
+        raise UsageError(f"--{flag}={path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     rows = read_table(path, flag, *kind) if kind else read_json_file(path, flag)
     return refuse_empty(flag, path, rows)
 
@@ -139,7 +139,7 @@ def read_json_file(path: Path, flag: str) -> JsonLines:
         with open_bytes(path) as file:
             return document_rows(path, file) if document else line_rows(path, file)
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UsageError(f"--{flag}={path}: cannot be read ({error})") from error
+        raise UsageError(f"--{flag}={path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def is_document(file: io.BufferedIOBase) -> bool:
@@ -255,7 +255,7 @@ def csv_arguments(path: Path, label: str, separator: str) -> dict[str, Any]:
         with open_bytes(path) as file:
             names = next(csv.reader(codecs.getreader("utf-8-sig")(file), delimiter=separator), [])
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, csv.Error) as error:
-        raise UsageError(f"{label}: cannot be read ({error})") from error
+        raise UsageError(f"{label}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     columns = [name or f"Unnamed: {place}" for place, name in enumerate(names)]
     twice = next((name for name in columns if columns.count(name) > 1), None)
     if twice is not None:

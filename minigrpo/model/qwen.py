@@ -377,13 +377,20 @@ def adapter_shapes(config: ModelConfig) -> Params:
 
 def random_adapters(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
     """Draw fresh float32 adapters, which change nothing yet, on the mesh."""
-    shardings = shardings_of(mesh, adapter_shapes(config))
-    make = jax.jit(lambda: select(init_params(config, jax.random.key(seed)), is_adapter), out_shardings=shardings)
-    return make()
+
+    def draw_adapters() -> Params:
+        return select(init_params(config, jax.random.key(seed)), is_adapter)
+
+    drawn: Params = jax.jit(draw_adapters, out_shardings=shardings_of(mesh, adapter_shapes(config)))()
+    return drawn
 
 
 def quantize(config: ModelConfig, params: Params, mesh: Mesh) -> Params:
     """Round the base's matrices to int8 with scales, laid out on the mesh."""
-    run = functools.partial(to_int8, config)
-    shardings = shardings_of(mesh, jax.eval_shape(run, params))
-    return jax.jit(run, out_shardings=shardings)(params)
+
+    def round_to_int8(params: Params) -> Params:
+        return to_int8(config, params)
+
+    shardings = shardings_of(mesh, jax.eval_shape(round_to_int8, params))
+    rounded: Params = jax.jit(round_to_int8, out_shardings=shardings)(params)
+    return rounded

@@ -314,12 +314,12 @@ def random_params(config: ModelConfig, mesh: Mesh, seed: int, dtype: Any = np.fl
     shapes = abstract_params(config)
     shardings = shardings_of(mesh, shapes)
 
-    def make() -> Params:
+    def draw_weights() -> Params:
         drawn: Params = init_params(config, jax.random.key(seed))
         same: Params = jax.tree.map(lambda w: w.astype(dtype), drawn)  # the same numbers whatever the dtype
         return same
 
-    made: Params = jax.jit(make, out_shardings=shardings)()
+    made: Params = jax.jit(draw_weights, out_shardings=shardings)()
     return made
 
 

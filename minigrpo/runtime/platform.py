@@ -115,8 +115,10 @@ def check_gpu(machine: Machine, finder: Finder) -> None:
 
 def refuse_absent(asked: str) -> None:
     """Raise UsageError for a device that was asked for and is not here."""
-    where = "its PCI bus has none; use a TPU VM" if asked == "tpu" else "no NVIDIA driver is loaded; see nvidia-smi"
-    raise UsageError(f"JAX_PLATFORMS={asked}: no {NAMES[asked]} here ({where}), or leave JAX_PLATFORMS out")
+    why, then = "its PCI bus has none", "use a TPU VM"
+    if asked != "tpu":
+        why, then = "no NVIDIA driver is loaded", "see nvidia-smi"
+    raise UsageError(f"JAX_PLATFORMS={asked}: no {NAMES[asked]} here, as {why}; {then}, or leave JAX_PLATFORMS out")
 
 
 def choose_platform(
