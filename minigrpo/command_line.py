@@ -85,7 +85,7 @@ def parse_flags(argv: list[str], sections: tuple[str, ...], kind: type[AnySettin
         raise UsageError(f"{flag_problem(error, argv, values)} (see --help)") from error
     if rest:
         raise UsageError(
-            f"unexpected argument {rest[0]!r}; flags are written --name=value, and values with spaces need quotes"
+            f"unexpected argument {rest[0]!r}; flags are written --name=value, spaces in quotes (see --help)"
         )
     given = {name: typed(values[name].value) for name in values if values[name].present and name != "config"}
     return merge([read_config(name, sections, kind) for name in values.config], given, sections, kind)

@@ -411,6 +411,7 @@ def export(
         write_tensors(partial / file, group)
         index |= dict.fromkeys(group, file)
         size += sum(value.nbytes for value in group.values())
+        group.clear()  # before the next one is collected
     name_files(partial, index, size)
     (partial / "config.json").write_text(json.dumps(config_json(config, stop_tokens, dtype), indent=2) + "\n")
     copy_tokenizer(source, partial, chat_template)
