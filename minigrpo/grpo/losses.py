@@ -149,8 +149,8 @@ def policy_loss(
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """Compute the batch's share of the loss, the metrics' sums over its completion tokens, and every token's numbers.
 
-    These are the policy's log-probs and entropy, and "clipped": 1 where the clip takes the gradient away above the
-    range of ratios, -1 below it.
+    These are the policy's log-probs and entropy, and "clipped": 1 where the ratio is clipped (for cispo, capped) above
+    its range, -1 below it.
     """
     mask = batch.completion_mask
     counted = mask.astype(jnp.float32)
