@@ -59,14 +59,14 @@ SOAK = {
     "test_cpu_api": "several_runs",
     "test_cpu_bucket": "killed|python_door|bucket_holds|a_part_of|checkpoint_in_a_|generate_ans|a_report_of|damaged",
     "test_cpu_commands": "keep_to_it|groups_without_contrast",
-    "test_cpu_compiles": "one device",
+    "test_cpu_compiles": "one device|mesh",
     "test_cpu_faults": "a_short_table",
     "test_cpu_pods": "",
     "test_cpu_recipes": "a_recipe_trains",
     "test_cpu_report": "a_run_of_any_length",
     "test_cpu_sft": "adapters_are_trained|stopped",
     "test_cpu_tpu": r"largest_batch|small_model\[true|two_slices",
-    "test_cpu_train": "another_loss|torn_checkpoint|final_model_evaluates|checkpoints_are_gone|reruns_itself",
+    "test_cpu_train": "another_loss|torn_checkpoint|final_model_evaluates|checkpoints_are_gone|reruns_itself|blew_up",
     "test_cpu_workers": "a_worker_that_ends|a_random_reward|a_reward_that_fails",
 }
 """Tests that run for minutes and repeat, as whole runs, what smaller tests assert; `-m soak` runs them alone."""
