@@ -61,15 +61,20 @@ SOAK = {
     "test_cpu_commands": "keep_to_it|groups_without_contrast",
     "test_cpu_compiles": "one device|mesh",
     "test_cpu_faults": "a_short_table",
+    "test_cpu_grpo": r"meshes_give.*mesh[13]",
+    "test_cpu_packing": r"same_update\[\w+-mesh(0-8|4)",
+    "test_cpu_paged_attention": r"small_heads_on_the_cpu.*\[(24|64)-4-2",
     "test_cpu_pods": "",
     "test_cpu_recipes": "a_recipe_trains",
     "test_cpu_report": "a_run_of_any_length",
+    "test_cpu_rollout": r"changes_no_completion\[changes[04]",
     "test_cpu_sft": "adapters_are_trained|stopped",
     "test_cpu_tpu": r"largest_batch|small_model\[true|two_slices",
     "test_cpu_train": "another_loss|torn_checkpoint|final_model_evaluates|checkpoints_are_gone|reruns_itself|blew_up",
+    "test_cpu_transformers": r"greedy_text_equal.*(True\)-16|False\)-4)",
     "test_cpu_workers": "a_worker_that_ends|a_random_reward|a_reward_that_fails",
 }
-"""Tests that run for minutes and repeat, as whole runs, what smaller tests assert; `-m soak` runs them alone."""
+"""Tests that repeat what others assert, as whole runs or in further cases; `-m soak` runs them alone."""
 
 
 def pytest_collection_modifyitems(items):

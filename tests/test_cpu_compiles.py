@@ -35,7 +35,7 @@ def scored_file(folder):
     return f"--dataset={folder}/scored.jsonl"
 
 
-EVALUATED = ["--max_steps=8", "--eval_steps=8", "--eval_size=40"]
+EVALUATED = ["--max_steps=8", "--eval_steps=4", "--eval_size=150"]
 CASES = {
     "one device": (["--mesh=1,1", "--max_steps=60"], 1),
     "mesh": (["--mesh=4,2", "--max_steps=12", "--beta=0.1", "--num_iterations=2", "--num_minibatches=2"], 1),

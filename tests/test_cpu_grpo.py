@@ -271,7 +271,7 @@ def single(tiny_config, tiny_params):
     return one_update(tiny_config, tiny_params, batch=host_batch(2, old=True, ref=True))
 
 
-@pytest.mark.parametrize("mesh", [(4, 2), (8, 1)])
+@pytest.mark.parametrize("mesh", [(4, 2), (2, 4), (8, 1), (1, 2)])
 def test_meshes_give_the_same_loss_and_gradients(tiny_config, tiny_params, single, mesh):
     metrics, grads = one_update(tiny_config, tiny_params, mesh, host_batch(2, old=True, ref=True))
     for name, value in metrics.items():

@@ -339,7 +339,7 @@ def alone(tiny_config, tiny_params):
 
 @pytest.mark.parametrize(
     ("mesh", "rows", "loss"),
-    [((1, 1), 2, "grpo"), ((1, 1), 3, "excluded"), ((2, 1), 2, "gspo")],
+    [((1, 1), 8, "gspo"), ((1, 1), 2, "grpo"), ((1, 1), 3, "excluded"), ((2, 1), 2, "gspo"), ((4, 2), 1, "grpo")],
 )
 @pytest.mark.parametrize("packing", ["packed", "shared"])
 def test_packing_gives_the_same_update(tiny_config, tiny_params, alone, mesh, rows, loss, packing):

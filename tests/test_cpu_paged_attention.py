@@ -100,9 +100,8 @@ def test_xla_equals_oracle(dtype, heads, kv_heads, dim, page_size):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "page_size"), [(4, 4, 32, 4), (4, 2, 16, 24), (6, 2, 20, 64), (6, 2, 20, 4)]
-)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 32), (4, 2, 16), (6, 2, 20)])
+@pytest.mark.parametrize("page_size", [4, 24, 64])
 def test_small_heads_on_the_cpu_equal_oracle(dtype, heads, kv_heads, dim, page_size):
     check(attend_here, heads, kv_heads, dim, page_size, dtype, extra=(131,))
 

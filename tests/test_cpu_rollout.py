@@ -51,9 +51,11 @@ def assert_same(got, want):
 @pytest.mark.parametrize(
     ("changes", "mesh"),
     [
+        ({"slots": "4"}, (1, 1)),
         ({"slots": "auto"}, (1, 1)),
         ({"slots": "1"}, (1, 1)),
-        ({"page_size": 16, "slots": "4"}, (1, 1)),
+        ({"page_size": 16}, (1, 1)),
+        ({"pool_pages": 28}, (1, 1)),
         ({"pool_pages": 36, "slots": "3"}, (1, 1)),
         ({}, (4, 2)),
         ({"slots": "2", "page_size": 4}, (2, 1)),
