@@ -18,6 +18,7 @@ install_import_hook("minigrpo", "beartype.beartype")
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 if jax.config.jax_platforms is None:
@@ -25,7 +26,25 @@ if jax.config.jax_platforms is None:
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.devices()  # started here, as a command run in this process would start one device
+
+
+
+def promoting(function):
+    """Let optax promote dtypes: it mixes counts, which are int32, with floats."""
+
+    def call(*args):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args)
+
+    return call
+
+
+optax.tree.bias_correction = promoting(optax.tree.bias_correction)
+join_schedules = optax.join_schedules
+optax.join_schedules = lambda *args: promoting(join_schedules(*args))
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"

@@ -158,9 +158,8 @@ def simulate(lengths, prompt, page, pool, slots):
     zeros = jnp.zeros(slots, jnp.int32)
     empty = scheduler.Slots(zeros + total, zeros, zeros, jnp.full((slots, entries), pool, jnp.int32))
     per_prompt = -(-(prompt - 1) // page)
-    table = jnp.where(
-        jnp.arange(entries) < per_prompt, jnp.arange(total)[:, None] * per_prompt + jnp.arange(entries), pool
-    )
+    columns = jnp.arange(entries)[None]
+    table = jnp.where(columns < per_prompt, jnp.arange(total)[:, None] * per_prompt + columns, pool)
     state = scheduler.State(
         jnp.zeros((1, pool, 1)),
         scheduler.full_pool(pool, jnp.int32(total * per_prompt)),

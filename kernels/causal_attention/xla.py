@@ -48,11 +48,12 @@ def softmax_weights(
     before all layers.
     """
     positions, segments, k = jax.lax.optimization_barrier((positions, segments, k))
-    visible = jnp.arange(len(k)) <= positions[:, None]
+    visible = jnp.arange(len(k))[None] <= positions[:, None]
     if segments is not None:
-        visible &= segments[positions][:, None] == segments
+        visible &= segments[positions][:, None] == segments[None]
     mask = jnp.tile((1 - visible.astype(jnp.float32)) * MASKED_SCORE, (q.shape[1] // len(positions), 1))
-    scores = jnp.einsum("KTH,SKH->KTS", q, k, preferred_element_type=jnp.float32) * (1 / math.sqrt(q.shape[2])) + mask
+    scores = jnp.einsum("KTH,SKH->KTS", q, k, preferred_element_type=jnp.float32) * (1 / math.sqrt(q.shape[2]))
+    scores += mask[None]
     return jnp.exp(scores - scores.max(axis=-1, keepdims=True))
 
 

@@ -150,8 +150,8 @@ def paged_attention(
     def wanted(index: Array) -> Array:
         first = index * BLOCK_TOKENS + jnp.arange(0, BLOCK_TOKENS, piece)
         page = page_table[:, jnp.minimum(first // (count * piece), page_table.shape[1] - 1)]
-        page = layer * num_pages + jnp.where(first < lengths[:, None], page, 0)
-        return 2 * (page * count + first // piece % count)
+        page = layer * num_pages + jnp.where(first[None] < lengths[:, None], page, 0)
+        return 2 * (page * count + first[None] // piece % count)
 
     def scores(index: Array) -> Array:
         keys = as_keys(pages, dim)

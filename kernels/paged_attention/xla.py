@@ -68,7 +68,7 @@ def fill_pages(
 
 def inside(index: Int[Array, ""], size: int, lengths: Int[Array, " B"]) -> Bool[Array, "B S"]:
     """Mark the tokens of a block of `size` that a sequence has."""
-    return index * size + jnp.arange(size) < lengths[:, None]
+    return index * size + jnp.arange(size)[None] < lengths[:, None]
 
 
 def attend_blocks(

@@ -52,7 +52,8 @@ class Batch:
     @property
     def completion_mask(self) -> Bool[Array, "*B C"]:
         """Return True for every completion token."""
-        return jnp.arange(self.completions.shape[-1]) < self.completion_lengths[..., None]
+        positions = jax.lax.broadcasted_iota(jnp.int32, self.completions.shape, self.completions.ndim - 1)
+        return positions < self.completion_lengths[..., None]
 
     @property
     def loss_mask(self) -> Float[Array, "*B C"]:

@@ -199,7 +199,7 @@ def softmax_stats(
         peak, total, weighted = stats
         start = jnp.minimum(index * size, vocab - size)
         part = jax.lax.dynamic_slice_in_dim(weights, start, size)
-        entries = first + start + jnp.arange(size)
+        entries = (first + start + jnp.arange(size))[None]
         logits = scaled_logits(head, hidden, part, entries, first + index * size)
         logits = drop_below(floors, logits, entries, targets)
         new_peak = jnp.maximum(peak, logits.max(axis=-1))
@@ -224,7 +224,7 @@ def local_backward(
     """Compute gradients of one device's rows and of its part of the head, for the cotangent of the log-probs."""
     size = min(head.tiles.backward_rows, hidden.shape[0])
     first = jax.lax.axis_index(TP) * weights.shape[0]
-    entries = first + jnp.arange(weights.shape[0])
+    entries = (first + jnp.arange(weights.shape[0]))[None]
 
     def chunk(weights_grad: Array, rows: Rows) -> tuple[Array, Array]:
         h, t, lse, g, floors = jax.tree.map(across_tp, rows)

@@ -79,7 +79,7 @@ def by_completion(packed: PackedBatch, scores: Float[Array, "A S"]) -> Float[Arr
     """Arrange a micro-batch's scores by completion; scores past a completion's end are meaningless."""
     devices, most = scores.shape
     length = packed.batch.completions.shape[1]
-    positions = packed.starts.reshape(devices, -1, 1) + jnp.arange(length)
+    positions = packed.starts.reshape(devices, -1, 1) + jnp.arange(length)[None, None]
     return take_along(scores, jnp.minimum(positions, most - 1).reshape(devices, -1)).reshape(-1, length)
 
 

@@ -124,16 +124,14 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> 
     """Compute x / rms(x) * scale over the last dim, in float32 (arXiv:1910.07467)."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (scale.astype(jnp.float32) * normed).astype(x.dtype)
+    return (jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1)) * normed).astype(x.dtype)
 
 
 def rope_angles(positions: Int[Array, "B T"], config: ModelConfig) -> Angles:
     """Return cos and sin [B, T, 1, H/2] of the rotary angles at `positions`, float32 (arXiv:2104.09864)."""
     frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    angles, factor = (
-        positions[:, :, None, None].astype(jnp.float32) * frequencies,
-        attention_factor(config.rope_scaling),
-    )
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
+    factor = attention_factor(config.rope_scaling)
     return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
 
@@ -211,7 +209,7 @@ class Attention(Projections):
         """Project x [B,T,D] to q [B,T,N,H], k [B,T,K,H] and v [B,T,K,H], biased or normed, then rotated."""
         q, k, v = (self.project(name, x, context) for name in ("q", "k", "v"))
         if self.config.qkv_bias:
-            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+            q, k, v = q + self.q_bias[None, None], k + self.k_bias[None, None], v + self.v_bias[None, None]
         if self.config.qk_norm:
             q = rms_norm(q, self.q_norm[...], self.config.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], self.config.rms_norm_eps)

@@ -242,7 +242,7 @@ def prompt_pages(spec: PageSpec, prompts: PromptBatch) -> tuple[Int[Array, "P M"
     """
     needed = spec.pages(jnp.maximum(prompts.lengths - 1, 0))
     starts = jnp.cumsum(needed) - needed
-    entries = jnp.arange(spec.table_entries)
+    entries = jnp.arange(spec.table_entries)[None]
     return jnp.where(entries < needed[:, None], starts[:, None] + entries, spec.num_pages), needed.sum()
 
 
@@ -322,7 +322,7 @@ def seen_tokens(spec: PageSpec, prompts: PromptBatch, state: State, nothing: int
     prompt = completion // spec.group
 
     def existing(tokens: Array, lengths: Array) -> Array:
-        return jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, nothing)
+        return jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, nothing)
 
     asked = existing(prompts.tokens[prompt], prompts.lengths[prompt])
     return jnp.concatenate([asked, existing(state.tokens[completion], state.lengths[completion])], axis=1)
@@ -331,7 +331,7 @@ def seen_tokens(spec: PageSpec, prompts: PromptBatch, state: State, nothing: int
 def real_logits(spec: RolloutSpec, logits: Float[Array, "S V"], seen: Int[Array, "S N"] | None) -> Float[Array, "S V"]:
     """Set logits of rows that are no tokens to -inf, and penalise tokens `seen`."""
     if logits.shape[1] > spec.num_tokens:
-        logits = jnp.where(jnp.arange(logits.shape[1]) < spec.num_tokens, logits, -jnp.inf)
+        logits = jnp.where(jnp.arange(logits.shape[1])[None] < spec.num_tokens, logits, -jnp.inf)
     return logits if seen is None else penalise(spec.sampler.repetition_penalty, logits, seen)
 
 
@@ -482,7 +482,7 @@ def initial_state(spec: RolloutSpec, page_spec: PageSpec, prompts: PromptBatch, 
 
 def all_uniforms(spec: PageSpec, prompts: PromptBatch, key: Array) -> Float[Array, "B C"]:
     """Draw the random number of every token, which depends on the prompt's uid, the member and the position alone."""
-    members = prompts.first_member[:, None] + jnp.arange(spec.group)
+    members = prompts.first_member[:, None] + jnp.arange(spec.group)[None]
 
     def one(uid: Array, member: Array, position: Array) -> Array:
         return jax.random.uniform(functools.reduce(jax.random.fold_in, (uid, member, position), key))

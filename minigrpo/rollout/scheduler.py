@@ -193,7 +193,7 @@ def admit(spec: PageSpec, prompts: PromptBatch, prompt_table: Int[Array, "P M"],
 
 def owned_entries(spec: PageSpec, state: State) -> Bool[Array, "S M"]:
     """Mark the page-table entries that slots own: past the prompt's, as far as pages were given."""
-    entries = jnp.arange(spec.table_entries)
+    entries = jnp.arange(spec.table_entries)[None]
     given = state.slots.page_table < spec.num_pages
     return running(state)[:, None] & (entries >= state.slots.shared[:, None]) & given
 
