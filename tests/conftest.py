@@ -31,7 +31,6 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.devices()  # started here, as a command run in this process would start one device
 
 
-
 def promoting(function):
     """Let optax promote dtypes: it mixes counts, which are int32, with floats."""
 
