@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 from minigrpo.runtime.checkpoint import seal
 
@@ -22,18 +24,30 @@ def renamed_over(steps: pathlib.Path) -> None:
     (steps / "2").rename(steps / "4")
 
 
+def stray_file(folder: pathlib.Path) -> None:
+    """Make a folder with a file of no meaning."""
+    folder.mkdir()
+    (folder / "x").write_text("x")
+
+
+def emptied(folder: pathlib.Path) -> None:
+    """Delete all that a folder holds."""
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
 def rewrite(manifest: pathlib.Path, **changes: object) -> None:
     """Change a manifest and seal it again."""
     content = {name: value for name, value in json.loads(manifest.read_text()).items() if name != "seal"} | changes
     manifest.write_text(json.dumps(content | {"seal": seal(content)}))
 
 
-STRUCTURE = {
+STRUCTURE: dict[str, tuple[Callable[[pathlib.Path, pathlib.Path], object], int | str, tuple[str, ...]]] = {
     "nothing": (lambda steps, _: None, 4, ()),
     "an empty newest": (lambda steps, _: (steps / "99").mkdir(), 4, ()),
     "a stray file": (lambda steps, _: (steps / "99").write_text("x"), 4, ()),
     "a stray folder": (lambda steps, _: (steps / "notes").mkdir(), 4, ()),
-    "strange files in the newest": (lambda steps, _: [(steps / "9").mkdir(), (steps / "9/x").write_text("x")], 4, ()),
+    "strange files in the newest": (lambda steps, _: stray_file(steps / "9"), 4, ()),
     "a newest without arrays": (lambda steps, _: shutil.rmtree(steps / "4/default"), 2, ()),
     "a newest without manifest": (lambda steps, _: shutil.rmtree(steps / "4/manifest"), 2, ()),
     "a half-deleted newest": (lambda steps, _: half_deleted(steps / "4"), 2, ()),
@@ -46,7 +60,7 @@ STRUCTURE = {
     "what a killed save left": (lambda steps, _: (steps / "6.orbax-checkpoint-tmp-1").mkdir(), 4, ()),
     "what a killed deletion left": (lambda steps, _: (steps / "1.deleted").mkdir(), 4, ()),
     "both half-deleted": (lambda steps, _: half_deleted(steps), "refused", ()),
-    "none left": (lambda steps, _: [shutil.rmtree(steps), steps.mkdir()], "refused", ()),
+    "none left": (lambda steps, _: emptied(steps), "refused", ()),
     "a newer version's": (lambda _, manifest: rewrite(manifest, format=2), "refused", ()),
     "another model's": (lambda steps, _: None, "refused", ("more",)),
 }  # fmt: skip
@@ -59,13 +73,13 @@ FULL_PLACES: list[str] = []
 """Parts of paths where there is no room."""
 
 
-def refuse(event: str, args: tuple) -> None:
+def refuse(event: str, args: tuple[Any, ...]) -> None:
     """Raise the system's error for a file that is opened for writing where there is no room; an audit hook."""
     if event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR) and any(part in str(args[0]) for part in FULL_PLACES):
         raise OSError(28, "No space left on device", str(args[0]))
 
 
-DISK = {
+DISK: dict[str, tuple[str, Any]] = {
     **{f"no room for {name}": ("no room", name) for name in (
         "metrics.jsonl", "completions.jsonl", "config.json", "flags.txt", "train.log", "newest_checkpoint",
         "manifest", "final", "evaluations.jsonl",

@@ -174,6 +174,7 @@ def structure(lab: Lab, number: int) -> Outcome:
     act(run / "checkpoints", run / "checkpoints" / str(STEPS) / MANIFEST)
     before = sorted(path.name for path in run.rglob("*"))
     try:
+        step: Any
         step, state, said = restore(run, like | {name: jnp.zeros(3) for name in more})
         wrong = "" if step == wanted and state == saved[step] else f"step {step} restored, not {wanted}"
     except UsageError as error:
@@ -191,9 +192,9 @@ def disk(lab: Lab, number: int) -> Outcome:
     original, run = lab.reference(job)[0], lab.new("disk")
     if kind == "no room":
         FULL_PLACES.append(value)
-        code, said = run_here(job, run)
+        ended, said = run_here(job, run)
         FULL_PLACES.clear()
-        return lab.resume(job, run, case, said, wrong_error(code, said))
+        return lab.resume(job, run, case, said, wrong_error(ended, said))
     size = int(value * sum(path.stat().st_size for path in original.rglob("*"))) if kind == "full" else 0
     with limited(run.with_name(run.name + "-disk"), size) as (place, prepare, free):
         run = place / "run" if size else run

@@ -28,7 +28,7 @@ from minigrpo.kernels.backend import backend_for
 from minigrpo.plan import topology_mesh
 from minigrpo.planning import hlo
 from minigrpo.runtime.chips import CHIPS
-from minigrpo.runtime.mesh import DATA, FSDP, TP, make_mesh, start_platform
+from minigrpo.runtime.mesh import FSDP, TP, by_sequence, make_mesh, start_platform
 
 VARIANTS = ("naive", "ours")
 
@@ -79,7 +79,7 @@ def programs(variant: str, head: LMHead) -> tuple[Any, Any]:
 
 def arguments(options: BenchOptions, mesh: Mesh, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Return abstract hidden states, weights and targets, laid out as in training."""
-    rows = NamedSharding(mesh, PartitionSpec(DATA))
+    rows = by_sequence(mesh)
     count = options.tokens * mesh.size
     return (
         jax.ShapeDtypeStruct((count, options.hidden), dtype, sharding=rows),

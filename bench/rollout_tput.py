@@ -77,15 +77,15 @@ def copy_bandwidth() -> float:
     copy, seconds, x = jax.jit(jnp.copy), [], jax.block_until_ready(rewrite(x))
     jax.block_until_ready(copy(x))
     for _ in range(5):
-        took, x = timed(lambda x=x: jax.block_until_ready(rewrite(x)))
-        seconds += [took / COPIES, timed(lambda x=x: jax.block_until_ready(copy(x)))[0]]
+        took, x = timed(lambda x: jax.block_until_ready(rewrite(x)), x)
+        seconds += [took / COPIES, timed(lambda x: jax.block_until_ready(copy(x)), x)[0]]
     return 2 * size / min(seconds)
 
 
-def timed(call: Callable[[], Result]) -> tuple[float, Result]:
+def timed(call: Callable[..., Result], *arguments: Any) -> tuple[float, Result]:
     """Return a call's seconds and its result."""
     started = time.perf_counter()
-    result = call()
+    result = call(*arguments)
     return time.perf_counter() - started, result
 
 
@@ -265,11 +265,11 @@ class Timing:
 def time_rollouts(job: Job) -> Timing:
     """Time whole rollouts, and those of one token, after a warm-up of each."""
     generator, prefiller = job.generator(job.shape.new_tokens), job.generator(1)
-    first, _ = timed(lambda: job.generate(generator, 0))
+    first, _ = timed(job.generate, generator, 0)
     job.generate(prefiller, 0)
     turns = range(1, job.shape.repeats + 1)
-    prefill = statistics.median(timed(lambda i=i: job.generate(prefiller, i))[0] for i in turns)
-    return Timing(first, prefill, [timed(lambda i=i: job.generate(generator, i)) for i in turns])
+    prefill = statistics.median(timed(job.generate, prefiller, i)[0] for i in turns)
+    return Timing(first, prefill, [timed(job.generate, generator, i) for i in turns])
 
 
 def rates_of(job: Job, timing: Timing, reading: float) -> dict[str, Any]:

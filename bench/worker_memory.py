@@ -106,7 +106,7 @@ def peak_of(work: Callable[[], Any], before: int) -> tuple[Any, int]:
 
 def work(flags: list[str], exported: pathlib.Path) -> None:
     """Load and export as one of the workers, and write the peaks beside the export."""
-    settings = parse_flags(flags, COMMANDS["train"].sections)
+    settings: Any = parse_flags(flags, COMMANDS["train"].sections)
     with joined(settings):
         built = build(settings, settings.run.mesh)
         before = anonymous_bytes()
