@@ -420,7 +420,9 @@ class RunOptions(Options):
         "", "metric whose best step's checkpoint is kept too: eval/accuracy, for example; -eval/loss for the lowest"
     )
     grace_seconds: float = option(
-        25.0, "seconds that SIGTERM or Ctrl-C leaves for the step under way before the run ends", low=0.0
+        25.0,
+        "seconds that SIGTERM or Ctrl-C leaves for the update under way, and the checkpoint, before the run ends",
+        low=0.0,
     )
     max_skipped_steps: int = option(
         5, "the run ends, and saves the batch, after so many steps in a row without a finite loss and gradient", low=1

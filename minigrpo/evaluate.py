@@ -36,6 +36,7 @@ from minigrpo.rollout.stop import end_at_stops
 from minigrpo.runtime.mesh import fetch
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import write_lines
+from minigrpo.runtime.session import Measured
 from minigrpo.runtime.workers import WORKERS, joined
 
 QUEUE, QUEUE_SLOTS = 2, 64
@@ -141,16 +142,6 @@ def figures(grades: Grades) -> dict[str, float]:
     if samples > 1:
         several[f"majority@{samples}"] = float(grades.majority.mean())
     return {"accuracy": float(grades.flexible.mean()), "strict_accuracy": float(grades.strict.mean())} | several
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """Results on held-out rows."""
-
-    values: dict[str, float]
-    """Such as accuracy, pass@2, reward, rewards/NAME, problems."""
-    answers: list[dict[str, Any]]
-    """A row for every answer, or for every prompt with responses on file."""
 
 
 def has_answers(problems: PromptSet) -> bool:

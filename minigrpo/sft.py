@@ -39,7 +39,16 @@ from minigrpo.runtime.bucket import RunHome
 from minigrpo.runtime.mesh import fetch
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import memory_metrics
-from minigrpo.runtime.session import Position, Session, check_home, choose_home, open_session, with_run_settings
+from minigrpo.runtime.session import (
+    Measured,
+    Measurement,
+    Position,
+    Session,
+    check_home,
+    choose_home,
+    open_session,
+    with_run_settings,
+)
 from minigrpo.runtime.sinks import find_sinks
 from minigrpo.runtime.workers import WORKERS, joined
 
@@ -93,13 +102,13 @@ def negative_log_likelihood(
     batch: Batch, weights: Array, logprobs: Array, entropy: Array
 ) -> tuple[Array, dict[str, Any]]:
     """Sum -log p over completion tokens by weight."""
-    sums = {"entropy": (entropy * batch.completion_mask).sum()}
+    sums = {"entropy": jnp.where(batch.completion_mask, entropy, 0).sum()}
     return -(weights * logprobs).sum(), {"sums": sums, "largest": {}, "tokens": {}}
 
 
 def train(run: Run, state: TrainState, session: Session) -> tuple[Position, TrainState]:
     """Run the loop: take rows, update, log. Stop early where a signal asked for it."""
-    options, at, log = session.options, session.first, session.log
+    options, at, log, measure = session.options, session.first, session.log, measurement(run)
     for step in range(at.step, run.total_steps):
         started = time.perf_counter()
         log.progress.phase("update")
@@ -116,8 +125,7 @@ def train(run: Run, state: TrainState, session: Session) -> tuple[Position, Trai
         log.log_completions(at.step, samples(run.examples, at.step, indices[: options.log_completions]))
         session.check_skipped(at, batch)
         best = session.checkpoints.rate(at.step, metrics)
-        if run.held and at.step % options.eval_steps == 0:
-            best |= evaluate(run, state, at.step, session)
+        best |= session.evaluate(at, state, measure)
         session.end_step(at, state, best)
     if at.skipped_in_a_row == run.total_steps:
         raise UsageError(
@@ -171,11 +179,10 @@ def held_out_loss(run: Run, params: Params, held: Examples) -> dict[str, float]:
     return {"loss": total / tokens, "rows": float(len(held)), "tokens": float(tokens)}
 
 
-def evaluate(run: Run, state: TrainState, step: int, session: Session) -> bool:
-    """Measure the loss on held-out rows and log it -> True if it is the best so far by --keep_best."""
-    assert run.held
-    session.progress.phase("evaluation")
-    return session.log_evaluation(step, held_out_loss(run, join(state.params, run.frozen), run.held))
+def measurement(run: Run) -> Measurement | None:
+    """Return the measurement of --eval_steps, the loss on held-out rows."""
+    held = run.held
+    return held and (lambda state, _: Measured(held_out_loss(run, join(state.params, run.frozen), held), []))
 
 
 # Setting up
@@ -256,8 +263,7 @@ def run_training(settings: Settings, progress: Progress, home: RunHome) -> int:
     run, state = make_run(built)
     announce(built, run.packing, run.options.batch_size, (state.params, run.frozen), home.name)
     session, state = open_session(home, built.settings, run.total_steps, state, progress, openers)
-    if run.held and session.first.step == 0:
-        evaluate(run, state, 0, session)
+    session.evaluate_first(state, measurement(run))
 
     def export(state: TrainState) -> Path:
         built.export(folder / "final", folder / "adapter", state.params, run.frozen)

@@ -43,7 +43,6 @@ from minigrpo.data.recorded import load_recorded
 from minigrpo.data.rewards import check_columns, check_names, overlong_rewards, parse_rewards
 from minigrpo.door import make_callable
 from minigrpo.evaluate import (
-    Measured,
     Scoring,
     answer_questions,
     greedy_options,
@@ -72,7 +71,16 @@ from minigrpo.runtime.bucket import RunHome
 from minigrpo.runtime.mesh import fetch
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import RunFolder, completion_metrics, memory_metrics, reward_metrics
-from minigrpo.runtime.session import Position, Session, check_home, choose_home, open_session, with_run_settings
+from minigrpo.runtime.session import (
+    Measured,
+    Measurement,
+    Position,
+    Session,
+    check_home,
+    choose_home,
+    open_session,
+    with_run_settings,
+)
 from minigrpo.runtime.sinks import Opener, find_sinks
 from minigrpo.runtime.workers import WORKERS, joined
 from minigrpo.share import check_hub, push, write_card
@@ -108,8 +116,7 @@ class Run:
     collect: Callable[[Params, int], Experience]
     """(policy, step) -> the step's completions and their rewards, sampled or from a file."""
     reward_weights: dict[str, float]
-    evaluate: Callable[[TrainState, int], Measured] | None
-    """(state, finished steps) -> what --eval_steps measures."""
+    evaluate: Measurement | None
     data_size: int
     total_steps: int
 
@@ -125,7 +132,7 @@ class Run:
 
 def train(run: Run, state: TrainState, session: Session) -> tuple[Position, TrainState]:
     """Run the loop: rollout and reward, advantage, update, log. Stop early where a signal asked for it."""
-    options, at, log = run.settings.run, session.first, session.log
+    at, log = session.first, session.log
     for step in range(at.step, run.total_steps):
         clock = Clock()
         with session.saving(at, state):
@@ -145,8 +152,7 @@ def train(run: Run, state: TrainState, session: Session) -> tuple[Position, Trai
         log.log_completions(at.step, samples(run, experience, batch, TokenScores(batches[0], tokens), at.step))
         session.check_skipped(at, batch)
         best = session.checkpoints.rate(at.step, metrics)
-        if run.evaluate and (at.step % options.eval_steps == 0 or at.step == run.total_steps):
-            best |= evaluate(run, state, at.step, session)
+        best |= session.evaluate(at, state, run.evaluate)
         session.end_step(at, state, best)
     return at, state
 
@@ -294,15 +300,6 @@ def samples(run: Run, experience: Experience, batch: Batch, scores: TokenScores,
     return sample_rows(experience, batch.advantages, step, count, tokens)
 
 
-def evaluate(run: Run, state: TrainState, step: int, session: Session) -> bool:
-    """Measure the policy as --eval_steps asks and log it -> True if it is the best so far by --keep_best."""
-    assert run.evaluate
-    session.progress.phase("evaluation")
-    result = run.evaluate(state, step)
-    session.log.append("answers.jsonl", [{"step": step} | row for row in result.answers])
-    return session.log_evaluation(step, result.values)
-
-
 # Setting up
 
 
@@ -435,9 +432,7 @@ def resident_bytes(state: TrainState, frozen: Params, reference: Reference | Non
     return device_share_bytes((state, frozen, reference.params if reference else None))
 
 
-def make_evaluation(
-    run: Run, held: PromptSet | None, rewards: list[Reward], state: TrainState
-) -> Callable[[TrainState, int], Measured] | None:
+def make_evaluation(run: Run, held: PromptSet | None, rewards: list[Reward], state: TrainState) -> Measurement | None:
     """Return the measurement of --eval_steps: accuracy and rewards of answers, or the margin of responses on file."""
     if held is None:
         return None
@@ -455,7 +450,7 @@ def make_evaluation(
     return measure
 
 
-def make_validation(run: Run, held: PromptSet, state: TrainState) -> Callable[[TrainState, int], Measured]:
+def make_validation(run: Run, held: PromptSet, state: TrainState) -> Measurement:
     """Return the validation on held-out responses, against the policy at the start."""
     steps, mesh = run.settings.steps, run.build.spec.mesh
     group, size = steps.num_generations, run.build.spec.update_sequences // steps.num_generations
@@ -510,8 +505,7 @@ def run_training(
     if (built.settings.optimizer.warmup_steps or 0) > run.total_steps:
         sys.stderr.write(f"note: --warmup_steps is more than the run's {run.total_steps}: the rate never peaks\n")
     session, state = open_session(home, built.settings, run.total_steps, state, progress, openers)
-    if run.evaluate and session.first.step == 0:
-        evaluate(run, state, 0, session)
+    session.evaluate_first(state, run.evaluate)
 
     def export(state: TrainState) -> Path:
         built.export(folder / "final", folder / "adapter", state.params, run.frozen)

@@ -426,11 +426,10 @@ def test_the_first_signal_asks_and_a_second_interrupt_ends(stop, capfd):
 def test_a_request_during_a_rollout_saves_at_once(stop, capfd):
     closed, held = [], []
     with stop.graceful(30.0, "continue with --resume", (lambda: closed.append(1),)):
-        with stop.saving(lambda: 7):
+        with stop.saving(7, lambda: held.append(stop.savable[0])):
             stop.hear(signal.SIGINT)
             wait_for(lambda: stop.exits)
-            held.append(stop.saver)
-    assert stop.exits == [EXIT_STOPPED] and closed == [1] and held
+    assert stop.exits == [EXIT_STOPPED] and closed == [1] and held == [7]
     assert "stopped after step 7, which is saved; continue with --resume" in capfd.readouterr().err
 
 
@@ -440,6 +439,27 @@ def test_a_request_during_an_update_waits_for_the_step_but_not_for_ever(stop, ca
         wait_for(lambda: stop.exits)
     assert stop.exits == [EXIT_STOPPED]
     assert "took longer than --grace_seconds; continue with --resume" in capfd.readouterr().err
+
+
+def test_a_partners_request_is_not_the_first_interrupt_of_this_process(stop, capfd):
+    """Ctrl-C in a terminal reaches every process that it started, beside what the others tell."""
+    with stop.graceful(30.0, ""):
+        stop.hear_partner(signal.SIGINT, "worker 1")
+        stop.hear_partner(signal.SIGINT, "worker 2")
+        stop.hear(signal.SIGINT)
+        assert stop.requested and stop.exits == []
+        stop.hear(signal.SIGINT)
+        assert stop.exits == [130]
+    assert capfd.readouterr().err == "Ctrl-C at worker 1: stopping within 30 s, with a checkpoint\ninterrupted\n"
+
+
+def test_a_partners_request_before_the_loop_is_met_in_it(stop):
+    stop.hear_partner(signal.SIGTERM, "worker 1")
+    assert stop.exits == [] and not stop.requested
+    with stop.graceful(30.0, ""):
+        assert stop.requested and stop.signal == signal.SIGTERM
+    with stop.graceful(30.0, ""):
+        assert not stop.requested
 
 
 def test_a_checkpoint_under_way_is_not_cut_off(stop):
@@ -453,8 +473,8 @@ def test_a_checkpoint_under_way_is_not_cut_off(stop):
 def test_a_save_that_fails_and_a_closer_that_hangs_end_in_one_line_too(stop, capfd, monkeypatch):
     monkeypatch.setattr("minigrpo.runtime.signals.CLOSING", 0.1)
     stop.closers = [threading.Event().wait]
-    stop.save_and_end(lambda: 1)
-    stop.save_and_end(lambda: 1 / 0)
+    stop.save_and_end(1, lambda: 1)
+    stop.save_and_end(1, lambda: 1 / 0)
     assert stop.exits == [EXIT_STOPPED] * 2 and "error: division by zero" in capfd.readouterr().err
 
 

@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import signal
+import time
 
 import jax
 import numpy as np
@@ -141,6 +143,30 @@ def test_an_interrupted_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, ca
         assert read_rows(tmp_path / "run" / name) == read_rows(folder / name), name
     ours, theirs = (load_file(path / "final" / "model.safetensors") for path in (tmp_path / "run", folder))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_an_evaluation_that_a_stop_cuts_off_is_made_later(whole, tmp_path, monkeypatch, capfd):
+    folder, flags = whole
+    real, exits = sft.held_out_loss, []
+    monkeypatch.setattr(STOP, "exit", exits.append)
+
+    def cut_off(*arguments):
+        if (tmp_path / "run/metrics.jsonl").exists():  # not before the first step
+            STOP.hear(signal.SIGTERM)
+            while not exits:
+                time.sleep(0.01)
+            raise Killed
+        return real(*arguments)
+
+    monkeypatch.setattr(sft, "held_out_loss", cut_off)
+    with pytest.raises(Killed):
+        run(*flags, "--eval_steps=4", "--keep_best=", f"--output_dir={tmp_path}/run")
+    assert exits == [EXIT_STOPPED] and "stopped after step 4, which is saved" in capfd.readouterr().err
+    monkeypatch.setattr(sft, "held_out_loss", real)
+    assert run("--resume", f"--output_dir={tmp_path}/run") == 0
+    measured, whole_run = (read_rows(path / "evaluations.jsonl") for path in (tmp_path / "run", folder))
+    assert [row["step"] for row in measured] == [0, 4, 6] and measured[2] == whole_run[2]
+    assert read_rows(tmp_path / "run/metrics.jsonl") == read_rows(folder / "metrics.jsonl")
 
 
 def test_adapters_are_trained_and_written_alone_and_merged(whole, tmp_path):

@@ -28,6 +28,7 @@ from pod_runs import (
 from minigrpo.config import ClusterOptions, Settings, UsageError
 from minigrpo.runtime import links, workers
 from minigrpo.runtime.links import split_address
+from minigrpo.runtime.signals import StopRequest
 from minigrpo.runtime.workers import Place, Workers, find_place, first_difference
 
 SLURM = {
@@ -108,6 +109,8 @@ class Gang:
         for worker in self.all:
             worker.serve = lambda: 1
             worker.exit = lambda code, worker=worker: self.stop(worker, code)
+            worker.stop = StopRequest()
+            worker.stop.partners, worker.stop.exit = worker, worker.exit
         given = port, facts, timeout, numbers or [0, 1, 2], counts
         self.threads = [
             threading.Thread(target=self.join, args=(i, *given), daemon=True)
@@ -264,6 +267,41 @@ def test_lost_worker_0_ends_the_others(port, capfd):
     assert {ended[1], ended[2]} == {75} and "worker 0 is gone" in capfd.readouterr().err
 
 
+def test_workers_save_the_same_step_together_or_not_at_all(port, capfd):
+    """One worker has left its rollout when another is asked to stop: all wait for the next one."""
+    gang, saved = Gang(port, [{}, {}, {}]), []
+    with contextlib.ExitStack() as stack:
+        for worker in gang.all:
+            stack.enter_context(worker.stop.graceful(20.0, "continue with --resume"))
+        for i in (0, 1):
+            stack.enter_context(gang.all[i].stop.saving(4, lambda: saved.append(4)))
+        gang.all[1].stop.hear(signal.SIGTERM)
+        time.sleep(0.5)
+        assert all(worker.stop.requested for worker in gang.all) and not saved and not gang.ended
+        with gang.all[2].stop.saving(5, lambda: saved.append("another step")):
+            time.sleep(0.3)
+        assert not saved and not gang.ended
+        stack.enter_context(gang.all[2].stop.saving(4, lambda: saved.append(4)))
+        assert gang.wait_for_end(3) == {0: 75, 1: 75, 2: 75} and saved == [4, 4, 4]
+        for worker in gang.all:
+            worker.stop.guard = threading.Lock()  # its holder would have ended with the process
+    said = capfd.readouterr().err
+    assert said.count("SIGTERM at worker 1: stopping within 20 s") == 2 and "is gone" not in said
+    assert said.count("stopped after step 4, which is saved; continue with --resume") == 3
+
+
+def test_a_worker_that_cannot_save_in_time_ends_all_at_the_deadline(port, capfd):
+    gang = Gang(port, [{}, {}])
+    with contextlib.ExitStack() as stack:
+        for worker in gang.all:
+            stack.enter_context(worker.stop.graceful(1.0, "continue with --resume"))
+        stack.enter_context(gang.all[0].stop.saving(4, lambda: None))
+        gang.all[0].stop.hear(signal.SIGTERM)
+        ended = gang.wait_for_end(2)
+        assert ended == {0: 75, 1: 75}
+    assert "took longer than --grace_seconds" in capfd.readouterr().err
+
+
 def test_messages_are_data_only(port):
     """Nothing that arrives is unpickled."""
     source = (ROOT / "minigrpo/runtime/links.py").read_text() + (ROOT / "minigrpo/runtime/workers.py").read_text()
@@ -306,6 +344,10 @@ def chance(completions, **kwargs):
 def fails(completions, **kwargs):
     if os.environ.get("WORKER") == "1":
         raise ValueError("on worker 1 alone")
+    return [float(len(text)) for text in completions]
+
+def rests(completions, trainer_state, **kwargs):
+    time.sleep(3600 if trainer_state.global_step and os.path.exists("rest") else 0)
     return [float(len(text)) for text in completions]
 
 def hangs(completions, **kwargs):
@@ -355,6 +397,28 @@ def test_a_worker_that_ends_ends_the_others_and_the_run_goes_on_with_one_process
     alone(tmp_path, "train", "--resume", f"--output_dir={tmp_path}/run")
     alone(tmp_path, "train", *long[:-1], f"--output_dir={tmp_path}/whole")
     same_metrics(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_request_within_a_rollout_is_met_at_once_by_all_workers(runs, tmp_path):
+    (tmp_path / "own.py").write_text(RANDOM)
+    (tmp_path / "rest").touch()
+    (tmp_path / "programs").symlink_to(runs / "programs")
+    flags = [*SMALL, "--save_steps=100", f"--output_dir={tmp_path}/run", "--reward=own.py:rests"]
+    pair = start(tmp_path, 2, "train", *flags)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not metrics.exists() or not metrics.read_text():
+        assert all(process.poll() is None for process in pair)
+        time.sleep(0.1)
+    time.sleep(2)
+    pair[1].send_signal(signal.SIGTERM)
+    assert codes(pair, 30) == [75, 75]
+    assert "SIGTERM at worker 1: stopping within 25 s, with a checkpoint" in errors(tmp_path, 0)
+    for i in range(2):
+        assert errors(tmp_path, i)[-1].startswith("stopped after step 1, which is saved; continue with --resume")
+    (tmp_path / "rest").unlink()
+    alone(tmp_path, "train", "--resume", f"--output_dir={tmp_path}/run")
+    assert [row["step"] for row in rows(metrics)] == [1, 2, 3]
 
 
 @pytest.mark.slow

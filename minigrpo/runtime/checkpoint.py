@@ -31,7 +31,7 @@ from minigrpo.runtime.bucket import (
     remove_checkpoint,
     write_error,
 )
-from minigrpo.runtime.digest import digests
+from minigrpo.runtime.digest import Digests, begin_digests
 from minigrpo.runtime.files import free_bytes, remove_tree, size_text, sync, sync_tree, write_whole
 from minigrpo.runtime.run_folder import last_step
 from minigrpo.runtime.workers import WORKERS
@@ -117,9 +117,11 @@ def seal(content: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def make_manifest(step: int, arrays: dict[str, jax.Array], host: dict[str, Any], best: "Best | None") -> dict[str, Any]:
+def make_manifest(
+    step: int, arrays: dict[str, jax.Array], digests: Digests, host: dict[str, Any], best: "Best | None"
+) -> dict[str, Any]:
     """Return the manifest beside the arrays: {'format', 'step', 'arrays': {name: [shape, dtype, digest]}, ...}."""
-    found = digests(arrays)
+    found = digests()
     content = {
         "format": FORMAT,
         "step": step,
@@ -160,7 +162,7 @@ def difference(manifest: dict[str, Any], shapes: dict[str, Any]) -> str:
 
 def check_digests(manifest: dict[str, Any], arrays: dict[str, jax.Array]) -> None:
     """Raise Unusable, naming the array, when one differs from the saved one."""
-    for name, value in digests(arrays).items():
+    for name, value in begin_digests(arrays)().items():
         if value != manifest["arrays"][name][2]:
             raise Unusable(f"{name} is damaged: its digest is not the one it was saved with")
 
@@ -287,9 +289,10 @@ class Checkpoints:
         late = self.save_minutes > 0 and time.monotonic() - self.saved_at >= 60 * self.save_minutes
         return step % self.save_steps == 0 or late
 
-    def save(self, step: int, state: Any, host: dict[str, Any] | None = None) -> None:
+    def save(self, step: int, state: Any, host: dict[str, Any] | None = None, digests: Digests | None = None) -> None:
         """Start saving `state` and the JSON values `host` as after `step` steps; returns before they are on disk.
 
+        `digests` of the state may have been begun before.
         UsageError when this or the save before it cannot be written.
         """
         self.wait()
@@ -301,7 +304,7 @@ class Checkpoints:
         try:
             if path.exists() and WORKERS.writes:
                 set_aside(path)
-            manifest = make_manifest(step, arrays, host or {}, self.best)
+            manifest = make_manifest(step, arrays, digests or begin_digests(arrays), host or {}, self.best)
             items = ocp.args.Composite(default=ocp.args.StandardSave(arrays), manifest=ocp.args.JsonSave(manifest))
             self.checkpointer.save(absolute(path), args=items)
         except Exception as error:  # orbax wraps what the system raises in many ways

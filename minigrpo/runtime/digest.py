@@ -6,6 +6,7 @@ cancel with probability 2^-32. Sums of shards add up to the sum of the whole.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -69,19 +70,24 @@ def array_digests(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return jax.tree.map(on_device, arrays)
 
 
-def on_devices(arrays: dict[str, jax.Array]) -> dict[str, int]:
-    """Return digests computed on the devices; arrays that wait in the host's memory visit them one at a time."""
+def on_devices(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Compute digests on the devices; arrays that wait in the host's memory visit them one at a time."""
     waiting = [name for name, array in arrays.items() if array.sharding.memory_kind == HOST_MEMORY]
     found = array_digests({name: array for name, array in arrays.items() if name not in waiting})
     for name in waiting:
         one = array_digests({"": move(arrays[name], DEVICE_MEMORY)})  # without its name, for one program per shape
         found[name] = jax.block_until_ready(one[""])
-    return {name: int(value) for name, value in jax.device_get(found).items()}
+    return found
 
 
-def digests(arrays: dict[str, jax.Array]) -> dict[str, int]:
-    """Return the digest of every array, by name."""
+Digests = Callable[[], dict[str, int]]
+"""A function that returns the digest of every array, by name."""
+
+
+def begin_digests(arrays: dict[str, jax.Array]) -> Digests:
+    """Begin to compute the digest of every array; the result waits for no program that the devices get later."""
     here = all(array.is_fully_addressable for array in arrays.values())
     if here and all(device.platform == "cpu" for array in arrays.values() for device in array.devices()):
-        return {name: on_host(array) for name, array in arrays.items()}
-    return on_devices(arrays)
+        return lambda: {name: on_host(array) for name, array in arrays.items()}
+    found = on_devices(arrays)
+    return lambda: {name: int(value) for name, value in jax.device_get(found).items()}

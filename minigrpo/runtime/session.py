@@ -16,7 +16,8 @@ import numpy as np
 from minigrpo.config import RunOptions, Settings, UsageError
 from minigrpo.remote import local_copy
 from minigrpo.runtime.bucket import BucketHome, RunHome, open_home
-from minigrpo.runtime.checkpoint import Checkpoints, check_same_run, read_run_settings
+from minigrpo.runtime.checkpoint import Checkpoints, check_same_run, flatten, read_run_settings
+from minigrpo.runtime.digest import Digests, begin_digests
 from minigrpo.runtime.files import write_whole
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import (
@@ -25,6 +26,7 @@ from minigrpo.runtime.run_folder import (
     check_writable,
     evaluated,
     make_folder,
+    read_steps,
     save_settings,
 )
 from minigrpo.runtime.signals import EXIT_STOPPED, STOP
@@ -46,6 +48,20 @@ class Position:
     def after(self, skipped: bool) -> "Position":
         """Return the position after one more step."""
         return Position(self.step + 1, self.skipped_in_a_row + 1 if skipped else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Results on held-out rows."""
+
+    values: dict[str, float]
+    """Such as accuracy, pass@2, reward, rewards/NAME, problems."""
+    answers: list[dict[str, Any]]
+    """A row for every answer, or for every prompt with responses on file."""
+
+
+Measurement = Callable[[Any, int], Measured]
+"""(state, finished steps) -> what --eval_steps measures."""
 
 
 class Stopped(Exception):
@@ -168,22 +184,32 @@ class Session:
     def saving(self, at: Position, state: Any) -> contextlib.AbstractContextManager[None]:
         """Make a stop signal save `state` at once inside this block, which does not change it.
 
-        Several workers save together, which they can only at the end of a step.
+        What the devices must compute for that is begun here: a rollout keeps them busy until its end.
         """
-        return (
-            contextlib.nullcontext() if WORKERS.count > 1 else STOP.saving(functools.partial(self.save_now, at, state))
-        )
+        return STOP.saving(at.step, functools.partial(self.save_now, at, state, begin_digests(flatten(state))))
 
-    def save_now(self, at: Position, state: Any) -> int:
-        """Save the state at once and wait until it is on disk -> its step."""
-        self.checkpoints.save(at.step, state, dataclasses.asdict(at))
+    def save_now(self, at: Position, state: Any, digests: Digests) -> None:
+        """Save the state at once and wait until it is on disk."""
+        self.checkpoints.save(at.step, state, dataclasses.asdict(at), digests)
         self.checkpoints.wait()
-        return at.step
 
-    def log_evaluation(self, step: int, result: dict[str, float]) -> bool:
-        """Log what --eval_steps measured after `step` steps -> True if it is the best so far by --keep_best."""
-        self.log.log_evaluation(step, result)
-        return self.checkpoints.rate(step, evaluated(result))
+    def evaluate(self, at: Position, state: Any, measure: Measurement | None) -> bool:
+        """Measure the state where --eval_steps asks, and log it -> True if it is the best so far by --keep_best."""
+        every = self.options.eval_steps
+        if measure is None or (at.step % every and at.step != self.log.total_steps):
+            return False
+        self.progress.phase("evaluation")
+        with self.saving(at, state):
+            measured = measure(state, at.step)
+        self.log.append("answers.jsonl", [{"step": at.step} | row for row in measured.answers])
+        self.log.log_evaluation(at.step, measured.values)
+        return self.checkpoints.rate(at.step, evaluated(measured.values))
+
+    def evaluate_first(self, state: Any, measure: Measurement | None) -> None:
+        """Measure the state that the run starts from: a new run's, or one whose measurement was cut off by a stop."""
+        path = self.log.folder / "evaluations.jsonl"
+        if measure and not WORKERS.first(lambda: any(row["step"] == self.first.step for row in read_steps(path))):
+            self.evaluate(self.first, state, measure)
 
     def check_skipped(self, at: Position, batch: Any) -> None:
         """Raise UsageError after --max_skipped_steps steps in a row without a finite loss and gradient.

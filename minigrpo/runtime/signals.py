@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 EXIT_STOPPED = 75
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -43,14 +44,49 @@ def print_line(text: str) -> None:
         os.write(2, f"{text}\n".encode(errors="replace"))
 
 
+class Partners(Protocol):
+    """The processes that stop together, as one of them sees them."""
+
+    def tell_stop(self, number: int) -> None:
+        """Let the others know of this process's request, once."""
+
+    def agree(self, step: int, seconds: float) -> list[int]:
+        """Return what every process says here, each in a thread of its own; nothing when one is late."""
+
+    def part(self) -> None:
+        """Let the others go on when this process ends."""
+
+
+class Alone:
+    """A process that stops by itself."""
+
+    def tell_stop(self, number: int) -> None:
+        """Tell nobody."""
+
+    def agree(self, step: int, seconds: float) -> list[int]:
+        """Return the process's own word."""
+        return [step]
+
+    def part(self) -> None:
+        """Leave nobody."""
+
+
+UNSAVABLE = -1
+"""Step of a state that is not whole."""
+
+
 class StopRequest:
     """A request to stop the process, and the actions that follow it.
 
     Outside of `graceful`, where there is nothing to save, a signal ends the process at once in one line. Inside, the
-    first one is a request that the loop looks at after each step; a second Ctrl-C ends the process at once.
+    first one is a request that the loop looks at after each step; a second Ctrl-C ends the process at once. Partners
+    are told, and save together.
     """
 
     def __init__(self) -> None:
+        self.partners: Partners = Alone()
+        self.told: tuple[signal.Signals, str] | None = None
+        """A partner's request that came before `graceful`."""
         self.asked = threading.Event()
         self.signal = 0
         """Number of the signal that asked, 0 before."""
@@ -58,9 +94,14 @@ class StopRequest:
         """When the step under way should have ended, by time.monotonic()."""
         self.grace: float | None = None
         """Seconds from request to deadline; None outside of `graceful`."""
-        self.saver: Callable[[], int] | None = None
+        self.savable: tuple[int, Callable[[], Any] | None] = UNSAVABLE, None
+        """Step of the state, and the function that saves it, while it is whole."""
         self.guard = threading.Lock()
         """Held while the state may not change: by the thread while it saves, by the loop while it leaves a rollout."""
+        self.heard = False
+        """A signal has come to this process itself."""
+        self.first = threading.Lock()
+        """Held while a request is noted: a signal and a partner's may come together."""
         self.closers: list[Callable[[], None]] = []
         self.resume = ""
         self.exit: Callable[[int], None] = os._exit
@@ -106,14 +147,29 @@ class StopRequest:
 
     def hear(self, number: signal.Signals) -> None:
         """Act on one signal."""
-        if self.grace is None or (self.requested and number == signal.SIGINT):
+        again, self.heard = self.heard, self.grace is not None
+        if self.grace is None or (again and number == signal.SIGINT):
             self.end(128 + number, "interrupted" if number == signal.SIGINT else "ended by SIGTERM")
-        elif not self.requested:
+        else:
+            self.partners.tell_stop(number)
+            self.request(number, NAMES[number])
+
+    def hear_partner(self, number: int, name: str) -> None:
+        """Act on a signal that a partner has heard."""
+        self.told = signal.Signals(number), f"{NAMES[signal.Signals(number)]} at {name}"
+        if self.grace is not None:
+            self.request(*self.told)
+
+    def request(self, number: signal.Signals, text: str) -> None:
+        """Let the loop stop after its step, or earlier where the state can be saved; the first request counts."""
+        with self.first:
+            if self.requested or self.grace is None:
+                return
             self.signal, self.deadline = int(number), time.monotonic() + self.grace
             self.asked.set()
-            again = "; again to end at once" if number == signal.SIGINT else ""
-            print_line(f"{NAMES[number]}: stopping within {self.grace:g} s, with a checkpoint{again}")
-            threading.Thread(target=self.wait_and_save, name="stopping", daemon=True).start()
+        again = "; again to end at once" if text == NAMES[signal.SIGINT] else ""
+        print_line(f"{text}: stopping within {self.grace:g} s, with a checkpoint{again}")
+        threading.Thread(target=self.wait_and_save, name="stopping", daemon=True).start()
 
     # Ending
 
@@ -123,23 +179,25 @@ class StopRequest:
         self.exit(code)
 
     def wait_and_save(self) -> None:
-        """Save from this thread as soon as the state is whole and the loop far from done; give up at the deadline."""
-        while time.monotonic() < self.deadline and self.grace is not None:
+        """Save from this thread as soon as the state is whole, and the partners' too; give up at the deadline."""
+        while (left := self.deadline - time.monotonic()) > 0 and self.grace is not None:
             with self.guard:
-                if self.saver:
-                    return self.save_and_end(self.saver)
+                step, saver = self.savable
+                if set(self.partners.agree(step, left)) == {step} and saver:
+                    return self.save_and_end(step, saver)
             time.sleep(0.05)
         if self.grace is not None:
             self.end(EXIT_STOPPED, f"stopped within a step, which took longer than --grace_seconds; {self.resume}")
 
-    def save_and_end(self, saver: Callable[[], int]) -> None:
+    def save_and_end(self, step: int, saver: Callable[[], Any]) -> None:
         """Save the state, which a rollout does not change, close what is open, and end the process."""
         try:
-            step = saver()
+            saver()
         except Exception as error:  # whatever it is, the process ends in one line
             self.end(EXIT_STOPPED, f"error: {error}")
         else:
             self.close_all()
+            self.partners.part()
             self.end(EXIT_STOPPED, f"stopped after step {step}, which is saved; {self.resume}")
 
     def close_all(self) -> None:
@@ -157,26 +215,29 @@ class StopRequest:
         Leave it only after the last checkpoint is on disk.
         """
         self.asked.clear()
+        self.heard = False
         self.grace, self.resume, self.closers, self.deadline = seconds, resume, list(closers), float("inf")
         if self.thread:
             self.rearm()
+        if self.told:
+            self.request(*self.told)
         try:
             yield
         finally:
-            self.grace, self.saver = None, None
+            self.grace, self.savable, self.told = None, (UNSAVABLE, None), None
 
     @contextlib.contextmanager
-    def saving(self, saver: Callable[[], int]) -> Iterator[None]:
-        """Let a request be met at once by `saver`, which saves the state and returns its step, while inside.
+    def saving(self, step: int, saver: Callable[[], Any]) -> Iterator[None]:
+        """Let a request be met at once by `saver`, which saves the state as after `step` steps, while inside.
 
         For a rollout and its rewards: they leave the state as it was.
         """
-        self.saver = saver
+        self.savable = step, saver
         try:
             yield
         finally:
             with self.guard:
-                self.saver = None
+                self.savable = UNSAVABLE, None
 
     def finishing(self) -> None:
         """Lift the deadline: the step has ended in time, and only its checkpoint is under way."""

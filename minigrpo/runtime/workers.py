@@ -27,7 +27,7 @@ from jax._src import clusters, xla_bridge
 from minigrpo.config import EXIT_USAGE, ClusterOptions, Settings, UsageError
 from minigrpo.runtime import coordinator
 from minigrpo.runtime.links import Message, accept, connect, free_port, listen, receive, send, split_address
-from minigrpo.runtime.signals import EXIT_STOPPED, print_line
+from minigrpo.runtime.signals import EXIT_STOPPED, STOP, StopRequest, print_line
 
 BROKEN = 10.0
 """Seconds in which a lost worker is noticed: until then, it may be the cause of an error in a collective."""
@@ -37,6 +37,9 @@ PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=3600 --xla_cpu_co
 
 CLOCKS = 60.0
 """Seconds by which the clocks of machines may differ before it is said; buckets refuse those that are far off."""
+
+PROGRAM, STOPPING = "program", "stopping"
+"""Threads that gather: the program's own, and the one that stops it."""
 
 T = TypeVar("T")
 
@@ -98,8 +101,10 @@ class Workers:
         self.index, self.count = 0, 1
         self.links: dict[int, Connection] = {}
         """Worker 0 has one to every other worker, the others have one to worker 0."""
-        self.turn = 0
-        self.arrived: queue.Queue[Message] = queue.Queue()
+        self.turns = {PROGRAM: 0, STOPPING: 0}
+        self.arrived: dict[str, queue.Queue[Message]] = {PROGRAM: queue.Queue(), STOPPING: queue.Queue()}
+        self.sending = threading.Lock()
+        self.stop: StopRequest = STOP
         self.ending = threading.Event()
         """Set once the end has begun: closed connections mean nothing any more."""
         self.failing = threading.Lock()
@@ -138,6 +143,7 @@ class Workers:
             heartbeat_timeout_seconds=coordinator.HEARTBEAT,
             shutdown_timeout_seconds=coordinator.SHUTDOWN,
         )
+        self.stop.partners = self
         threading.Thread(target=self.read, name="workers", daemon=True).start()
 
     def welcome(self, host: str, port: int, facts: dict[str, Any], deadline: float, timeout: float) -> str:
@@ -214,24 +220,34 @@ class Workers:
         """Return the values of all workers, by number; every worker calls this at the same place. JSON values only."""
         if self.count == 1:
             return [value]
-        self.turn += 1
+        return self.gather_in(PROGRAM, value)
+
+    def gather_in(self, thread: str, value: T, seconds: float | None = None) -> list[T]:
+        """Gather from the thread of that name in every worker; queue.Empty where it takes longer than `seconds`."""
+        self.turns[thread] += 1
+        message = {"thread": thread, "turn": self.turns[thread]}
         if self.index:
-            send(self.links[0], {"kind": "value", "turn": self.turn, "value": value})
-            return list(self.take()["values"])
+            self.tell(message | {"kind": "value", "value": value})
+            return list(self.take(thread, seconds)["values"])
         values: dict[int, Any] = {0: value}
         while len(values) < self.count:
-            message = self.take()
-            values[message["from"]] = message["value"]
+            arrived = self.take(thread, seconds)
+            values[arrived["from"]] = arrived["value"]
         ordered = [values[i] for i in range(self.count)]
-        for link in self.links.values():
-            send(link, {"kind": "values", "turn": self.turn, "values": ordered})
+        self.tell(message | {"kind": "values", "values": ordered})
         return ordered
 
-    def take(self) -> Message:
-        """Return the next message of this turn, as long as it takes: a lost worker ends the wait with the process."""
-        message = self.arrived.get()
-        assert message["turn"] == self.turn, "workers have come to different places of the program"
+    def take(self, thread: str, seconds: float | None) -> Message:
+        """Return the next message of this turn; a lost worker ends the wait with the process."""
+        message = self.arrived[thread].get(timeout=seconds)
+        assert message["turn"] == self.turns[thread], "workers have come to different places of the program"
         return message
+
+    def tell(self, message: Message) -> None:
+        """Send a message to all that this worker is connected to."""
+        with self.sending:
+            for link in self.links.values():
+                send(link, message)
 
     def any(self, flag: bool) -> bool:
         """Return whether `flag` is true on any worker."""
@@ -246,6 +262,31 @@ class Workers:
         if difference := first_difference(self.gather(facts)):
             raise UsageError(difference)
 
+    # Stopping by request
+
+    def tell_stop(self, number: int) -> None:
+        """Let all workers know that this one is asked to stop."""
+        self.tell({"kind": "stop", "number": number, "from": self.index})
+
+    def pass_stop(self, message: Message) -> None:
+        """Stop as another worker is asked to; worker 0 lets the rest know."""
+        if self.index == 0:
+            self.tell(message)
+        if message["from"] != self.index:
+            self.stop.hear_partner(message["number"], f"worker {message['from']}")
+
+    def agree(self, step: int, seconds: float) -> list[int]:
+        """Return the steps that all workers could save at this moment; nothing when it takes longer than `seconds`."""
+        try:
+            return self.gather_in(STOPPING, step, min(seconds, threading.TIMEOUT_MAX))
+        except queue.Empty:
+            return []
+
+    def part(self) -> None:
+        """Wait until every worker has saved; from then on, ends mean nothing."""
+        self.gather_in(STOPPING, 0)
+        self.ending.set()
+
     # Ending
 
     def read(self) -> None:
@@ -259,8 +300,10 @@ class Workers:
                     self.lose(numbers.pop(ready))
                 elif message["kind"] == "failed":
                     self.end(message["text"], message["code"])
+                elif message["kind"] == "stop":
+                    self.pass_stop(message)
                 else:
-                    self.arrived.put(message | {"from": numbers[ready]})
+                    self.arrived[message["thread"]].put(message | {"from": numbers[ready]})
 
     def lose(self, index: int) -> None:
         """End this process, and by worker 0 all others, because a worker's connection is closed."""
@@ -275,8 +318,7 @@ class Workers:
         if not self.failing.acquire(blocking=False):
             threading.Event().wait()  # another thread is at it
         self.ending.set()
-        for link in self.links.values():
-            send(link, {"kind": "failed", "text": text, "code": code})
+        self.tell({"kind": "failed", "text": text, "code": code})
         print_line(text)
         if self.index == 0:
             time.sleep(1.0)  # a connection that closes on unread messages may lose what it sent
