@@ -36,7 +36,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class ConfigFile:
-    """What a config file says to a command."""
+    """Settings that a config file gives to a command."""
 
     path: Path
     values: dict[str, Any]

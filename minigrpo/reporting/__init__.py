@@ -1,1 +1,1 @@
-"""What a run's files say: history, statistics, a verdict in words, pictures and the page."""
+"""Reports made of a run's files: history, statistics, a verdict in words, pictures and the page."""

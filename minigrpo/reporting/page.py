@@ -50,7 +50,7 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One completion of a group, in its tokens if they were recorded, and how many tokens are not shown."""
+    """A completion of a group, in its tokens if they were recorded, and how many tokens are not shown."""
 
     row: dict[str, Any]
     tokens: list[Token]

@@ -216,7 +216,7 @@ class BucketHome(RunHome):
 def open_home(name: str, resume: bool, role: str = "", flag: str = "output_dir") -> Iterator[RunHome]:
     """Yield the folder of a run, new or to be resumed, whose files are brought to its bucket until the end.
 
-    `role` tells apart who writes there, by default the worker; worker 0 refuses a folder that is not empty. UsageError
+    `role` names who writes there, by default the worker; worker 0 refuses a folder that is not empty. UsageError
     for a URL that cannot be meant or written. Errors from inside name the bucket instead of the local folder.
     """
     if not is_url(name):

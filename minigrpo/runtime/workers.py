@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What a process must know to join: worker 0's address, the number of workers, its own, and its devices."""
+    """A process's place among the workers: worker 0's address, the number of workers, its own, and its devices."""
 
     address: str
     count: int
