@@ -385,6 +385,18 @@ def test_a_digest_of_an_array_in_the_hosts_memory_is_the_same():
     assert jax.device_get(on_devices(moved)) == jax.device_get(on_devices(arrays)) == found
 
 
+def test_a_save_within_a_rollout_gives_the_devices_no_program(monkeypatch, tmp_path):
+    """They would run it after the rollout, as an accelerator does one thing after the other."""
+    state = state_after(3)
+    digests = begin_digests(checkpoint.flatten(state))()
+    monkeypatch.setattr(checkpoint, "begin_digests", None)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 9)
+    checkpoints.save(3, state, {}, lambda: digests)
+    checkpoints.close()
+    monkeypatch.undo()
+    assert equal(opened(tmp_path).restore(LIKE)[1], state)
+
+
 def test_two_elements_changing_places_change_a_digest():
     array = jnp.arange(64.0).reshape(8, 8)
     for other in (array[::-1], array[:, ::-1], array.T, array.at[2, 3].set(array[2, 4]).at[2, 4].set(array[2, 3])):
