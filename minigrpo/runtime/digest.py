@@ -31,8 +31,9 @@ def strides(shape: tuple[int, ...]) -> list[np.uint32]:
     return [np.uint32(math.prod(shape[dim + 1 : -1]) % 2**32) for dim in range(len(shape) - 1)]
 
 
+@jax.jit
 def on_device(array: jax.Array) -> jax.Array:
-    """Return an array's digest, computed where the array is: one pass over its memory."""
+    """Return an array's digest, computed where the array is: one pass over its memory, one program per shape."""
     shape = array.shape or (1,)
     plain = array.astype(jnp.uint8) if array.dtype == jnp.bool_ else array
     bits = jax.lax.bitcast_convert_type(plain, WORDS[plain.dtype.itemsize]).astype(jnp.uint32).reshape(shape)
@@ -64,19 +65,14 @@ def on_host(array: jax.Array) -> int:
     return total % 2**32
 
 
-@jax.jit
-def array_digests(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return the digest of every array in the devices' memory, computed there."""
-    return jax.tree.map(on_device, arrays)
-
-
 def on_devices(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Compute digests on the devices; arrays that wait in the host's memory visit them one at a time."""
-    waiting = [name for name, array in arrays.items() if array.sharding.memory_kind == HOST_MEMORY]
-    found = array_digests({name: array for name, array in arrays.items() if name not in waiting})
-    for name in waiting:
-        one = array_digests({"": move(arrays[name], DEVICE_MEMORY)})  # without its name, for one program per shape
-        found[name] = jax.block_until_ready(one[""])
+    found = {}
+    for name, array in arrays.items():
+        waiting = array.sharding.memory_kind == HOST_MEMORY
+        found[name] = on_device(move(array, DEVICE_MEMORY) if waiting else array)
+        if waiting:
+            jax.block_until_ready(found[name])
     return found
 
 
