@@ -163,7 +163,7 @@ def offloads_optimizer(spec: RunSpec) -> bool:
 def make_update_spec(
     spec: RunSpec, total_updates: int, loss: tuple[Objective, Callable[..., Any]], temperature: float, seed: int
 ) -> UpdateSpec:
-    """Return the spec of scoring and updating under the settings; `loss` is an objective and its token weights."""
+    """Return the spec of log-probs and updates under the settings; `loss` is an objective and its token weights."""
     options, per_step = spec.settings.optimizer, spec.settings.steps.updates_per_step
     return UpdateSpec(
         model=spec.model,
@@ -181,7 +181,7 @@ def make_update_spec(
 
 
 def grpo_update_spec(spec: RunSpec, total_updates: int) -> UpdateSpec:
-    """Return the spec of GRPO's scoring and updating."""
+    """Return the spec of GRPO's log-probs and updates."""
     temperature, seed = spec.settings.rollout.temperature, spec.settings.steps.seed
     return make_update_spec(spec, total_updates, grpo_loss(spec), temperature, seed)
 

@@ -346,7 +346,7 @@ def plan_rollout(shapes: Shapes, work: Work, held: memory.Resident, options: Rol
     return measure(spec, counted, rollout_program(spec.backend), made, decoded_shapes(shapes, made), *inputs, seed)
 
 
-def plan_scoring(shapes: Shapes, work: Work, resident: int, update_spec: UpdateSpec, params: Any) -> Phase:
+def plan_logprobs(shapes: Shapes, work: Work, resident: int, update_spec: UpdateSpec, params: Any) -> Phase:
     """Plan log-probs under `params`: of the reference, or of the policy that sampled."""
     spec, turns = shapes.spec, shapes.packing.micro_batches(work.rows)
     moved = float(turns * work.weights * spec.dtype.itemsize)
@@ -409,10 +409,10 @@ def phases_of(shapes: Shapes) -> dict[str, Callable[[], Phase]]:
     }
     if steps.updates_per_step > 1:
         policy, others = join(shapes.trainable, shapes.frozen), held.moments + held.reference
-        phases["old_policy"] = lambda: plan_scoring(shapes, share, others, shapes.update_spec, policy)
+        phases["old_policy"] = lambda: plan_logprobs(shapes, share, others, shapes.update_spec, policy)
     if spec.settings.loss.beta:
         others = held.trainable + held.moments
-        phases["reference"] = lambda: plan_scoring(shapes, share, others, *shapes.reference)
+        phases["reference"] = lambda: plan_logprobs(shapes, share, others, *shapes.reference)
     phases["update"] = lambda: plan_update(shapes, share, held.moments + held.reference)
     phases["optimizer"] = lambda: plan_optimizer(shapes, held.frozen + held.reference)
     if spec.settings.plan.eval_steps:

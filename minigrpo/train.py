@@ -96,7 +96,7 @@ CHECK_SECONDS = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """The policy that the KL term compares with, and the programs that score it."""
+    """The policy that the KL term compares with, and the programs that compute its log-probs."""
 
     spec: UpdateSpec
     params: Params | None
@@ -141,7 +141,7 @@ def train(run: Run, state: TrainState, session: Session) -> tuple[Position, Trai
         clock.start_phase()
         log.progress.phase("update")
         batch = batch_with_advantages(run, experience)
-        batches = score_minibatches(run, state, batch, experience.prompts)
+        batches = pack_minibatches(run, state, batch, experience.prompts)
         clock.mark("time/logprobs")
         state, metrics, tokens = improve(run, state, batches)
         state = move_reference(run, state, step)
@@ -168,15 +168,15 @@ def batch_with_advantages(run: Run, experience: Experience) -> Batch:
     return batch_of(experience, advantages, run.settings.rollout.max_completion_length, exclude)
 
 
-def score_minibatches(run: Run, state: TrainState, batch: Batch, prompts: list[list[int]]) -> list[PackedBatch]:
+def pack_minibatches(run: Run, state: TrainState, batch: Batch, prompts: list[list[int]]) -> list[PackedBatch]:
     """Pack the minibatches onto the mesh, with old and reference log-probs where the loss needs them."""
     mesh = run.build.spec.mesh
     minibatches = split_batch(batch, prompts, run.settings.steps.num_minibatches)
     packed = [put_batch(mesh, pack(run.packing, own_prompts, own)) for own, own_prompts in minibatches]
-    return jax.block_until_ready([score_batch(run, state, one) for one in packed])
+    return jax.block_until_ready([add_logprobs(run, state, one) for one in packed])
 
 
-def score_batch(run: Run, state: TrainState, packed: PackedBatch) -> PackedBatch:
+def add_logprobs(run: Run, state: TrainState, packed: PackedBatch) -> PackedBatch:
     """Add old log-probs where several updates follow, and the reference's where there is one."""
     old = ref = None
     if run.settings.steps.updates_per_step > 1:

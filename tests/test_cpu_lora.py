@@ -14,7 +14,7 @@ from test_cpu_grpo import assert_close, host_batch, place_batch
 from minigrpo.config import LoraOptions, RolloutOptions, UsageError
 from minigrpo.grpo.batch import Batch, micro_batch, restore_order
 from minigrpo.grpo.optimizer import init_state
-from minigrpo.grpo.update import batch_logprobs, gradients, score, update, weigh_tokens
+from minigrpo.grpo.update import batch_logprobs, completion_logprobs, gradients, update, weigh_tokens
 from minigrpo.model import lora
 from minigrpo.model.hub import find_source
 from minigrpo.model.hub_config import parse_config, read_config
@@ -77,7 +77,7 @@ def one_device_loss(config, params):
     """The loss of one micro-batch on one device, differentiable in all parameters."""
     spec, packed = make_update_spec(config, mesh_of(1, 1)), place_batch(mesh_of(1, 1), host_batch())
     part = micro_batch(packed, 0)
-    logprobs, entropy = score(spec, jax.tree.map(jnp.asarray, params), part)
+    logprobs, entropy = completion_logprobs(spec, jax.tree.map(jnp.asarray, params), part)
     weights = weigh_tokens(spec, packed.batch)[:, 0].reshape(logprobs.shape)
     return spec.objective(part.batch, weights, logprobs, entropy)[0]
 

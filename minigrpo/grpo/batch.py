@@ -134,9 +134,9 @@ class PackedBatch:
     tokens: Any  # int32 [A, M, R, T], rows; with shared prefixes [A, M, 1, packed tokens]
     position_ids: Any  # int32, as tokens: positions in their own sequences
     segment_ids: Any  # int32 [A, M, R, T], a row's sequences from 1 on, 0 is padding; None with one in each row
-    loss_positions: Any  # int32 [A, M, S], positions in the rows, end to end, whose successors are scored
+    loss_positions: Any  # int32 [A, M, S], positions in the rows, end to end, whose successors are the targets
     targets: Any  # int32 [A, M, S], these successors
-    starts: Any  # int32 [A, M, K], where a completion's scores start among the loss positions
+    starts: Any  # int32 [A, M, K], where a completion's targets start among the loss positions
     order: Any  # int32 [A, M, K], a completion's number in the batch that was packed; that batch's size is padding
     shared_prefix: Any  # SharedPrefixIndex of arrays [A, M, ...], or None
     micro_batches: Any  # int32 scalar
@@ -150,8 +150,8 @@ def micro_batch(packed: PackedBatch, index: Int[Array, ""] | int) -> PackedBatch
     """
     by_device = jax.tree.map(lambda x: x[:, index], dataclasses.replace(packed, micro_batches=None))
     taken = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), by_device)
-    scored = {name: getattr(by_device, name) for name in ("loss_positions", "targets", "cutoffs")}
-    taken = dataclasses.replace(taken, **scored)
+    by_target = {name: getattr(by_device, name) for name in ("loss_positions", "targets", "cutoffs")}
+    taken = dataclasses.replace(taken, **by_target)
     if packed.shared_prefix is None:
         return taken
     shared = dataclasses.replace(by_device.shared_prefix, tokens=taken.shared_prefix.tokens)
@@ -323,7 +323,7 @@ def write_micro_batch(
     """Write a device's micro-batch into its part of the arrays."""
     prefixes = place_prefixes(prompts, filled) if spec.share_prefixes else {}
     packed_end = sum(len(prompts[one]) for one in prefixes)
-    scored = written = 0
+    targets = written = 0
     for number, row in enumerate(filled.rows):
         at = number * spec.row_tokens
         for segment, sequence in enumerate(row, 1):
@@ -337,15 +337,15 @@ def write_micro_batch(
                 own = np.arange(packed_end, packed_end + new)
                 own = own if prefix is None else np.concatenate([np.arange(prefix, prefix + len(prompt)), own])
                 packed_end += new
-            span, scores = slice(at, at + total), slice(scored, scored + length)
+            span, own_targets = slice(at, at + total), slice(targets, targets + length)
             out["token_at"].reshape(-1)[span], out["segment_ids"].reshape(-1)[span] = own, segment
             out["tokens"][own], out["position_ids"][own] = [*prompt, *completion], np.arange(total)
-            out["loss_positions"][scores] = np.arange(at + len(prompt) - 1, at + total - 1)
-            out["targets"][scores] = completion
+            out["loss_positions"][own_targets] = np.arange(at + len(prompt) - 1, at + total - 1)
+            out["targets"][own_targets] = completion
             if "cutoffs" in out:
-                out["cutoffs"][scores] = batch.cutoffs[sequence, :length]
-            out["starts"][written], out["order"][written] = scored, sequence
-            at, scored, written = at + total, scored + length, written + 1
+                out["cutoffs"][own_targets] = batch.cutoffs[sequence, :length]
+            out["starts"][written], out["order"][written] = targets, sequence
+            at, targets, written = at + total, targets + length, written + 1
 
 
 def index_shared_prefixes(
@@ -409,9 +409,9 @@ def put_batch(mesh: Mesh, packed: PackedBatch) -> PackedBatch:
     return dataclasses.replace(arrays, micro_batches=put(packed.micro_batches, replicated(mesh)))
 
 
-def restore_order(packed: PackedBatch, scores: Float[np.ndarray, "A M K C"], count: int) -> Float[np.ndarray, "B C"]:
-    """Return scores of the `count` completions that were packed, in the order they had before."""
+def restore_order(packed: PackedBatch, values: Float[np.ndarray, "A M K C"], count: int) -> Float[np.ndarray, "B C"]:
+    """Return values of the `count` completions that were packed, in the order they had before."""
     order = fetch(packed.order).reshape(-1)
-    restored = np.zeros((count + 1, scores.shape[-1]), scores.dtype)
-    restored[order] = scores.reshape(-1, scores.shape[-1])
+    restored = np.zeros((count + 1, values.shape[-1]), values.dtype)
+    restored[order] = values.reshape(-1, values.shape[-1])
     return restored[:count]

@@ -6,7 +6,7 @@ there would re-read and re-write the rows' gradient for each tile.
 
 Under truncated sampling the softmax is that of the kept tokens: those that reach the row's cut-off, a log-prob under
 the whole softmax. So the forward pass goes over the vocabulary twice: once for the whole total, once for the kept one.
-A limit relative to the target's logit would need one pass, but then each token of a position would be scored by another
+A limit relative to the target's logit would need one pass, but then each token of a position would have another
 distribution as soon as the policy is not the one that sampled, and the reference never is.
 """
 
@@ -143,16 +143,16 @@ def target_logits(head: LMHead, hidden: Array, weights: Array, targets: Array, f
     return jnp.where((targets >= first) & (targets < first + weights.shape[0]), logits, 0)
 
 
-Scored = tuple[Array, Array, Array, Array | None]
+TargetValues = tuple[Array, Array, Array, Array | None]
 """Log-probs, entropy, log of the softmax's total and, with cut-offs, the least kept logit, of every row."""
 
 
-def local_forward(head: LMHead, hidden: Array, weights: Array, targets: Array, cutoffs: Array | None) -> Scored:
-    """Score one device's rows by its part of the vocabulary."""
+def local_forward(head: LMHead, hidden: Array, weights: Array, targets: Array, cutoffs: Array | None) -> TargetValues:
+    """Compute the values of one device's rows from its part of the vocabulary."""
     size = min(head.tiles.rows, hidden.shape[0])
     first = jax.lax.axis_index(TP) * weights.shape[0]
 
-    def chunk(rows: Rows) -> Scored:
+    def chunk(rows: Rows) -> TargetValues:
         hidden, targets, cutoffs = jax.tree.map(across_tp, rows)
         reduce = functools.partial(softmax_totals, head, hidden, weights, first, targets)
         log_total, total, weighted = reduce(None)
@@ -161,12 +161,12 @@ def local_forward(head: LMHead, hidden: Array, weights: Array, targets: Array, c
             log_total, total, weighted = reduce(floors)
         logprobs = jax.lax.psum(target_logits(head, hidden, weights, targets, first), TP) - log_total
         outs = logprobs, jnp.log(total) - weighted / total, log_total, floors
-        own: Scored = jax.tree.map(lambda out: own_rows(out, size), outs)
+        own: TargetValues = jax.tree.map(lambda out: own_rows(out, size), outs)
         return own
 
     outs = jax.lax.map(chunk, in_chunks(size, (hidden, targets, cutoffs)))
-    scored: Scored = jax.tree.map(lambda out: out.reshape(-1)[: hidden.shape[0]], outs)
-    return scored
+    values: TargetValues = jax.tree.map(lambda out: out.reshape(-1)[: hidden.shape[0]], outs)
+    return values
 
 
 def softmax_totals(
@@ -258,7 +258,7 @@ def logprobs_after(
     cutoffs: Float[Array, "R C"] | None = None,
 ) -> tuple[Float[Array, "R C"], Float[Array, "R C"]]:
     """Compute log-prob and entropy of `targets` as successors of the tokens at the positions `before` in their rows."""
-    scored = take_along(hidden, before[:, :, None])
-    rows = scored.reshape(before.size, -1), weights, targets.reshape(-1)
+    predicting = take_along(hidden, before[:, :, None])
+    rows = predicting.reshape(before.size, -1), weights, targets.reshape(-1)
     logprobs, entropy = token_logprobs(head, *rows, None if cutoffs is None else cutoffs.reshape(-1))
     return logprobs.reshape(before.shape), entropy.reshape(before.shape)

@@ -39,7 +39,7 @@ Sums and maxima are for metrics; "tokens" are numbers of every token, [B, C] eac
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSpec:
-    """Everything static about scoring and updating."""
+    """Everything static about log-probs and updates."""
 
     model: Qwen
     head: LMHead
@@ -57,7 +57,7 @@ class UpdateSpec:
     """The state's moments are in the host's memory between updates."""
 
 
-def score(
+def completion_logprobs(
     spec: UpdateSpec, params: Params, packed: PackedBatch, dropout: Array | None = None
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
     """Compute log-probs and entropy of a micro-batch's completions, with adapter dropout if there is a key per row."""
@@ -70,17 +70,17 @@ def score(
     )
     hidden, _ = spec.model(params, packed.tokens, packed.position_ids, context)
     rows = expand_hidden(mesh, hidden, packed.shared_prefix).reshape(len(packed.targets), -1, hidden.shape[2])
-    scored = packed.loss_positions, packed.targets, packed.cutoffs
-    logprobs, entropy = logprobs_after(spec.head, rows, spec.model.head(params), *scored)
+    wanted = packed.loss_positions, packed.targets, packed.cutoffs
+    logprobs, entropy = logprobs_after(spec.head, rows, spec.model.head(params), *wanted)
     return by_completion(packed, logprobs), by_completion(packed, entropy)
 
 
-def by_completion(packed: PackedBatch, scores: Float[Array, "A S"]) -> Float[Array, "B C"]:
-    """Arrange a micro-batch's scores by completion; scores past a completion's end are meaningless."""
-    devices, most = scores.shape
+def by_completion(packed: PackedBatch, values: Float[Array, "A S"]) -> Float[Array, "B C"]:
+    """Arrange a micro-batch's values by completion; those past a completion's end are meaningless."""
+    devices, most = values.shape
     length = packed.batch.completions.shape[1]
     positions = packed.starts.reshape(devices, -1, 1) + jnp.arange(length)[None, None]
-    return take_along(scores, jnp.minimum(positions, most - 1).reshape(devices, -1)).reshape(-1, length)
+    return take_along(values, jnp.minimum(positions, most - 1).reshape(devices, -1)).reshape(-1, length)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -88,12 +88,12 @@ def batch_logprobs(spec: UpdateSpec, params: Params, packed: PackedBatch) -> Flo
     """Compute log-probs of the batch's completions: the reference and the old-policy pass."""
     shape = packed.batch.completions.shape
 
-    def fill(index: Array, scored: Array) -> Array:
-        logprobs, _ = score(spec, params, micro_batch(packed, index))
-        return scored.at[:, index].set(logprobs.reshape(shape[0], *shape[2:]))
+    def fill(index: Array, found: Array) -> Array:
+        logprobs, _ = completion_logprobs(spec, params, micro_batch(packed, index))
+        return found.at[:, index].set(logprobs.reshape(shape[0], *shape[2:]))
 
-    scored = jax.lax.fori_loop(0, packed.micro_batches, fill, jnp.zeros(shape, jnp.float32))
-    return jax.lax.with_sharding_constraint(scored, by_sequence(spec.head.mesh))
+    found = jax.lax.fori_loop(0, packed.micro_batches, fill, jnp.zeros(shape, jnp.float32))
+    return jax.lax.with_sharding_constraint(found, by_sequence(spec.head.mesh))
 
 
 def dropout_keys(spec: UpdateSpec, updates: Int[Array, ""], packed: PackedBatch) -> Array | None:
@@ -124,7 +124,8 @@ def gradients(
 
     def part_loss(params: Params, index: Array | int) -> tuple[Array, dict[str, Any]]:
         part, own = micro_batch(packed, index), weights[:, index].reshape(-1, weights.shape[-1])
-        logprobs, entropy = score(spec, join(params, frozen), part, dropout_keys(spec, updates, part))
+        own_params, keys = join(params, frozen), dropout_keys(spec, updates, part)
+        logprobs, entropy = completion_logprobs(spec, own_params, part, keys)
         return spec.objective(part.batch, own, logprobs, entropy)
 
     def accumulate(index: Array, total: Any) -> Any:
