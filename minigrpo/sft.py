@@ -182,7 +182,9 @@ def held_out_loss(run: Run, params: Params, held: Examples) -> dict[str, float]:
 def measurement(run: Run) -> Measurement | None:
     """Return the measurement of --eval_steps, the loss on held-out rows."""
     held = run.held
-    return held and (lambda state, _: Measured(held_out_loss(run, join(state.params, run.frozen), held), []))
+    if held is None:
+        return None
+    return lambda state, _: Measured(held_out_loss(run, join(state.params, run.frozen), held), [])
 
 
 # Setting up
