@@ -87,7 +87,8 @@ def test_a_pod_measures_and_answers_as_one_process_does(folder, count, mesh):
     assert all((folder / f"worker-{i}.stdout").read_text() == "" for i in range(1, count))
 
 
-LONG = (*TINY, "--mesh=4,1", "--max_steps=8", "--eval_steps=4", "--eval_size=8")
+LONG = (*TINY, "--mesh=4,1", "--max_steps=8", "--eval_steps=4", "--eval_size=8", "--start_timeout=45")
+"""Within --start_timeout a worker waits for one that was lost before they met."""
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def whole(tmp_path_factory, programs):
     folder = tmp_path_factory.mktemp("whole")
     (folder / "programs").symlink_to(programs)
     alone(folder, "train", *LONG, "--output_dir=run")
-    finish(folder, 4, "train", *LONG, "--output_dir=compiled")
+    finish(folder, 4, "train", *LONG, "--start_timeout=300", "--output_dir=compiled")
     started = time.monotonic()
     finish(folder, 4, "train", *LONG, "--output_dir=timed")
     return folder / "run", time.monotonic() - started
