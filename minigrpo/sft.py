@@ -109,6 +109,7 @@ def negative_log_likelihood(
 def train(run: Run, state: TrainState, session: Session) -> tuple[Position, TrainState]:
     """Run the loop: take rows, update, log. Stop early where a signal asked for it."""
     options, at, log, measure = session.options, session.first, session.log, measurement(run)
+    session.evaluate_first(state, measure)
     for step in range(at.step, run.total_steps):
         started = time.perf_counter()
         log.progress.phase("update")
@@ -265,7 +266,6 @@ def run_training(settings: Settings, progress: Progress, home: RunHome) -> int:
     run, state = make_run(built)
     announce(built, run.packing, run.options.batch_size, (state.params, run.frozen), home.name)
     session, state = open_session(home, built.settings, run.total_steps, state, progress, openers)
-    session.evaluate_first(state, measurement(run))
 
     def export(state: TrainState) -> Path:
         built.export(folder / "final", folder / "adapter", state.params, run.frozen)

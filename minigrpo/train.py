@@ -133,6 +133,7 @@ class Run:
 def train(run: Run, state: TrainState, session: Session) -> tuple[Position, TrainState]:
     """Run the loop: rollout and reward, advantage, update, log. Stop early where a signal asked for it."""
     at, log = session.first, session.log
+    session.evaluate_first(state, run.evaluate)
     for step in range(at.step, run.total_steps):
         clock = Clock()
         with session.saving(at, state):
@@ -505,7 +506,6 @@ def run_training(
     if (built.settings.optimizer.warmup_steps or 0) > run.total_steps:
         sys.stderr.write(f"note: --warmup_steps is more than the run's {run.total_steps}: the rate never peaks\n")
     session, state = open_session(home, built.settings, run.total_steps, state, progress, openers)
-    session.evaluate_first(state, run.evaluate)
 
     def export(state: TrainState) -> Path:
         built.export(folder / "final", folder / "adapter", state.params, run.frozen)

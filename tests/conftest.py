@@ -11,8 +11,8 @@ COMPILED = tempfile.TemporaryDirectory(prefix="minigrpo-compiled-")
 """Programs compiled by one test process and, in turn, its commands. The workers share none: jax writes in place."""
 os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-# LLVM would take half of the tests' time; `XLA_FLAGS= pytest` runs the programs as users have them
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+if "JAX_PLATFORMS" not in os.environ:  # LLVM would take half of the time; `XLA_FLAGS= pytest` runs users' programs
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 from jaxtyping import install_import_hook
 

@@ -25,6 +25,8 @@ from trl.trainer.utils import nanstd
 
 from minigrpo.config import RunOptions, Settings, UsageError
 from minigrpo.runtime import files, progress, run_folder
+from minigrpo.runtime.bucket import RunHome
+from minigrpo.runtime.checkpoint import Best, Checkpoints
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import (
     RunFolder,
@@ -32,6 +34,7 @@ from minigrpo.runtime.run_folder import (
     reward_metrics,
     save_settings,
 )
+from minigrpo.runtime.session import Position, Session
 from minigrpo.runtime.signals import EXIT_STOPPED, StopRequest
 from minigrpo.runtime.sinks import TensorBoard, Wandb, find_sinks, grouped, open_sinks
 
@@ -405,6 +408,17 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_measurement_that_is_on_file_counts_for_the_best(tmp_path):
+    """Its process may have ended before a checkpoint could say so."""
+    options = RunOptions(eval_steps=3, keep_best="-eval/loss")
+    (tmp_path / "evaluations.jsonl").write_text('{"step": 0, "loss": 9.0}\n{"step": 3, "loss": 1.0}\n')
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, keep_best=options.keep_best)
+    log = RunFolder(tmp_path, 6, [], True, 3)
+    session = Session(log, checkpoints, Position(3), options, RunHome(tmp_path))
+    session.evaluate_first(None, lambda state, step: pytest.fail("measured again"))
+    assert checkpoints.best == Best("eval/loss", 3, 1.0)
 
 
 @pytest.mark.parametrize(("number", "code", "text"), [(2, 130, "interrupted\n"), (15, 143, "ended by SIGTERM\n")])

@@ -145,13 +145,14 @@ def test_an_interrupted_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, ca
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-def test_an_evaluation_that_a_stop_cuts_off_is_made_later(whole, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("step", [0, 4])
+def test_an_evaluation_that_a_stop_cuts_off_is_made_later(whole, tmp_path, monkeypatch, capfd, step):
     folder, flags = whole
     real, exits = sft.held_out_loss, []
     monkeypatch.setattr(STOP, "exit", exits.append)
 
     def cut_off(*arguments):
-        if (tmp_path / "run/metrics.jsonl").exists():  # not before the first step
+        if not step or (tmp_path / "run/metrics.jsonl").exists():
             STOP.hear(signal.SIGTERM)
             while not exits:
                 time.sleep(0.01)
@@ -161,7 +162,7 @@ def test_an_evaluation_that_a_stop_cuts_off_is_made_later(whole, tmp_path, monke
     monkeypatch.setattr(sft, "held_out_loss", cut_off)
     with pytest.raises(Killed):
         run(*flags, "--eval_steps=4", "--keep_best=", f"--output_dir={tmp_path}/run")
-    assert exits == [EXIT_STOPPED] and "stopped after step 4, which is saved" in capfd.readouterr().err
+    assert exits == [EXIT_STOPPED] and f"stopped after step {step}, which is saved" in capfd.readouterr().err
     monkeypatch.setattr(sft, "held_out_loss", real)
     assert run("--resume", f"--output_dir={tmp_path}/run") == 0
     measured, whole_run = (read_rows(path / "evaluations.jsonl") for path in (tmp_path / "run", folder))

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 
@@ -315,6 +316,35 @@ def test_a_worker_that_cannot_save_in_time_ends_all_at_the_deadline(port, capfd)
     assert "took longer than --grace_seconds" in capfd.readouterr().err
 
 
+def test_a_worker_that_never_answers_holds_nobody_past_the_deadline(port, capfd):
+    """Worker 1 has not begun its loop, so no thread of it is asked."""
+    gang = Gang(port, [{}, {}])
+    with gang.all[0].stop.graceful(1.0, "continue with --resume"):
+        gang.all[0].stop.guard = FreedLock()
+        with gang.all[0].stop.saving(4, lambda: None):
+            gang.all[0].stop.hear(signal.SIGTERM)
+            assert gang.wait_for_end(2) == {0: 75, 1: 75}
+    assert capfd.readouterr().err.count("took longer than --grace_seconds") == 2
+
+
+def test_a_save_that_fails_on_one_worker_ends_all_in_its_words(port, capfd):
+    gang = Gang(port, [{}, {}, {}])
+
+    def save(worker):
+        if worker is gang.all[1]:
+            raise UsageError("runs/x: the disk is full")
+        threading.Event().wait(20)
+
+    with contextlib.ExitStack() as stack:
+        for worker in gang.all:
+            stack.enter_context(worker.stop.graceful(20.0, ""))
+            worker.stop.guard = FreedLock()
+            stack.enter_context(worker.stop.saving(4, lambda worker=worker: save(worker)))
+        gang.all[0].stop.hear(signal.SIGTERM)
+        assert gang.wait_for_end(3) == {0: 75, 1: 75, 2: 75}
+    assert capfd.readouterr().err.count("error: runs/x: the disk is full") == 3
+
+
 def test_messages_are_data_only(port):
     """Nothing that arrives is unpickled."""
     source = (ROOT / "minigrpo/runtime/links.py").read_text() + (ROOT / "minigrpo/runtime/workers.py").read_text()
@@ -412,13 +442,31 @@ def test_a_worker_that_ends_ends_the_others_and_the_run_goes_on_with_one_process
     same_metrics(tmp_path / "whole", tmp_path / "run")
 
 
+GUARDED = """
+import functools, runpy, threading
+from jax.experimental import multihost_utils
+from minigrpo.runtime import STOP
+
+STOP.install()  # as python -m does
+
+def in_the_loop(collective, *arguments, **named):
+    assert threading.current_thread() is threading.main_thread(), "a rollout would hold up this program"
+    return collective(*arguments, **named)
+
+for name in ("sync_global_devices", "broadcast_one_to_all", "process_allgather"):
+    setattr(multihost_utils, name, functools.partial(in_the_loop, getattr(multihost_utils, name)))
+runpy.run_module("minigrpo.train", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.slow
 def test_a_request_within_a_rollout_is_met_at_once_by_all_workers(runs, tmp_path):
     (tmp_path / "own.py").write_text(RANDOM)
     (tmp_path / "rest").touch()
     (tmp_path / "programs").symlink_to(runs / "programs")
     flags = [*SMALL, "--save_steps=100", f"--output_dir={tmp_path}/run", "--reward=own.py:rests"]
-    pair = start(tmp_path, 2, "train", *flags)
+    port = links.free_port()
+    pair = [launch(tmp_path, i, 2, port, [sys.executable, "-c", GUARDED, *flags]) for i in range(2)]
     metrics = tmp_path / "run/metrics.jsonl"
     while not metrics.exists() or not metrics.read_text():
         assert all(process.poll() is None for process in pair)

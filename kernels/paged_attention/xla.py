@@ -117,7 +117,8 @@ def paged_attention(
     def wanted(index: Array) -> Array:
         first = index * size + jnp.arange(0, size, piece)
         entry = jnp.minimum(first // (count * piece), page_table.shape[1] - 1)
-        return jnp.where(first < lengths[:, None], page_table[:, entry] * count + first // piece % count, 0)
+        within = first[None] // piece % count
+        return jnp.where(first[None] < lengths[:, None], page_table[:, entry] * count + within, 0)
 
     def scores(index: Array) -> Array:
         keys = pieces[layer, wanted(index), 0].reshape(batch, -1, kv_heads, dim, piece)

@@ -52,8 +52,8 @@ class Batch:
     @property
     def completion_mask(self) -> Bool[Array, "*B C"]:
         """Return True for every completion token."""
-        positions = jax.lax.broadcasted_iota(jnp.int32, self.completions.shape, self.completions.ndim - 1)
-        return positions < self.completion_lengths[..., None]
+        lengths, shape = self.completion_lengths, self.completions.shape
+        return jax.lax.broadcasted_iota(lengths.dtype, shape, len(shape) - 1) < lengths[..., None]
 
     @property
     def loss_mask(self) -> Float[Array, "*B C"]:

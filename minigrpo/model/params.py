@@ -202,7 +202,9 @@ def absmax_int8(name: str, weights: Array) -> tuple[Array, Array]:
     axes = tuple(DIMS[name].index(letter) for letter in inputs)
     largest = jnp.abs(weights).max(axis=axes, keepdims=True).astype(jnp.float32)
     scale = jnp.where(largest > 0, largest, 1) / LARGEST_INT8
-    return jnp.round(weights / scale).astype(jnp.int8), jnp.squeeze(scale, axes).astype(weights.dtype)
+    return jnp.round(weights.astype(jnp.float32) / scale).astype(jnp.int8), jnp.squeeze(scale, axes).astype(
+        weights.dtype
+    )
 
 
 def to_int8(config: ModelConfig, params: Params) -> Params:

@@ -181,7 +181,7 @@ class Projections(nnx.Module):
         dims = layer_dims(name)
         out = jnp.einsum(f"BT{ins},{dims}->BT{outs}", x, self.array(name).astype(x.dtype))
         if self.config.int8:
-            out = out * self.array(f"{name}_scale")
+            out = out * self.array(f"{name}_scale")[None, None]
         if self.config.lora and name in self.config.lora.targets:
             out = out + self.adapt(self.config.lora, name, x, context.dropout)
         return out

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,13 @@ def seal(content: dict[str, Any]) -> str:
 
 
 def make_manifest(
-    step: int, arrays: dict[str, jax.Array], digests: Digests, host: dict[str, Any], best: "Best | None"
+    step: int, arrays: dict[str, jax.Array], digests: dict[str, int], host: dict[str, Any], best: "Best | None"
 ) -> dict[str, Any]:
     """Return the manifest beside the arrays: {'format', 'step', 'arrays': {name: [shape, dtype, digest]}, ...}."""
-    found = digests()
     content = {
         "format": FORMAT,
         "step": step,
-        "arrays": {name: [list(array.shape), str(array.dtype), found[name]] for name, array in arrays.items()},
+        "arrays": {name: [list(array.shape), str(array.dtype), digests[name]] for name, array in arrays.items()},
         "host": host,
         "best": best and dataclasses.asdict(best),
     }
@@ -224,6 +224,25 @@ def set_aside(step: Place) -> None:
     step.rename(next(name for name in names if not name.exists()))
 
 
+def make_checkpointer(finalized: Callable[[], None]) -> ocp.AsyncCheckpointer:
+    """Return a writer of checkpoints in the background that gives the devices no program: a rollout would hold it up.
+
+    Workers wait for each other by jax's coordination service, not by a collective. An array of which devices have
+    copies is written by the first of them, not in slices by all.
+    """
+    several = set(range(WORKERS.count)) if WORKERS.count > 1 else None
+    one = {"multiprocessing_options": ocp.options.MultiprocessingOptions(active_processes=several)}
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(**one),
+        default=ocp.PyTreeCheckpointHandler(type_handler_registry=registry, **one),
+        manifest=ocp.JsonCheckpointHandler(**one),
+    )
+    options = ocp.options.AsyncOptions(post_finalization_callback=finalized)
+    return ocp.AsyncCheckpointer(handler, async_options=options, **one)
+
+
 class Checkpoints:
     """The checkpoints of one run folder, by number of finished steps."""
 
@@ -251,11 +270,9 @@ class Checkpoints:
         self.saved_at = time.monotonic()
         self.finisher: threading.Thread | None = None
         self.failure: BaseException | None = None
-        handler = ocp.CompositeCheckpointHandler(
-            default=ocp.StandardCheckpointHandler(), manifest=ocp.JsonCheckpointHandler()
-        )
-        options = ocp.options.AsyncOptions(post_finalization_callback=self.sync_data)
-        self.checkpointer = ocp.AsyncCheckpointer(handler, async_options=options)
+        self.begun: tuple[int, Digests] | None = None
+        """A step and the digests of its state."""
+        self.checkpointer = make_checkpointer(self.sync_data)
 
     def steps(self) -> list[int]:
         """Return the numbers of the folders that may be checkpoints, ascending."""
@@ -289,10 +306,15 @@ class Checkpoints:
         late = self.save_minutes > 0 and time.monotonic() - self.saved_at >= 60 * self.save_minutes
         return step % self.save_steps == 0 or late
 
-    def save(self, step: int, state: Any, host: dict[str, Any] | None = None, digests: Digests | None = None) -> None:
+    def begin_digests(self, step: int, state: Any) -> Digests:
+        """Begin what a save of `state` needs from the devices: a rollout then keeps them busy until its end."""
+        if self.begun is None or self.begun[0] != step:
+            self.begun = step, begin_digests(flatten(state))
+        return self.begun[1]
+
+    def save(self, step: int, state: Any, host: dict[str, Any] | None = None) -> None:
         """Start saving `state` and the JSON values `host` as after `step` steps; returns before they are on disk.
 
-        `digests` of the state may have been begun before.
         UsageError when this or the save before it cannot be written.
         """
         self.wait()
@@ -304,8 +326,8 @@ class Checkpoints:
         try:
             if path.exists() and WORKERS.writes:
                 set_aside(path)
-            manifest = make_manifest(step, arrays, digests or begin_digests(arrays), host or {}, self.best)
-            items = ocp.args.Composite(default=ocp.args.StandardSave(arrays), manifest=ocp.args.JsonSave(manifest))
+            manifest = make_manifest(step, arrays, self.begin_digests(step, state)(), host or {}, self.best)
+            items = ocp.args.Composite(default=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(manifest))
             self.checkpointer.save(absolute(path), args=items)
         except Exception as error:  # orbax wraps what the system raises in many ways
             raise write_error(path, error, self.needed) from error

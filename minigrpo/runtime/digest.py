@@ -65,15 +65,13 @@ def on_host(array: jax.Array) -> int:
     return total % 2**32
 
 
-def on_devices(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Compute digests on the devices; arrays that wait in the host's memory visit them one at a time."""
-    found = {}
-    for name, array in arrays.items():
-        waiting = array.sharding.memory_kind == HOST_MEMORY
-        found[name] = on_device(move(array, DEVICE_MEMORY) if waiting else array)
-        if waiting:
-            jax.block_until_ready(found[name])
-    return found
+def on_devices(arrays: dict[str, jax.Array]) -> dict[str, int]:
+    """Return digests computed on the devices, one after the other: gloo's collectives deadlock when many are under way.
+
+    Arrays that wait in the host's memory visit them.
+    """
+    there = ((name, move(x, DEVICE_MEMORY) if in_host_memory(x) else x) for name, x in arrays.items())
+    return {name: int(on_device(array)) for name, array in there}
 
 
 Digests = Callable[[], dict[str, int]]
@@ -81,9 +79,20 @@ Digests = Callable[[], dict[str, int]]
 
 
 def begin_digests(arrays: dict[str, jax.Array]) -> Digests:
-    """Begin to compute the digest of every array; the result waits for no program that the devices get later."""
-    here = all(array.is_fully_addressable for array in arrays.values())
-    if here and all(device.platform == "cpu" for array in arrays.values() for device in array.devices()):
-        return lambda: {name: on_host(array) for name, array in arrays.items()}
-    found = on_devices(arrays)
-    return lambda: {name: int(value) for name, value in jax.device_get(found).items()}
+    """Compute now what the devices must for the digest of every array -> what returns them without a device.
+
+    Arrays that are in this host's memory as a whole are read only then.
+    """
+    here = {name: x for name, x in arrays.items() if x.is_fully_addressable and (on_cpu(x) or in_host_memory(x))}
+    found = on_devices({name: x for name, x in arrays.items() if name not in here})
+    return lambda: found | {name: on_host(x) for name, x in here.items()}
+
+
+def on_cpu(array: jax.Array) -> bool:
+    """Tell if an array's devices are CPUs."""
+    return all(device.platform == "cpu" for device in array.devices())
+
+
+def in_host_memory(array: jax.Array) -> bool:
+    """Tell if an array waits in the memory of its devices' hosts."""
+    return bool(array.sharding.memory_kind == HOST_MEMORY)

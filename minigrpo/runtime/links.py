@@ -16,8 +16,9 @@ from typing import Any
 
 from minigrpo.config import UsageError
 
-PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-"""Seconds without traffic before TCP probes the other side, seconds between probes, and probes without an answer."""
+PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}
+"""Seconds without traffic before TCP probes the other side, seconds between probes, probes without an answer, and
+milliseconds that what was sent may wait for one."""
 
 Message = dict[str, Any]
 

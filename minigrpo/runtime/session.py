@@ -16,8 +16,7 @@ import numpy as np
 from minigrpo.config import RunOptions, Settings, UsageError
 from minigrpo.remote import local_copy
 from minigrpo.runtime.bucket import BucketHome, RunHome, open_home
-from minigrpo.runtime.checkpoint import Checkpoints, check_same_run, flatten, read_run_settings
-from minigrpo.runtime.digest import Digests, begin_digests
+from minigrpo.runtime.checkpoint import Checkpoints, check_same_run, read_run_settings
 from minigrpo.runtime.files import write_whole
 from minigrpo.runtime.progress import Progress
 from minigrpo.runtime.run_folder import (
@@ -62,6 +61,12 @@ class Measured:
 
 Measurement = Callable[[Any, int], Measured]
 """(state, finished steps) -> what --eval_steps measures."""
+
+
+def read_evaluation(folder: Path, step: int) -> dict[str, float] | None:
+    """Return what was measured after `step` steps, as --keep_best knows it; None where nothing was."""
+    rows = [row for row in read_steps(folder / "evaluations.jsonl") if row["step"] == step]
+    return evaluated({name: value for name, value in rows[-1].items() if name != "step"}) if rows else None
 
 
 class Stopped(Exception):
@@ -186,11 +191,12 @@ class Session:
 
         What the devices must compute for that is begun here: a rollout keeps them busy until its end.
         """
-        return STOP.saving(at.step, functools.partial(self.save_now, at, state, begin_digests(flatten(state))))
+        self.checkpoints.begin_digests(at.step, state)
+        return STOP.saving(at.step, functools.partial(self.save_now, at, state))
 
-    def save_now(self, at: Position, state: Any, digests: Digests) -> None:
+    def save_now(self, at: Position, state: Any) -> None:
         """Save the state at once and wait until it is on disk."""
-        self.checkpoints.save(at.step, state, dataclasses.asdict(at), digests)
+        self.checkpoints.save(at.step, state, dataclasses.asdict(at))
         self.checkpoints.wait()
 
     def evaluate(self, at: Position, state: Any, measure: Measurement | None) -> bool:
@@ -201,15 +207,18 @@ class Session:
         self.progress.phase("evaluation")
         with self.saving(at, state):
             measured = measure(state, at.step)
-        self.log.append("answers.jsonl", [{"step": at.step} | row for row in measured.answers])
+        if measured.answers:
+            self.log.append("answers.jsonl", [{"step": at.step} | row for row in measured.answers])
         self.log.log_evaluation(at.step, measured.values)
         return self.checkpoints.rate(at.step, evaluated(measured.values))
 
     def evaluate_first(self, state: Any, measure: Measurement | None) -> None:
-        """Measure the state that the run starts from: a new run's, or one whose measurement was cut off by a stop."""
-        path = self.log.folder / "evaluations.jsonl"
-        if measure and not WORKERS.first(lambda: any(row["step"] == self.first.step for row in read_steps(path))):
+        """Measure the state that the run starts from, if no earlier process has: a stop may have cut it off."""
+        known = WORKERS.first(lambda: read_evaluation(self.log.folder, self.first.step))
+        if known is None:
             self.evaluate(self.first, state, measure)
+        else:
+            self.checkpoints.rate(self.first.step, known)
 
     def check_skipped(self, at: Position, batch: Any) -> None:
         """Raise UsageError after --max_skipped_steps steps in a row without a finite loss and gradient.

@@ -45,16 +45,19 @@ def print_line(text: str) -> None:
 
 
 class Partners(Protocol):
-    """The processes that stop together, as one of them sees them."""
+    """Processes that stop together, as one of them sees them."""
 
     def tell_stop(self, number: int) -> None:
-        """Let the others know of this process's request, once."""
+        """Let the others know that this process has got a signal."""
 
     def agree(self, step: int, seconds: float) -> list[int]:
-        """Return what every process says here, each in a thread of its own; nothing when one is late."""
+        """Exchange `step` with all, from each one's stopping thread; [] when one does not answer in `seconds`."""
 
     def part(self) -> None:
-        """Let the others go on when this process ends."""
+        """Wait until all have saved, so that each may end."""
+
+    def tell_end(self, code: int, text: str) -> None:
+        """Let the others end with this code and line; one such call counts."""
 
 
 class Alone:
@@ -64,11 +67,14 @@ class Alone:
         """Tell nobody."""
 
     def agree(self, step: int, seconds: float) -> list[int]:
-        """Return the process's own word."""
+        """Return the process's own step."""
         return [step]
 
     def part(self) -> None:
-        """Leave nobody."""
+        """Wait for nobody."""
+
+    def tell_end(self, code: int, text: str) -> None:
+        """Tell nobody."""
 
 
 UNSAVABLE = -1
@@ -86,7 +92,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.partners: Partners = Alone()
         self.told: tuple[signal.Signals, str] | None = None
-        """A partner's request that came before `graceful`."""
+        """The last signal that a partner got, for `graceful` to act on if it came before."""
         self.asked = threading.Event()
         self.signal = 0
         """Number of the signal that asked, 0 before."""
@@ -97,10 +103,11 @@ class StopRequest:
         self.savable: tuple[int, Callable[[], Any] | None] = UNSAVABLE, None
         """Step of the state, and the function that saves it, while it is whole."""
         self.guard = threading.Lock()
-        """Held while the state may not change: by the thread while it saves, by the loop while it leaves a rollout."""
+        """Held while the state may not change: by the stopping thread while it asks its partners and saves, by the loop
+        while it leaves a rollout."""
         self.heard = False
         """A signal has come to this process itself."""
-        self.first = threading.Lock()
+        self.noting = threading.Lock()
         """Held while a request is noted: a signal and a partner's may come together."""
         self.closers: list[Callable[[], None]] = []
         self.resume = ""
@@ -162,13 +169,14 @@ class StopRequest:
 
     def request(self, number: signal.Signals, text: str) -> None:
         """Let the loop stop after its step, or earlier where the state can be saved; the first request counts."""
-        with self.first:
-            if self.requested or self.grace is None:
+        with self.noting:
+            grace = self.grace
+            if self.requested or grace is None:
                 return
-            self.signal, self.deadline = int(number), time.monotonic() + self.grace
+            self.signal, self.deadline = int(number), time.monotonic() + grace
             self.asked.set()
         again = "; again to end at once" if text == NAMES[signal.SIGINT] else ""
-        print_line(f"{text}: stopping within {self.grace:g} s, with a checkpoint{again}")
+        print_line(f"{text}: stopping within {grace:g} s, with a checkpoint{again}")
         threading.Thread(target=self.wait_and_save, name="stopping", daemon=True).start()
 
     # Ending
@@ -179,21 +187,26 @@ class StopRequest:
         self.exit(code)
 
     def wait_and_save(self) -> None:
-        """Save from this thread as soon as the state is whole, and the partners' too; give up at the deadline."""
-        while (left := self.deadline - time.monotonic()) > 0 and self.grace is not None:
+        """Save from this thread as soon as the state is whole, and the partners' of the same step; or end in time."""
+        answers = [UNSAVABLE]
+        while answers and (left := self.deadline - time.monotonic()) > 0 and self.grace is not None:
             with self.guard:
                 step, saver = self.savable
-                if set(self.partners.agree(step, left)) == {step} and saver:
+                answers = self.partners.agree(step, left)
+                if set(answers) == {step} and saver:
                     return self.save_and_end(step, saver)
             time.sleep(0.05)
-        if self.grace is not None:
-            self.end(EXIT_STOPPED, f"stopped within a step, which took longer than --grace_seconds; {self.resume}")
+        if self.grace is not None and time.monotonic() >= self.deadline:
+            text = f"stopped within an update, which took longer than --grace_seconds; {self.resume}"
+            self.partners.tell_end(EXIT_STOPPED, text)
+            self.end(EXIT_STOPPED, text)
 
     def save_and_end(self, step: int, saver: Callable[[], Any]) -> None:
-        """Save the state, which a rollout does not change, close what is open, and end the process."""
+        """Save the state, close what is open, and end the process."""
         try:
             saver()
-        except Exception as error:  # whatever it is, the process ends in one line
+        except Exception as error:  # whatever it is, all end in one line
+            self.partners.tell_end(EXIT_STOPPED, f"error: {error}")
             self.end(EXIT_STOPPED, f"error: {error}")
         else:
             self.close_all()
@@ -230,7 +243,7 @@ class StopRequest:
     def saving(self, step: int, saver: Callable[[], Any]) -> Iterator[None]:
         """Let a request be met at once by `saver`, which saves the state as after `step` steps, while inside.
 
-        For a rollout and its rewards: they leave the state as it was.
+        For a rollout and its rewards, and for an evaluation: they leave the state as it was.
         """
         self.savable = step, saver
         try:

@@ -283,9 +283,18 @@ class Workers:
             return []
 
     def part(self) -> None:
-        """Wait until every worker has saved; from then on, ends mean nothing."""
+        """Wait until every worker has saved; from then on, closed connections mean nothing."""
         self.gather_in(STOPPING, 0)
         self.ending.set()
+
+    def tell_end(self, code: int, text: str) -> None:
+        """Let the others end with this code and line; the first call counts, and later ones never return."""
+        if not self.failing.acquire(blocking=False):
+            threading.Event().wait()  # another thread is at it
+        self.ending.set()
+        self.tell({"kind": "failed", "text": text, "code": code})
+        if self.index == 0 and self.links:
+            time.sleep(1.0)  # a connection that closes on unread messages may lose what it sent
 
     # Ending
 
@@ -306,8 +315,8 @@ class Workers:
                     self.arrived[message["thread"]].put(message | {"from": numbers[ready]})
 
     def lose(self, index: int) -> None:
-        """End this process, and by worker 0 all others, because a worker's connection is closed."""
-        if not self.ending.is_set():
+        """End this process, and by worker 0 all others, because a worker's connection is closed before the end."""
+        if not self.ending.wait(1.0):
             self.end(
                 f"worker {index} is gone (killed, or its machine is lost); start all workers again with --resume",
                 EXIT_STOPPED,
@@ -315,13 +324,8 @@ class Workers:
 
     def end(self, text: str, code: int) -> None:
         """Tell the others, print the line and end the process; the first call counts."""
-        if not self.failing.acquire(blocking=False):
-            threading.Event().wait()  # another thread is at it
-        self.ending.set()
-        self.tell({"kind": "failed", "text": text, "code": code})
+        self.tell_end(code, text)
         print_line(text)
-        if self.index == 0:
-            time.sleep(1.0)  # a connection that closes on unread messages may lose what it sent
         self.exit(code)
 
     def fail(self, error: BaseException) -> None:
