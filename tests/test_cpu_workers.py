@@ -464,7 +464,7 @@ def test_a_request_within_a_rollout_is_met_at_once_by_all_workers(runs, tmp_path
     (tmp_path / "own.py").write_text(RANDOM)
     (tmp_path / "rest").touch()
     (tmp_path / "programs").symlink_to(runs / "programs")
-    flags = [*SMALL, "--save_steps=100", f"--output_dir={tmp_path}/run", "--reward=own.py:rests"]
+    flags = [*SMALL, "--save_steps=100", "--eval_steps=0", f"--output_dir={tmp_path}/run", "--reward=own.py:rests"]
     port = links.free_port()
     pair = [launch(tmp_path, i, 2, port, [sys.executable, "-c", GUARDED, *flags]) for i in range(2)]
     metrics = tmp_path / "run/metrics.jsonl"
