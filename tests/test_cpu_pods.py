@@ -113,7 +113,9 @@ def test_a_worker_lost_at_a_random_moment_costs_nothing(folder, whole, number):
     time.sleep(rng.uniform(0.5, seconds))
     pod[victim].send_signal(sent)
     ended = codes(pod, 60)
-    assert set(ended) <= {0, 75, 143, -sent}, (ended, [errors(folder, i)[-3:] for i in range(count)])
+    for i, code in enumerate(ended):
+        never_met = code == 2 and "--start_timeout=45" in errors(folder, i)[-1]
+        assert never_met or code in {0, 75, 143, -sent}, (ended, errors(folder, i)[-3:])
     assert "Traceback" not in "".join("\n".join(errors(folder, i)) for i in range(count))
     again = ["--resume"] if (folder / "run/config.json").exists() else []
     following = (4, 2, 1)[number % 3]
