@@ -52,10 +52,12 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 SLOW = {
+    "test_cpu_api",
     "test_cpu_bucket",
     "test_cpu_commands",
     "test_cpu_compiles",
     "test_cpu_fused_projections",
+    "test_cpu_grpo",
     "test_cpu_lora",
     "test_cpu_packing",
     "test_cpu_paged_attention",
@@ -71,7 +73,7 @@ SLOW = {
 }
 """Files whose tests compile device programs; `-m "not slow"` leaves them out."""
 
-LONG = SLOW | {"test_cpu_api", "test_cpu_check", "test_cpu_grpo", "test_cpu_workers"}
+LONG = SLOW | {"test_cpu_check", "test_cpu_workers"}
 """Files that run first, so that both processes end together."""
 
 
