@@ -410,15 +410,16 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def test_a_measurement_that_is_on_file_counts_for_the_best(tmp_path):
+@pytest.mark.parametrize(("metric", "best"), [("-eval/loss", Best("eval/loss", 3, 1.0)), ("eval/pass@4", None)])
+def test_a_measurement_that_is_on_file_counts_for_the_best(tmp_path, metric, best):
     """Its process may have ended before a checkpoint could say so."""
-    options = RunOptions(eval_steps=3, keep_best="-eval/loss")
+    options = RunOptions(eval_steps=3, keep_best=metric)
     (tmp_path / "evaluations.jsonl").write_text('{"step": 0, "loss": 9.0}\n{"step": 3, "loss": 1.0}\n')
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2, keep_best=options.keep_best)
     log = RunFolder(tmp_path, 6, [], True, 3)
     session = Session(log, checkpoints, Position(3), options, RunHome(tmp_path))
     session.evaluate_first(None, lambda state, step: pytest.fail("measured again"))
-    assert checkpoints.best == Best("eval/loss", 3, 1.0)
+    assert checkpoints.best == best
 
 
 @pytest.mark.parametrize(("number", "code", "text"), [(2, 130, "interrupted\n"), (15, 143, "ended by SIGTERM\n")])

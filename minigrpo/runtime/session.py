@@ -217,7 +217,7 @@ class Session:
         known = WORKERS.first(lambda: read_evaluation(self.log.folder, self.first.step))
         if known is None:
             self.evaluate(self.first, state, measure)
-        else:
+        elif self.checkpoints.metric in known:  # --keep_best may be new, and name what was not measured then
             self.checkpoints.rate(self.first.step, known)
 
     def check_skipped(self, at: Position, batch: Any) -> None:
